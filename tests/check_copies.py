@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""Keep the helpers that several scripts share equal, letter for letter.
+
+Each training script is whole, so what they share stands in each as a copy. The rule that needs no marks: **same
+name, same text**. A function, class or UPPER_CASE constant at the top level of two scripts has one text, with its
+decorators, its docstring, its comments and the comment lines right above it. `OWN` lists the names that each script
+fills in its own way.
+
+    python3 tests/check_copies.py                             show what has drifted; exit status 1 if anything has
+    python3 tests/check_copies.py --list                      show which script has what
+    python3 tests/check_copies.py --take-from SCRIPT NAME ... give every other copy of NAME the text in SCRIPT
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import difflib
+import pathlib
+import re
+import sys
+from dataclasses import dataclass
+
+OWN = {
+    "Models",
+    "check_args",
+    "compute_loss",
+    "load_models",
+    "main",
+    "make_pipeline",
+    "parse_args",
+    "train_step",
+}
+BANNER = re.compile(r"# -+ .+ -+")
+CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Helper:
+    """A named thing at the top level of a script: `text` is its lines `start` to `stop`, counted as slices are."""
+
+    start: int
+    stop: int
+    text: str
+
+
+def get_name(node: ast.stmt) -> str | None:
+    """Return the name that a top-level statement defines, or None if it is no function, class or constant."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return node.name
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    if len(targets) == 1 and isinstance(targets[0], ast.Name) and CONSTANT.fullmatch(targets[0].id):
+        return targets[0].id
+    return None
+
+
+def find_start(node: ast.stmt, lines: list[str]) -> int:
+    """Return the index of the first line of `node`, with its decorators and the comment lines right above it."""
+    start = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))]) - 1
+    while start > 0 and lines[start - 1].startswith("#") and not BANNER.match(lines[start - 1]):
+        start -= 1
+    return start
+
+
+def find_stop(node: ast.stmt, lines: list[str]) -> int:
+    """Return the index after the last line of `node`, with indented comment lines right below it."""
+    stop = node.end_lineno
+    while stop < len(lines) and lines[stop].startswith(" "):
+        stop += 1
+    return stop
+
+
+def read_lines(script: pathlib.Path) -> list[str]:
+    """Return the lines of a script with their ends, divided where `ast` divides them."""
+    with script.open(encoding="utf-8") as file:
+        return file.readlines()
+
+
+def read_helpers(script: pathlib.Path) -> dict[str, Helper]:
+    """Return the helpers of a script by name."""
+    lines = read_lines(script)
+    helpers = {}
+    for node in ast.parse("".join(lines), filename=str(script)).body:
+        name = get_name(node)
+        if name is not None:
+            start, stop = find_start(node, lines), find_stop(node, lines)
+            helpers[name] = Helper(start, stop, "".join(lines[start:stop]))
+    return helpers
+
+
+def collect_copies(scripts: list[pathlib.Path]) -> dict[str, dict[pathlib.Path, Helper]]:
+    """Return for each name the scripts that have it, each with its text; names in the order of the scripts."""
+    copies = collections.defaultdict(dict)
+    for script in scripts:
+        for name, helper in read_helpers(script).items():
+            copies[name][script] = helper
+    return dict(copies)
+
+
+def is_equal(copies: dict[pathlib.Path, Helper]) -> bool:
+    """Return whether all copies have one text."""
+    return len({helper.text for helper in copies.values()}) == 1
+
+
+def list_drifted(copies: dict[str, dict[pathlib.Path, Helper]]) -> list[str]:
+    """Return the shared names whose texts differ."""
+    return [name for name, by_script in copies.items() if name not in OWN and not is_equal(by_script)]
+
+
+def list_needless(copies: dict[str, dict[pathlib.Path, Helper]]) -> list[str]:
+    """Return the names in `OWN` that are in fact the same in every one of several scripts."""
+    return sorted(name for name in OWN if len(copies.get(name, {})) > 1 and is_equal(copies[name]))
+
+
+def make_diff(name: str, by_script: dict[pathlib.Path, Helper]) -> str:
+    """Return how each other text of `name` differs from the most frequent one."""
+    scripts_of = collections.defaultdict(list)
+    for script, helper in by_script.items():
+        scripts_of[helper.text].append(script.name)
+    usual, *others = sorted(scripts_of, key=lambda text: -len(scripts_of[text]))
+    parts = [f"{name} differs:"]
+    for other in others:
+        labels = ", ".join(scripts_of[usual]), ", ".join(scripts_of[other])
+        parts += difflib.unified_diff(usual.splitlines(), other.splitlines(), *labels, lineterm="")
+    parts.append(f"Mend: --take-from SCRIPT {name}, or give one of them a name of its own.\n")
+    return "\n".join(parts)
+
+
+def show_list(copies: dict[str, dict[pathlib.Path, Helper]], scripts: list[pathlib.Path]) -> None:
+    """Print a table: a row per name, a column per script."""
+    for number, script in enumerate(scripts, 1):
+        print(f"{number}  {script.name}")
+    print("= shared, x drifted, o each its own, . the only one\n")
+    drifted = list_drifted(copies)
+    for name, by_script in copies.items():
+        mark = "x" if name in drifted else "o" if name in OWN else "." if len(by_script) == 1 else "="
+        print("  ".join(mark if script in by_script else " " for script in scripts) + "  " + name)
+
+
+def take_from(source: pathlib.Path, names: list[str], scripts: list[pathlib.Path]) -> list[str]:
+    """Give every script that has one of `names` the text that `source` has; return a line on each script changed."""
+    taken, changed = read_helpers(source), []
+    for name in names:
+        if name in OWN:
+            raise ValueError(f"{name} is in OWN: each script has its own text; take it off that list first.")
+        if name not in taken:
+            raise ValueError(f"{name} is not at the top level of {source.name}: --list shows what is.")
+        for script in scripts:
+            helper = read_helpers(script).get(name)
+            if helper is None or helper.text == taken[name].text:
+                continue
+            lines = read_lines(script)
+            lines[helper.start : helper.stop] = [taken[name].text]
+            script.write_text("".join(lines), encoding="utf-8")
+            changed.append(f"{script.name}: {name} now as in {source.name}")
+    return changed
+
+
+def check(copies: dict[str, dict[pathlib.Path, Helper]], scripts: list[pathlib.Path]) -> int:
+    """Print a diff per drifted helper and a note per needless entry of `OWN`; return the exit status."""
+    drifted = list_drifted(copies)
+    for name in drifted:
+        print(make_diff(name, copies[name]))
+    for name in list_needless(copies):
+        print(f"{name} is in OWN and yet the same in every script: take it off that list.")
+    shared = sum(len(by_script) > 1 and name not in OWN for name, by_script in copies.items())
+    print(f"{len(scripts)} scripts, {shared} shared helpers, {len(drifted)} drifted.")
+    return 1 if drifted else 0
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description="Keep the helpers that several scripts share equal.")
+    parser.add_argument("--list", action="store_true", help="show which script has what, and stop")
+    parser.add_argument("--take-from", nargs="+", metavar=("SCRIPT", "NAME"), help="copy NAME from SCRIPT to the rest")
+    here = pathlib.Path(__file__).resolve().parent.parent
+    parser.add_argument("--folder", type=pathlib.Path, default=here, help="where the scripts train_*.py are")
+    args = parser.parse_args(argv)
+    if args.take_from and len(args.take_from) < 2:
+        parser.error("--take-from needs a script and at least one name.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    args = parse_args(argv)
+    scripts = sorted(args.folder.glob("train_*.py"))
+    try:
+        if args.take_from:
+            source, *names = args.take_from
+            path = args.folder / pathlib.Path(source).name
+            if path not in scripts:
+                raise ValueError(f"--take-from {source} is not one of {', '.join(script.name for script in scripts)}.")
+            print("\n".join(take_from(path, names, scripts) or ["nothing to change"]))
+        copies = collect_copies(scripts)
+    except (ValueError, SyntaxError) as error:
+        print(f"check_copies: {error}", file=sys.stderr)
+        return 2
+    if args.list:
+        show_list(copies, scripts)
+        return 0
+    return check(copies, scripts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
