@@ -33,6 +33,7 @@ another number of loader workers or another number of processes repeats the same
 import contextlib
 import copy
 import dataclasses
+import glob
 import hashlib
 import importlib.util
 import io
@@ -85,6 +86,7 @@ logger = get_logger(__name__)
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType)
 INTERPOLATION_MODES = tuple(mode.value.replace("-", "_") for mode in InterpolationMode)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -102,7 +104,7 @@ NONNEGATIVE_FLAGS = (
     "seed lr_warmup_steps adam_weight_decay noise_offset input_perturbation dream_detail_preservation "
     "dataloader_num_workers num_validation_images validation_guidance_scale timestep_bias_begin"
 ).split()
-FRACTION_FLAGS = "adam_beta1 adam_beta2 ema_decay proportion_empty_prompts timestep_bias_portion".split()
+FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
 # Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
 INCONSEQUENTIAL_FLAGS = frozenset(
     "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
@@ -380,6 +382,8 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
         (POSITIVE_FLAGS, lambda value: 0 < value < math.inf, "must be positive"),
         (NONNEGATIVE_FLAGS, lambda value: 0 <= value < math.inf, "must not be negative"),
         (FRACTION_FLAGS, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
+        (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
+        (("seed",), lambda value: value < 2**32, f"must be below {2**32}"),
     )
     for names, is_possible, rule in bounds:
         for name in names:
@@ -429,13 +433,15 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"{args.timestep_bias_end}."),
         ((args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None),
          "--lr_scheduler piecewise_constant and --lr_step_rules go together, such as --lr_step_rules 1:1000,0.1."),
-        (args.lr_step_rules is not None and not re.fullmatch(r"([\d.e-]+:\d+,)*[\d.e-]+", args.lr_step_rules or ""),
+        (args.lr_step_rules is not None and not re.fullmatch(rf"({FACTOR}:\d+,)*{FACTOR}", args.lr_step_rules),
          f"--lr_step_rules {args.lr_step_rules} is not of the form FACTOR:UPDATE,...,FACTOR, such as 1:1000,0.1."),
         (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
         ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
         (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
+        (args.mixed_precision == "fp16" and not torch.accelerator.is_available(),
+         "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
         (args.mixed_precision == "bf16" and torch.backends.mps.is_available(),
          "--mixed_precision bf16 does not work on Apple GPUs: use fp16 or no."),
     )
@@ -465,8 +471,9 @@ def make_accelerator(args: Namespace) -> Accelerator:
     )
     if torch.backends.mps.is_available():
         accelerator.native_amp = False
-    if accelerator.state.deepspeed_plugin is not None:  # else inferred from a prepared loader, and ours needs none
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    if accelerator.state.deepspeed_plugin is not None:  # what it else takes from a prepared loader, or from its file
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            train_micro_batch_size_per_gpu=args.train_batch_size, gradient_clipping=args.max_grad_norm)
     for library in (datasets, diffusers, transformers):
         level = logging.WARNING if accelerator.is_main_process else logging.ERROR
         library.utils.logging.set_verbosity(level)
@@ -495,7 +502,7 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
         if seed is None:
             seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
     seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
-    set_seed(seed, device_specific=True)  # only dropout, where a model has it, draws from the global generators
+    set_seed(seed % 2**31, device_specific=True)  # only dropout, where a model has it, uses the global generators
     config = {key: value if isinstance(value, bool | int | float) else str(value)
               for key, value in get_public_args(args).items()}
     accelerator.init_trackers(args.tracker_project_name, config)
@@ -507,7 +514,7 @@ def get_public_args(args: Namespace) -> dict:
     return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
 
 
-def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, captions_digest: str) -> dict:
+def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, captions_digest: str | None) -> dict:
     """Return what a checkpoint keeps about the run that made it, ready for JSON."""
     versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, accelerate)}
     return {"seed": seed, "num_processes": accelerator.num_processes, "captions_digest": captions_digest,
@@ -591,8 +598,9 @@ class CaptionedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
         captions = row[self.caption_column]
-        name = f"row {index} of the data ({row[self.image_column].get('path') or 'stored in the table'})"
-        return {"image": decode_image(row[self.image_column], name),
+        stored = row[self.image_column] or {"bytes": None, "path": None}
+        name = f"row {index} of the data ({stored['path'] or 'no file of its own'})"
+        return {"image": decode_image(stored, name),
                 "captions": [captions] if isinstance(captions, str) else list(captions)}
 
 
@@ -623,6 +631,8 @@ def load_rows(args: Namespace) -> datasets.Dataset:
                                            data_dir=args.train_data_dir)
         except FileNotFoundError as error:
             raise ValueError(f"--dataset_name {name} is neither on the hub nor a local folder: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"--dataset_name {name} has no images that can be loaded: {error}") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if "train" not in loaded:
@@ -632,18 +642,19 @@ def load_rows(args: Namespace) -> datasets.Dataset:
 
 def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
     """Return the rows of a folder with a metadata file, or with a .txt beside each image."""
-    if any(path.name in METADATA_NAMES for path in Path(folder).rglob("metadata.*")):
-        return datasets.load_dataset("imagefolder", data_files={"train": f"{folder}/**"}, cache_dir=args.cache_dir,
-                                     split="train")
-    images = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(Path(folder).rglob("*"))
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
+    if any(path.name in METADATA_NAMES for path in paths):
+        return datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(folder)}/**"}, split="train",
+                                     cache_dir=args.cache_dir)
     missing = [path for path in images if not path.with_suffix(".txt").is_file()]
     if missing:
         raise ValueError(f"{folder} has no metadata file, and {len(missing)} of its {len(images)} images have no "
                          f"caption: {missing[0]} needs {missing[0].with_suffix('.txt').name} beside it, or the folder "
                          f"a metadata.jsonl with file_name and {args.caption_column}.")
-    captions = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in images]
+    captions = [path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() for path in images]
     return datasets.Dataset.from_dict({args.image_column: list(map(str, images)), args.caption_column: captions})
 
 
@@ -702,9 +713,9 @@ def transform_image(image: Image.Image, resolution: int, interpolation: str, cor
     """
     image = TF.resize(image, resolution, InterpolationMode(interpolation.replace("_", "-")))
     image = TF.hflip(image) if flip else image
-    free = (image.height - resolution, image.width - resolution)
-    top, left = [round(way / 2) if corner is None else int(part * (way + 1)) for way, part in zip(free, corner or free,
-                                                                                                    strict=True)]
+    down, across = image.height - resolution, image.width - resolution
+    top, left = ((round(down / 2), round(across / 2)) if corner is None
+                 else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
     image = image.crop((left, top, left + resolution, top + resolution))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
@@ -851,12 +862,16 @@ def iterate_ahead(batches):
 
     Close it when leaving early: loader processes end with it, and would otherwise outlive an error.
     """
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        iterator = iter(batches)
-        pending = reader.submit(next, iterator, None)
-        while (batch := pending.result()) is not None:
+    iterator = iter(batches)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as reader:
             pending = reader.submit(next, iterator, None)
-            yield batch
+            while (batch := pending.result()) is not None:
+                pending = reader.submit(next, iterator, None)
+                yield batch
+    finally:
+        if hasattr(iterator, "_shutdown_workers"):  # a DataLoader ends its processes only when its last reference goes
+            iterator._shutdown_workers()
 
 
 def count_cores_per_process() -> int:
@@ -1284,8 +1299,8 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progres
     if accelerator.is_main_process:
         others = [folder for folder in list_checkpoints(args.output_dir) if folder.name != name]
         surplus = others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize))]
-        for old in surplus:
-            shutil.rmtree(old)
+        for old in surplus:  # renamed first: a checkpoint that is half removed must not look like one
+            shutil.rmtree(old.rename(old.with_name(f".partial-removed-{old.name}")))
         removed = f" (removed {', '.join(old.name for old in surplus)})" if surplus else ""
         logger.info(f"saved {Path(args.output_dir, name)}{removed}")
     accelerator.wait_for_everyone()
@@ -1720,7 +1735,7 @@ def main(argv: list[str] | None = None) -> None:
     models = load_models(args, accelerator, make_scheduler_config(args, configs["scheduler"]))
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))
-    record = make_run_record(args, accelerator, seed, images.captions_digest)
+    record = make_run_record(args, accelerator, seed, getattr(images, "captions_digest", None))
     progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
 
     log_run_header(args, accelerator, models, len(data.train), seed)

@@ -1,0 +1,196 @@
+"""Runs of the scripts, in this process or in others of their own, and what they leave, read back to be compared."""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import ROOT, load_script
+
+# Other processes are forked from one that has imported everything and computed nothing: ready at once, and as separate
+# as any, so that they can be stopped, killed and limited for real.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["runs", "datasets", "huggingface_hub", "torchvision.transforms.functional"])
+PATIENCE = 120  # seconds that another process may take for anything
+
+
+def run(script, argv: list) -> None:
+    """Run a script in this process, as a new one would."""
+    try:
+        script.main([str(word) for word in argv])
+    finally:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
+
+@contextlib.contextmanager
+def recorded(script, before=None):
+    """Yield a list that gets, of each micro step of a run, the step and digests of its samples and of their noises.
+
+    `before` is called with the step and all that has been recorded so far.
+    """
+    seen, original = [], script.train_step
+
+    def train_step(accelerator, models, objective, batch, step):
+        if before is not None:
+            before(step, seen)
+        count = int((batch["weights"] > 0).sum())  # the others only keep a process busy
+        rows = [{key: tensor[row] for key, tensor in sorted(batch.items())} for row in range(count)]
+        seen.append({"step": step, "samples": [make_digest(row) for row in rows],
+                     "noises": [make_digest(row["noise"]) for row in rows]})
+        return original(accelerator, models, objective, batch, step)
+
+    script.train_step = train_step
+    try:
+        yield seen
+    finally:
+        script.train_step = original
+
+
+class Run:
+    """A run in a process of its own, or one of several that train together; killed at the end of the `with`."""
+
+    def __init__(self, script, argv: list, log: Path, limit: int | None = None, **environment: object) -> None:
+        environment = {key: str(value) for key, value in environment.items()}
+        arguments = (Path(script.__file__).name, [str(word) for word in argv], str(log), limit, environment)
+        os.environ["PYTHONPATH"] = str(ROOT / "tests")  # for the process that the others are forked from
+        forkserver.ensure_running()
+        del os.environ["PYTHONPATH"]
+        self.log = Path(log)
+        self.process = FORKS.Process(target=run_in_child, args=arguments)
+        self.process.start()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.process.is_alive():
+            self.kill(signal.SIGKILL)
+        self.process.join()
+
+    def wait_until(self, holds) -> None:
+        """Wait until `holds()` is true; fail when the run ends before."""
+        end = time.monotonic() + PATIENCE
+        while not holds():
+            assert self.process.is_alive() and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.001)
+
+    def kill(self, number: int) -> None:
+        """Send a signal to the process alone."""
+        os.kill(self.process.pid, number)
+
+    def end(self) -> int:
+        """Wait for the end and return the exit status, as a shell would name it."""
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, self.log.read_text()
+        return self.process.exitcode
+
+
+def run_in_child(name: str, argv: list[str], log: str, limit: int | None, environment: dict[str, str]) -> None:
+    """Run a script alone: output to `log`, no file larger than `limit` bytes, in a process group of its own.
+
+    What it trained on stands in `log` with the process's rank and .json at the end.
+    """
+    os.setsid()
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # loader processes as in any other run, not as this one
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    script = load_script(name)
+    with recorded(script) as seen:
+        try:
+            script.main(argv)
+        finally:
+            Path(f"{log}.{environment.get('RANK', 0)}.json").write_text(json.dumps(seen))
+
+
+def start_pair(script, argv: list, log: Path) -> list[Run]:
+    """Start two processes that train together on the CPU, set up as torchrun would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    return [Run(script, argv, log, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(2)]
+
+
+def run_pair(script, argv: list, log: Path) -> list[list[dict]]:
+    """Run two processes that train together until both have ended well; return what each has trained on."""
+    first, second = start_pair(script, argv, log)
+    with first, second:
+        assert (first.end(), second.end()) == (0, 0), log.read_text()
+    return [json.loads(Path(f"{log}.{rank}.json").read_text()) for rank in range(2)]
+
+
+def get_command(script, argv: list) -> list[str]:
+    """Return the command line that a user types, without a launcher."""
+    return [sys.executable, script.__file__, *(str(word) for word in argv)]
+
+
+def list_names(folder: Path, pattern: str = "checkpoint-*") -> set[str]:
+    """Return the names in a folder."""
+    return {path.name for path in Path(folder).glob(pattern)}
+
+
+def read_record(checkpoint: Path) -> dict:
+    """Return a checkpoint's record of its run."""
+    return json.loads(Path(checkpoint, "run_record.json").read_text())
+
+
+def read_folder(folder: Path) -> dict[str, object]:
+    """Return what every file of a folder but the record holds, by its path, to be compared bit for bit."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != "run_record.json"]
+    return {str(path.relative_to(folder)): read_file(path) for path in paths}
+
+
+def read_file(path: Path) -> object:
+    """Return what a file holds: its bytes, or what torch has pickled, whose bytes tell of identities too."""
+    if path.suffix in (".bin", ".pkl"):
+        return make_comparable(torch.load(path, map_location="cpu", weights_only=False))
+    return path.read_bytes()
+
+
+def make_comparable(value: object) -> object:
+    """Return a value with the bytes of its tensors and arrays in place of them."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape), value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return {key: make_comparable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [make_comparable(item) for item in value]
+    return value
+
+
+def make_digest(value: object) -> str:
+    """Return a short text that differs where values do."""
+    return hashlib.sha256(repr(make_comparable(value)).encode()).hexdigest()[:16]
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    """Fail unless two folders hold the same files with the same content, records apart."""
+    contents, others = read_folder(first), read_folder(second)
+    assert contents and contents.keys() == others.keys()
+    assert [name for name in contents if contents[name] != others[name]] == []
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    """Fail unless two checkpoints are the same bit for bit and stand at the same place."""
+    assert_same_files(first, second)
+    assert read_record(first)["progress"] == read_record(second)["progress"]

@@ -1,0 +1,110 @@
+"""The measuring itself, on a script whose updates take a known time, and the tables made from it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import run  # noqa: E402
+
+SCRIPT = """
+import argparse, sys, time
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+assert __name__ == "__main__"
+parser = argparse.ArgumentParser()
+for name in ("max_train_steps", "train_batch_size"):
+    parser.add_argument("--" + name, type=int)
+args, rest = parser.parse_known_args()
+parameter = torch.nn.Parameter(torch.ones(3))
+optimizers = [torch.optim.AdamW([parameter], fused=True), torch.optim.SGD([parameter], lr=0.1)]
+writer = SummaryWriter([word for word in rest if word.startswith("--output_dir=")][0].split("=")[1])
+for step in range(1, args.max_train_steps + 1):
+    time.sleep(0.3 if step <= 2 else 0.02 * args.train_batch_size)
+    parameter.sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    writer.add_scalar("data_wait", step / 100, global_step=step)
+open("the_end", "w")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "train_made_up.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def measure(script, *flags):
+    folder = script.parent
+    command = [sys.executable, BENCHMARKS / "measure.py", "--json", folder / "report.json", "--updates", "5"]
+    command += ["--warmup", "3", "--", script, "--train_batch_size=2", f"--output_dir={folder}", *flags]
+    done = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True, check=False)
+    report = json.loads((folder / "report.json").read_text()) if done.returncode == 0 else None
+    return done, report
+
+
+def test_window_is_the_updates_after_the_warmup_and_the_script_stops_there(script):
+    done, report = measure(script, "--max_train_steps=100")
+    assert done.returncode == 0, done.stderr
+    assert len(report["seconds"]) == 5
+    assert all(0.04 <= seconds < 0.3 for seconds in report["seconds"])
+    assert report["mean_seconds"] == pytest.approx(sum(report["seconds"]) / 5, rel=0.1)
+    assert not (script.parent / "the_end").exists()
+
+
+def test_data_wait_and_memory_are_reported(script):
+    _, report = measure(script, "--max_train_steps=100")
+    # Updates 4 to 7 have logged when the eighth ends the run, and the first value of several is left out.
+    assert report["data_wait"] == pytest.approx((0.05 + 0.06 + 0.07) / 3)
+    assert report["peak_host_bytes"] > 50 * 2**20
+    assert report["versions"]["torch"]
+
+
+def test_a_script_that_ends_too_early_is_an_error(script):
+    done, _ = measure(script, "--max_train_steps=4")
+    assert done.returncode == 1
+    assert "ended after 4 updates; 8 were to be measured" in done.stderr
+
+
+def make_reports(*seconds):
+    common = {"data_wait": 0.5, "peak_host_bytes": 2**30, "peak_device_bytes": None, "syncs": None}
+    common |= {"peak_device_reserved_bytes": None, "device": "CPU", "versions": {"torch": "2"}}
+    return [{"seconds": [second] * 3, "mean_seconds": second, **common} for second in seconds]
+
+
+def test_ratio_is_taken_round_by_round():
+    records = [
+        run.make_record("ours", "no", 4, 4, make_reports(1.0, 2.0, 3.0)),
+        run.make_record("other", "no", 4, 4, make_reports(1.5, 2.0, 6.0)),
+    ]
+    assert records[0]["images_per_second"] == 2.0
+    assert "| no        | 4     | 1.500           | 1.000  | 2.000   | 3      |" in run.format_ratios(records)
+    assert "| ours   | no        | 4     | 2.0000   | 2.00     | 1.00     | -          | 50.0%     |" in (
+        run.format_figures(records)
+    )
+
+
+def test_a_failed_run_leaves_its_error_in_the_report():
+    record = run.make_record("ours", "fp16", 4, 4, [{"error": "out of memory"}])
+    args = run.parse_args(["--script", str(BENCHMARKS / "run.py")])
+    report = run.format_report(args, "command", [record], load=0.5)
+    assert "| ours   | fp16      | 4     | failed " in report
+    assert "- ours fp16 batch 4: out of memory" in report
+
+
+def test_images_per_update_counts_accumulation():
+    assert run.get_accumulation(["--use_ema", "--gradient_accumulation_steps", "4"]) == 4
+    assert run.get_accumulation(["--use_ema"]) == 1
+
+
+def test_command_in_the_report_names_no_folder_of_this_machine():
+    argv = ["--batch", "1", "4", "--against", "/a/b/reference", "--out", "/a/c", "--", "--use_ema"]
+    command = run.format_command(argv, pathlib.Path("/a/b/reference"))
+    assert command == "python benchmarks/run.py --batch 1 4 --against reference -- --use_ema"

@@ -1,0 +1,323 @@
+"""Checkpoints that cannot lose a run: their names and content, the limit, kills and full disks."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_args
+from runs import Run, assert_same_checkpoint, assert_same_files, list_names, read_folder, read_record, run
+from safetensors.torch import load_file
+
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+
+
+@pytest.fixture(autouse=True)
+def all_logs(caplog):
+    """Show these tests what is logged as information, too."""
+    caplog.set_level(logging.INFO)
+
+
+@pytest.fixture
+def args(tiny_model, image_folder):
+    """Return a function that gives the command line of a run of these tests."""
+    return lambda output_dir, **flags: make_args(tiny_model, image_folder, output_dir, **{"use_ema": True, **flags})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return a function that gives the output of a run of four updates that saves every two."""
+    done = {}
+
+    def get(script, args):
+        if script not in done:
+            done[script] = tmp_path_factory.mktemp("saved") / "out"
+            run(script, args(done[script], max_train_steps=4, checkpointing_steps=2))
+        return done[script]
+
+    return get
+
+
+@pytest.fixture
+def copied(script, args, saved, tmp_path):
+    """A copy of that output, to be changed."""
+    return shutil.copytree(saved(script, args), tmp_path / "out")
+
+
+def assert_loads(checkpoint: Path, like: Path) -> None:
+    """Fail unless a checkpoint has every file of another one, and each can be read to its end."""
+    names = {str(path.relative_to(like)) for path in like.rglob("*") if path.is_file()}
+    assert {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()} == names
+    for path in (checkpoint / name for name in names):
+        if path.suffix in (".bin", ".pkl"):
+            torch.load(path, weights_only=False)
+        elif path.suffix == ".safetensors":
+            assert load_file(path)
+        else:
+            json.loads(path.read_text())
+
+
+def count_files(folder: Path, parent: str) -> int:
+    """Return how many files lie in folders named `parent`, while they may be going."""
+    return sum(len(files) for place, _, files in os.walk(folder) if Path(place).name == parent)
+
+
+# ---- What is kept --------------------------------------------------------------------------------------------------
+
+
+def test_names_are_those_that_the_reference_pins(script, args, saved, tmp_path):
+    """Four updates, every two: 2 and 4. Six with limit 2: 4 and 6. On to eight with limit 2: 6 and 8."""
+    assert list_names(saved(script, args), "*checkpoint*") == {"checkpoint-2", "checkpoint-4"}
+    run(script, args(tmp_path / "six", max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=2))
+    assert list_names(tmp_path / "six", "*checkpoint*") == {"checkpoint-4", "checkpoint-6"}
+    shutil.copytree(saved(script, args), tmp_path / "eight")
+    run(script, args(tmp_path / "eight", max_train_steps=8, checkpointing_steps=2, checkpoints_total_limit=2,
+                     resume_from_checkpoint="checkpoint-4"))
+    assert list_names(tmp_path / "eight", "*checkpoint*") == {"checkpoint-6", "checkpoint-8"}
+
+
+def test_last_update_leaves_a_checkpoint(script, args, tmp_path):
+    """Also when --checkpointing_steps is larger than the run, or does not divide it."""
+    run(script, args(tmp_path / "out", max_train_steps=3, checkpointing_steps=2))
+    assert list_names(tmp_path / "out") == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_files_of_a_checkpoint(script, args, saved, caplog):
+    """Optimizer, schedule and random states lie as in the reference; the record says what the run was."""
+    checkpoint = saved(script, args) / "checkpoint-2"
+    assert {"optimizer.bin", "scheduler.bin", "random_states_0.pkl", "run_record.json"} <= list_names(checkpoint, "*")
+    record = read_record(checkpoint)
+    assert record["progress"] == {"global_step": 2, "epoch": 0, "samples_seen": 4}
+    assert (record["seed"], record["num_processes"]) == (0, 1)
+    assert (record["flags"]["train_batch_size"], record["flags"]["gradient_accumulation_steps"]) == (2, 1)
+    assert record["versions"]["torch"] == torch.__version__ and record["captions_digest"]
+
+
+def test_networks_of_a_checkpoint_load_in_diffusers(script, args, saved):
+    """Its unet/ and unet_ema/ are model folders, and EMAModel takes the second as one of its own."""
+    if "lora" in script.__name__:
+        pytest.skip("adapters are one file, which other tests load")
+    checkpoint = saved(script, args) / "checkpoint-2"
+    unet = UNet2DConditionModel.from_pretrained(saved(script, args), subfolder="checkpoint-2/unet")
+    averaged = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet_ema")
+    averages = EMAModel.from_pretrained(checkpoint / "unet_ema", UNet2DConditionModel)
+    assert averages.optimization_step == 2 and averages.decay == 0.9999
+    for tensor, (name, parameter) in zip(averages.shadow_params, averaged.named_parameters(), strict=True):
+        assert torch.equal(tensor, parameter) and not torch.equal(tensor, unet.get_parameter(name))
+
+
+def test_output_loads_as_a_pipeline(script, args, saved):
+    """What stands in --output_dir draws pictures, with the averaged weights of the last update."""
+    if "lora" in script.__name__:
+        pytest.skip("adapters are exported as one file")
+    out = saved(script, args)
+    assert (out / "unet/diffusion_pytorch_model.safetensors").is_file()
+    assert (out / "scheduler/scheduler_config.json").is_file()
+    pipeline = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    averaged = load_file(out / "checkpoint-4/unet_ema/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in pipeline.unet.state_dict().items())
+    assert pipeline("a", num_inference_steps=1, output_type="np").images.shape[0] == 1
+
+
+# ---- Which one is meant --------------------------------------------------------------------------------------------
+
+FOREIGN = ("checkpoint-old", "checkpoints", "checkpoint-3.bak", "my-checkpoint-5", "checkpoint-")
+
+
+def test_foreign_names_are_passed_over(script, args, copied):
+    """Folders and files of other names are no checkpoints: neither resumed from, nor counted, nor removed."""
+    for name in FOREIGN:
+        shutil.copytree(copied / "checkpoint-2", copied / name)
+    (copied / "checkpoint-7").write_text("a file")
+    assert [path.name for path in script.list_checkpoints(str(copied))] == ["checkpoint-2", "checkpoint-4"]
+    run(script, args(copied, max_train_steps=5, checkpoints_total_limit=1, resume_from_checkpoint="latest"))
+    assert list_names(copied, "*checkpoint*") == {"checkpoint-5", "checkpoint-7", *FOREIGN}
+    assert read_record(copied / "checkpoint-5")["progress"]["global_step"] == 5
+
+
+def test_incomplete_folder_is_not_the_latest(script, args, copied, capsys):
+    """What was copied or saved by halves is passed over by `latest` and by the limit, and refused by name."""
+    partial = copied / "checkpoint-99"
+    shutil.copytree(copied / "checkpoint-4", partial)
+    for name in ("run_record.json", "random_states_0.pkl", "optimizer.bin", "scheduler.bin"):
+        (partial / name).unlink()
+    with pytest.raises(SystemExit):
+        script.parse_args(args(copied, resume_from_checkpoint="checkpoint-99"))
+    assert "--resume_from_checkpoint checkpoint-99 is not a complete checkpoint" in capsys.readouterr().err
+    run(script, args(copied, max_train_steps=5, checkpoints_total_limit=1, resume_from_checkpoint="latest"))
+    assert list_names(copied) == {"checkpoint-5", "checkpoint-99"}
+
+
+def test_missing_checkpoint_is_refused_with_those_that_exist(script, args, copied, capsys):
+    """Exit status 2 and one line, before anything is loaded; the same for a folder that holds none."""
+    for output_dir, hint in ((copied, "checkpoint-2, checkpoint-4"), (copied / "empty", "no checkpoint")):
+        with pytest.raises(SystemExit) as exits:
+            script.main(args(output_dir, resume_from_checkpoint="checkpoint-900"))
+        assert exits.value.code == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "--resume_from_checkpoint checkpoint-900" in message and hint in message
+
+
+@pytest.mark.parametrize("ending", ["", "/"])
+def test_checkpoint_elsewhere_is_honoured(script, args, copied, ending, tmp_path, monkeypatch):
+    """A path means that path, wherever it lies, with or without a slash at its end, and renamed if one likes."""
+    (copied / "checkpoint-2").rename(copied / "the-best")
+    monkeypatch.chdir(copied)
+    argv = args(tmp_path / "new", max_train_steps=4, resume_from_checkpoint="./the-best" + ending)
+    run(script, argv)
+    assert list_names(tmp_path / "new") == {"checkpoint-4"}
+    assert_same_checkpoint(tmp_path / "new/checkpoint-4", copied / "checkpoint-4")
+
+
+def test_name_with_a_slash_means_the_one_in_the_output(script, args, copied):
+    """`checkpoint-2/`, as a shell completes it, is checkpoint-2 in --output_dir."""
+    run(script, args(copied, max_train_steps=3, resume_from_checkpoint="checkpoint-2/"))
+    assert list_names(copied) == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
+
+
+def test_latest_without_any_starts_afresh(script, args, saved, tmp_path):
+    """So a job that restarts itself can always say `latest`; and it is the newest by number, not by name."""
+    run(script, args(tmp_path / "out", max_train_steps=2, resume_from_checkpoint="latest"))
+    assert_same_checkpoint(tmp_path / "out/checkpoint-2", saved(script, args) / "checkpoint-2")
+    for step in (9, 10):
+        shutil.copytree(tmp_path / "out/checkpoint-2", tmp_path / f"out/checkpoint-{step}")
+    assert script.find_checkpoint("latest", str(tmp_path / "out")).name == "checkpoint-10"
+
+
+def test_fresh_start_over_checkpoints_is_refused(script, args, copied, capsys):
+    """Two runs must not mix in one folder by mistake: exit status 2, and nothing is touched."""
+    before = read_folder(copied)
+    with pytest.raises(SystemExit) as exits:
+        script.main(args(copied))
+    assert exits.value.code == 2
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+    assert read_folder(copied) == before
+
+
+# ---- Nothing is lost -----------------------------------------------------------------------------------------------
+
+
+def test_old_checkpoint_goes_only_when_the_new_one_is_complete(script, args, tmp_path, monkeypatch):
+    """With limit 1, too, there is a complete checkpoint at every moment, and never fewer than the limit."""
+    seen = []
+
+    def replace_folder(new, place):
+        if place.name.startswith("checkpoint-"):
+            seen.append(sorted(list_names(tmp_path / "out")))
+            assert_loads(new, new)
+            assert (new / "run_record.json").is_file()
+        original(new, place)
+        if place.name.startswith("checkpoint-"):
+            seen.append(sorted(list_names(tmp_path / "out")))
+
+    original = script.replace_folder
+    monkeypatch.setattr(script, "replace_folder", replace_folder)
+    run(script, args(tmp_path / "out", max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1))
+    assert seen == [[], ["checkpoint-1"], ["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2"],
+                    ["checkpoint-2", "checkpoint-3"]]
+    assert list_names(tmp_path / "out") == {"checkpoint-3"}
+
+
+def test_limit_spares_the_checkpoint_just_saved(script, args, copied):
+    """Resumed from an earlier checkpoint, a run keeps its own new one rather than those of the course it left."""
+    run(script, args(copied, max_train_steps=3, checkpoints_total_limit=1, resume_from_checkpoint="checkpoint-2"))
+    assert list_names(copied) == {"checkpoint-3"}
+
+
+def test_checkpoint_saved_again_replaces_the_old_one(script, args, copied, tmp_path):
+    """A run that goes on from checkpoint-2 with another rate writes its own checkpoint-4, whole."""
+    run(script, args(copied, max_train_steps=4, learning_rate=1e-5, resume_from_checkpoint="checkpoint-2"))
+    assert list_names(copied, ".*") == set() and list_names(copied) == {"checkpoint-2", "checkpoint-4"}
+    assert_loads(copied / "checkpoint-4", copied / "checkpoint-2")
+    assert read_record(copied / "checkpoint-4")["flags"]["learning_rate"] == 1e-5
+
+
+def test_kill_in_the_middle_of_a_save_costs_nothing(script, args, tmp_path):
+    """Killed at random moments while it saves, a run leaves whole checkpoints only, and goes on from the newest."""
+    out, moments = tmp_path / "out", random.Random(0)
+    flags = {"max_train_steps": 60, "checkpointing_steps": 1, "checkpoints_total_limit": 2, "random_flip": True}
+    steps = [0]
+    for attempt in range(5):
+        with Run(script, args(out, resume_from_checkpoint="latest", **flags), tmp_path / f"log-{attempt}") as child:
+            child.wait_until((out / f"checkpoint-{steps[-1] + 1}").exists)
+            child.wait_until(lambda: list_names(out, ".partial-*"))
+            time.sleep(moments.uniform(0, 0.1))
+            child.kill(signal.SIGKILL)
+            assert child.end() == -signal.SIGKILL
+        found = list_names(out)
+        assert found == {path.name for path in script.list_checkpoints(str(out))}
+        steps.append(max(int(name.removeprefix("checkpoint-")) for name in found))
+        for name in found:
+            assert_loads(out / name, out / f"checkpoint-{steps[-1]}")
+    assert steps == sorted(set(steps))
+    last = steps[-1] + 1
+    run(script, args(out, resume_from_checkpoint="latest", **{**flags, "max_train_steps": last}))
+    assert list_names(out, ".*") == set()
+    run(script, args(tmp_path / "whole", **{**flags, "max_train_steps": last, "checkpointing_steps": 100}))
+    assert_same_checkpoint(out / f"checkpoint-{last}", tmp_path / f"whole/checkpoint-{last}")
+
+
+def test_kill_in_the_middle_of_a_removal_leaves_no_broken_checkpoint(script, args, copied, tmp_path):
+    """A checkpoint that is being removed is none from the start: what is left of it goes at the next run."""
+    ballast = copied / "checkpoint-2/ballast"
+    ballast.mkdir()
+    for number in range(30_000):  # so that removing them takes a while
+        (ballast / str(number)).touch()
+    argv = args(copied, max_train_steps=5, checkpoints_total_limit=2, resume_from_checkpoint="latest")
+    with Run(script, argv, tmp_path / "log") as child:
+        child.wait_until((copied / "checkpoint-5").exists)
+        child.wait_until(lambda: count_files(copied, "ballast") < 30_000)
+        child.kill(signal.SIGKILL)
+        child.end()
+    left = count_files(copied, "ballast")
+    assert 0 < left < 30_000, "killed too late to tell"
+    assert list_names(copied) == {"checkpoint-4", "checkpoint-5"}
+    run(script, argv)
+    assert list_names(copied, ".*") == set() and not list(copied.rglob("ballast"))
+    assert list_names(copied) == {"checkpoint-4", "checkpoint-5"}
+
+
+def test_full_disk_leaves_earlier_checkpoints_untouched(script, args, copied, saved, tmp_path):
+    """A save that fails leaves nothing half written, and the error says what is there and how to go on."""
+    before, log = read_folder(copied / "checkpoint-4"), tmp_path / "log"
+    argv = args(copied, max_train_steps=6, checkpoints_total_limit=1, resume_from_checkpoint="latest")
+    with Run(script, argv, log, limit=100_000) as child:  # no file may be larger: as little room as on a full disk
+        assert child.end() == 1
+    message = log.read_text().strip().splitlines()[-1]
+    assert message.startswith("RuntimeError: checkpoint-6 could not be written to")
+    assert "checkpoint-2, checkpoint-4" in message and "--resume_from_checkpoint latest" in message
+    assert list_names(copied) == {"checkpoint-2", "checkpoint-4"} and list_names(copied, ".*") == set()
+    assert read_folder(copied / "checkpoint-4") == before
+    assert_same_files(copied / "unet", saved(script, args) / "unet")
+    run(script, argv)
+    assert list_names(copied) == {"checkpoint-6"}
+
+
+def test_full_disk_at_the_export_keeps_the_pipeline_that_was_there(script, args, copied, saved, tmp_path):
+    """The finished weights are in the checkpoint by then; the pipeline of before stays whole."""
+    log = tmp_path / "log"
+    argv = args(copied, max_train_steps=4, resume_from_checkpoint="latest")
+    with Run(script, argv, log, limit=100_000) as child:
+        assert child.end() == 1
+    assert list_names(copied) == {"checkpoint-2", "checkpoint-4"}
+    for part in ("unet", "vae", "scheduler", "checkpoint-4"):
+        assert_same_files(copied / part, saved(script, args) / part)
+    run(script, argv)
+    assert list_names(copied, ".*") == set()
+
+
+def test_leftovers_of_a_killed_save_are_cleared_at_the_next_start(script, args, copied):
+    """A partial folder goes, and a checkpoint that was moved aside, to be replaced, comes back."""
+    (copied / "checkpoint-4").rename(copied / ".partial-old-checkpoint-4")
+    (copied / ".partial-6/unet").mkdir(parents=True)
+    (copied / ".partial-6/unet/config.json").write_text("{")
+    run(script, args(copied, max_train_steps=5, resume_from_checkpoint="latest"))
+    assert list_names(copied) == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
+    assert list_names(copied, ".*") == set()

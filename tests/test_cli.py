@@ -1,0 +1,399 @@
+"""The command line: what is accepted, what is refused before anything is loaded, and that a token is written nowhere.
+
+The text of --help is kept in tests/golden. Renew it after a change of a flag with: python tests/test_cli.py
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TORCH_SCRIPTS, load_script, make_args, make_image_folder
+
+GOLDEN = Path(__file__).parent / "golden"
+CONTRACT = json.loads((Path(__file__).parent / "cli.json").read_text())
+
+# The numbers that a flag may not be given. `inf` and `nan` are numbers to argparse.
+POSITIVE_COUNTS = [
+    "resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "max_train_samples",
+    "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "logging_steps", "checkpoints_total_limit",
+    "validation_epochs", "validation_steps", "validation_inference_steps"]
+POSITIVE_REALS = [
+    "learning_rate", "lr_power", "snr_gamma", "adam_epsilon", "max_grad_norm", "timestep_bias_multiplier"]
+NONNEGATIVE_COUNTS = [
+    "seed", "lr_warmup_steps", "dataloader_num_workers", "num_validation_images", "timestep_bias_begin"]
+NONNEGATIVE_REALS = [
+    "adam_weight_decay", "noise_offset", "input_perturbation", "dream_detail_preservation",
+    "validation_guidance_scale"]
+FRACTIONS = ["proportion_empty_prompts", "timestep_bias_portion", "ema_decay", "adam_beta1", "adam_beta2"]
+UNBOUNDED = {"local_rank", "timestep_bias_end"}  # set by launchers; bounded by --timestep_bias_begin and the model
+IMPOSSIBLE_VALUES = [
+    *((flag, value, "must be positive") for flag, value in itertools.product(POSITIVE_COUNTS, ("0", "-1"))),
+    *((flag, value, "must be positive") for flag, value in itertools.product(POSITIVE_REALS, ("0", "-0.5", "nan"))),
+    *((flag, "-1", "must not be negative") for flag in NONNEGATIVE_COUNTS),
+    *((flag, value, "must not be negative") for flag, value in itertools.product(NONNEGATIVE_REALS, ("-0.1", "nan"))),
+    *((flag, value, "must be from 0 to 1") for flag, value in itertools.product(FRACTIONS, ("-0.1", "1.5", "nan"))),
+    *((flag, "inf", "must") for flag in POSITIVE_REALS + NONNEGATIVE_REALS + FRACTIONS),
+    ("seed", str(2**32), "must"),  # the random number generators of NumPy end there
+    ("adam_beta1", "1", "must"),  # the mean would never move, and AdamW refuses it
+    ("adam_beta2", "1", "must"),
+    ("lr_scheduler", "cosinus", "choose from linear, cosine, "),
+    ("report_to", "tensorbord", "choose from tensorboard, wandb, "),
+    ("report_to", "", "choose from tensorboard, wandb, "),
+    ("report_to", "none,paper", "choose from tensorboard, wandb, "),
+    ("prediction_type", "x0", "choose from epsilon, v_prediction, sample"),
+    ("mixed_precision", "fp8", "choose from"),
+    ("image_interpolation_mode", "cubic", "choose from"),
+    ("timestep_bias_strategy", "middle", "choose from"),
+    ("resolution", "big", "invalid int value"),
+    ("learning_rate", "1e", "invalid float value"),
+    ("max_train_steps", "10.5", "invalid int value"),
+]
+
+# What cannot go together: flags, and what the message says of them beside their names. FOLDER is one that exists,
+# FILE a file, USED an output folder with a checkpoint, MISSING nothing at all.
+IMPOSSIBLE_PAIRS = {
+    "no data": ({"train_data_dir": None}, "--train_data_dir", "--dataset_name"),
+    "data that is no folder": ({"train_data_dir": "MISSING"}, "--train_data_dir MISSING", "--dataset_name"),
+    "held-out data that is no folder": ({"validation_data_dir": "MISSING"}, "--validation_data_dir MISSING", "folder"),
+    "output to a file": ({"output_dir": "FILE"}, "--output_dir FILE", "folder"),
+    "output over another run": ({"output_dir": "USED"}, "--output_dir USED", "checkpoint-4, checkpoint-12",
+                                "--resume_from_checkpoint latest"),
+    "resume from nothing": ({"output_dir": "USED", "resume_from_checkpoint": "checkpoint-8"},
+                            "--resume_from_checkpoint checkpoint-8", "checkpoint-4, checkpoint-12"),
+    "resume from a path to nothing": ({"output_dir": "USED", "resume_from_checkpoint": "MISSING"},
+                                      "--resume_from_checkpoint MISSING", "checkpoint-4, checkpoint-12"),
+    "dream and perturbation": ({"dream_training": True, "input_perturbation": 0.1}, "--dream_training",
+                               "--input_perturbation"),
+    "dream and v": ({"dream_training": True, "prediction_type": "v_prediction"}, "--dream_training", "epsilon",
+                    "--prediction_type v_prediction"),
+    "dream and sample": ({"dream_training": True, "prediction_type": "sample"}, "--dream_training", "epsilon",
+                         "--prediction_type sample"),
+    "epsilon in pure noise": ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"},
+                              "--rescale_betas_zero_snr", "--prediction_type v_prediction or sample"),
+    "empty range": ({"timestep_bias_strategy": "range", "timestep_bias_begin": 500, "timestep_bias_end": 500},
+                    "--timestep_bias_begin 500", "--timestep_bias_end 500"),
+    "piecewise without rules": ({"lr_scheduler": "piecewise_constant"}, "--lr_scheduler piecewise_constant",
+                                "--lr_step_rules"),
+    "rules without piecewise": ({"lr_step_rules": "1:10,0.1"}, "--lr_scheduler piecewise_constant", "--lr_step_rules"),
+    **{f"rules {rules!r}": ({"lr_scheduler": "piecewise_constant", "lr_step_rules": rules}, f"--lr_step_rules {rules}",
+                            "1:1000,0.1")
+       for rules in ("1:10,", "1:10;0.1", "0.1:x,1", "1-10,0.1", "", "1:10,0.1:20", "e:10,0.1", "1:10,.", "1:10,1e")},
+    "offload without ema": ({"offload_ema": True}, "--offload_ema", "--use_ema"),
+    "none and another": ({"report_to": "none,tensorboard"}, "--report_to none,tensorboard", "`none` stands alone"),
+    **{f"token and {trackers}": ({"hub_token": "hf_secret", "report_to": trackers}, "--hub_token",
+                                 f"--report_to {trackers}", "HF_TOKEN")
+       for trackers in ("wandb", "all", "tensorboard,wandb")},
+}
+
+
+class ParserMade(Exception):
+    """Carries a script's parser out of its `parse_args`, complete and before it parses."""
+
+
+def make_parser(script) -> argparse.ArgumentParser:
+    """Return the parser that a script reads its command line with."""
+
+    def leave(parser, *args, **kwargs):
+        raise ParserMade(parser)
+
+    original, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, leave
+    try:
+        script.parse_args([])
+    except ParserMade as error:
+        return error.args[0]
+    finally:
+        argparse.ArgumentParser.parse_args = original
+
+
+def get_flags(script) -> dict[str, argparse.Action]:
+    """Return a script's flags by name, without the dashes and without --help."""
+    return {action.dest: action for action in make_parser(script)._actions if action.dest != "help"}
+
+
+def describe(action: argparse.Action) -> dict:
+    """Return a flag in the form of cli.json."""
+    is_switch = isinstance(action, argparse._StoreTrueAction)
+    return {"type": None if is_switch else action.type.__name__, "default": action.default,
+            "choices": action.choices and sorted(action.choices), "nargs": None if is_switch else action.nargs,
+            "action": "store_true" if is_switch else None, "required": action.required}
+
+
+def expect(entry: dict) -> dict:
+    """Return an entry of cli.json with its choices in an order to compare by."""
+    return {**entry, "choices": entry["choices"] and sorted(entry["choices"])}
+
+
+def format_help(name: str) -> str:
+    """Return the text of a script's --help, the same in every terminal and under every name."""
+    parser = make_parser(load_script(name))
+    parser.prog, parser.color = name, False  # Python 3.14 would colour it
+    before, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "100"
+    try:
+        return parser.format_help()
+    finally:
+        os.environ.pop("COLUMNS")
+        os.environ |= {} if before is None else {"COLUMNS": before}
+
+
+@pytest.fixture
+def places(tmp_path) -> dict[str, str]:
+    """What stands for the words FOLDER, FILE, USED and MISSING in a command line."""
+    folder, file, used = tmp_path / "folder", tmp_path / "file.txt", tmp_path / "used"
+    folder.mkdir()
+    file.write_text("")
+    for step in (4, 12):
+        (used / f"checkpoint-{step}").mkdir(parents=True)
+        (used / f"checkpoint-{step}" / "run_record.json").write_text("{}")
+    return {"FOLDER": str(folder), "FILE": str(file), "USED": str(used), "MISSING": str(tmp_path / "missing")}
+
+
+def fill_in(text, places: dict[str, str]):
+    """Return a value or message with the words of `places` replaced."""
+    for word, path in places.items():
+        text = text.replace(word, path) if isinstance(text, str) else text
+    return text
+
+
+def get_refusal(script, capsys, places, **flags) -> str:
+    """Return the one line with which a script ends at a command line, having seen that its status is 2."""
+    unknown = sorted(set(flags) - set(get_flags(script)))
+    if unknown:
+        pytest.skip(f"{script.__name__} has no --{unknown[0]}")
+    flags = {"train_data_dir": "FOLDER", "output_dir": "MISSING"} | flags
+    argv = make_args("no-such-model", flags.pop("train_data_dir"), flags.pop("output_dir"), **flags)
+    with pytest.raises(SystemExit) as stopped:
+        script.main([fill_in(value, places) for value in argv])
+    output = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert output.out == ""
+    usage, _, message = output.err.partition(" error: ")
+    assert usage.startswith("usage: ")
+    assert not Path(places["MISSING"]).exists()
+    assert message.endswith("\n")
+    assert "\n" not in message.strip("\n")
+    return message.strip()
+
+
+def test_flags_are_those_of_the_contract(script):
+    """Every flag that users of the reference type has its name, type, default, choices and so on."""
+    flags = {f"--{name}": describe(action) for name, action in get_flags(script).items()}
+    contract = {name: expect(entry) for name, entry in CONTRACT[f"{script.__name__}.py"].items()}
+    assert {name: flags.get(name) for name in contract} == contract
+
+
+def test_flags_taken_from_siblings_are_theirs(script):
+    """A flag that only other scripts have in the contract is the same flag here, with the default of one of them."""
+    flags, own = get_flags(script), CONTRACT[f"{script.__name__}.py"]
+    differing = {}
+    for name, action in flags.items():
+        theirs = [expect(entries[f"--{name}"]) for entries in CONTRACT.values() if f"--{name}" in entries]
+        ours = describe(action)
+        if f"--{name}" not in own and theirs and ours not in theirs:
+            differing[name] = (ours, theirs)
+    assert differing == {}
+
+
+def test_flag_names_are_their_attributes(script):
+    """Each flag has one spelling: two dashes and the name under which the code reads it."""
+    spellings = {name: action.option_strings for name, action in get_flags(script).items()}
+    assert spellings == {name: [f"--{name}"] for name in spellings}
+
+
+@pytest.mark.parametrize("name", TORCH_SCRIPTS)
+def test_help_is_the_golden_one(name):
+    """The text of --help changes only on purpose: python tests/test_cli.py renews it."""
+    assert format_help(name) == (GOLDEN / Path(name).with_suffix(".txt")).read_text(encoding="utf-8")
+
+
+def test_every_flag_has_help(script):
+    """--help says what each flag does, ends in a full stop, and leaves the default to argparse."""
+    helps = {name: action.help or "" for name, action in get_flags(script).items()}
+    assert [name for name, text in helps.items() if not text.endswith((".", ")"))] == []
+    assert [name for name, text in helps.items() if "efault" in text] == []
+
+
+def test_help_ends_with_status_0(script, capsys, monkeypatch):
+    """Without a list of arguments `main` reads the command line of the process."""
+    monkeypatch.setattr("sys.argv", [f"{script.__name__}.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        script.main()
+    assert stopped.value.code == 0
+    assert "--pretrained_model_name_or_path" in capsys.readouterr().out
+
+
+def test_numbers_have_bounds(script):
+    """No flag that takes a number accepts every number."""
+    numbers = {name for name, action in get_flags(script).items() if action.type in (int, float)}
+    assert numbers <= {flag for flag, _, _ in IMPOSSIBLE_VALUES} | UNBOUNDED
+
+
+@pytest.mark.parametrize(("flag", "value", "rule"), IMPOSSIBLE_VALUES)
+def test_impossible_values_are_refused(script, capsys, places, flag, value, rule):
+    """A value that cannot work ends with status 2 and one line: the flag, the value, what is accepted."""
+    message = get_refusal(script, capsys, places, **{flag: value})
+    assert f"--{flag}" in message
+    assert rule in message
+    given = value.split(",")[-1]
+    assert given in message or str(float(given)) in message
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE_PAIRS)
+def test_impossible_pairs_are_refused(script, capsys, places, case):
+    """Flags that cannot go together end with status 2 and one line that names them and a way out."""
+    flags, *parts = IMPOSSIBLE_PAIRS[case]
+    message = get_refusal(script, capsys, places, **flags)
+    assert [part for part in (fill_in(part, places) for part in parts) if part not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "package"),
+    [
+        ({"enable_xformers_memory_efficient_attention": True}, "xformers"),
+        ({"use_8bit_adam": True}, "bitsandbytes"),
+        *(({"report_to": name}, name) for name in ("wandb", "comet_ml", "mlflow", "aim", "clearml", "dvclive",
+                                                   "swanlab", "trackio")),
+        ({"report_to": "tensorboard,comet_ml"}, "comet_ml"),
+    ],
+)
+def test_packages_that_are_not_installed_are_named(script, capsys, places, flags, package):
+    """A flag that needs a package says which, and how to get it."""
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed")
+    message = get_refusal(script, capsys, places, **flags)
+    assert f"--{next(iter(flags))}" in message
+    assert f"needs {package}, which is not installed: pip install {package}, or drop the flag" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="this machine has a GPU")
+def test_half_precision_without_a_gpu_is_refused(script, capsys, places):
+    """fp16 needs a GPU: without one the flag is refused, rather than accelerate's exception shown."""
+    message = get_refusal(script, capsys, places, mixed_precision="fp16")
+    assert "--mixed_precision fp16" in message
+    assert "bf16" in message
+
+
+def test_numbers_at_the_bounds_are_accepted(script, places):
+    """What is just possible is possible."""
+    flags = get_flags(script)
+    edges = {**dict.fromkeys(POSITIVE_COUNTS, 1), **dict.fromkeys(POSITIVE_REALS, 1e-9),
+             **dict.fromkeys(NONNEGATIVE_COUNTS + NONNEGATIVE_REALS + FRACTIONS, 0)}
+    edges = {name: value for name, value in edges.items() if name in flags}
+    args = script.parse_args(make_args("m", places["FOLDER"], places["MISSING"], **edges))
+    assert {name: getattr(args, name) for name in edges} == edges
+    ones = {name: 1.0 for name in FRACTIONS if name in flags and "beta" not in name}
+    args = script.parse_args(make_args("m", places["FOLDER"], places["MISSING"], **ones))
+    assert {name: getattr(args, name) for name in ones} == ones
+
+
+@pytest.mark.parametrize("rules", ["0.5", "1:10,0.1", "1:10,0.1:20,1e-3", "1e-1:1,.5:2,2."])
+def test_step_rules_are_accepted(script, places, rules):
+    """Rules of any length and every way to write a factor."""
+    flags = {"lr_scheduler": "piecewise_constant", "lr_step_rules": rules}
+    assert script.parse_args(make_args("m", places["FOLDER"], places["MISSING"], **flags)).lr_step_rules == rules
+
+
+@pytest.mark.parametrize("trackers", ["none", "tensorboard"])
+def test_token_is_accepted_where_nothing_publishes_it(script, places, trackers):
+    """A token goes with trackers that stay on this machine."""
+    argv = make_args("m", places["FOLDER"], places["MISSING"], hub_token="hf_secret", report_to=trackers)
+    assert script.parse_args(argv).hub_token == "hf_secret"
+
+
+def test_non_ema_revision_falls_back_to_revision(script, places):
+    """--revision alone names the revision of every part."""
+    if "non_ema_revision" not in get_flags(script):
+        pytest.skip("the script has no such flag")
+    for flags, expected in (({}, None), ({"revision": "a"}, "a"), ({"revision": "a", "non_ema_revision": "b"}, "b")):
+        args = script.parse_args(make_args("m", places["FOLDER"], places["MISSING"], **flags))
+        assert args.non_ema_revision == expected
+
+
+def keep_configs_only(model: Path, folder: Path, **changes) -> Path:
+    """Copy a model without its weights, with `changes` of its configurations as {"unet": {"in_channels": 9}}."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for part, new in changes.items():
+        path = next((folder / part).glob("*config.json"))
+        path.write_text(json.dumps({**json.loads(path.read_text()), **new}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "parts"),
+    [
+        ({}, {"resolution": 33}, ["--resolution 33", "multiple of 2", "try 32"]),
+        ({}, {"resolution": 1}, ["--resolution 1", "multiple of 2", "try 2"]),
+        ({"unet": {"in_channels": 9}}, {}, ["9 channels", "4", "inpainting"]),
+        ({"unet": {"addition_embed_type": "text_time"}}, {}, ["text_time", "SDXL"]),
+        ({"scheduler": {"prediction_type": "v_prediction"}}, {"dream_training": True},
+         ["--dream_training", "epsilon", "v_prediction"]),
+        ({}, {"rescale_betas_zero_snr": True},
+         ["--rescale_betas_zero_snr", "--prediction_type v_prediction or sample"]),
+        ({"scheduler": {"num_train_timesteps": 800}},
+         {"timestep_bias_strategy": "range", "timestep_bias_end": 801}, ["--timestep_bias_end 801", "800 timesteps"]),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused(script, tiny_model, image_folder, tmp_path, changes, flags, parts):
+    """What the configurations of a model rule out is refused before any weights are read: here there are none."""
+    model = keep_configs_only(tiny_model, tmp_path / "model", **changes)
+    with pytest.raises(ValueError, match=".") as refusal:
+        script.main(make_args(model, image_folder, tmp_path / "out", **flags))
+    assert [part for part in parts if part not in str(refusal.value)] == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "scheduler"])
+def test_a_model_folder_without_a_part_is_refused(script, tiny_model, image_folder, tmp_path, part):
+    """The message names the folder, the part that it lacks, and what a model folder holds."""
+    model = keep_configs_only(tiny_model, tmp_path / "model")
+    shutil.rmtree(model / part)
+    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .*model has no {part} to load.*unet/, v"):
+        script.main(make_args(model, image_folder, tmp_path / "out"))
+
+
+def test_data_is_checked_before_weights_are_read(script, tiny_model, image_folder, tmp_path):
+    """A wrong column costs no load of the model: here there are no weights to load."""
+    model = keep_configs_only(tiny_model, tmp_path / "model")
+    with pytest.raises(ValueError, match="--caption_column story is not in .*images: its columns are image, text"):
+        script.main(make_args(model, image_folder, tmp_path / "out", caption_column="story"))
+
+
+def test_token_is_written_nowhere(script, tiny_model, tmp_path, caplog, capfd):
+    """Neither records, trackers, hparams, card nor logs hold the token; the other flags they do hold."""
+    secret, out = "hf_VerySecretToken", tmp_path / "out"
+    caplog.set_level("DEBUG")  # of every library as well
+    script.main(make_args(tiny_model, make_image_folder(tmp_path / "data", 2), out, hub_token=secret,
+                          report_to="tensorboard", max_train_steps=1, learning_rate=0.0123))
+    files = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert [name for name, content in files.items() if secret.encode() in content] == []
+    printed = capfd.readouterr()
+    assert "seed 0" in caplog.text
+    assert secret not in caplog.text + printed.out + printed.err
+    assert b"0.0123" in files["checkpoint-1/run_record.json"]
+    assert b"0.0123" in files["README.md"]
+    hparams = [name for name in files if name.endswith("hparams.yml")]
+    assert [name for name in hparams if b"0.0123" in files[name]] == hparams != []
+
+
+def test_a_seed_is_drawn_and_recorded(script, tiny_model, image_folder, tmp_path, caplog):
+    """Without --seed each run has its own, logged and kept with the checkpoint."""
+    caplog.set_level("INFO")
+    seeds = []
+    for name in "ab":
+        script.main(make_args(tiny_model, image_folder, tmp_path / name, seed=None, max_train_steps=1))
+        seeds.append(json.loads((tmp_path / name / "checkpoint-1" / "run_record.json").read_text())["seed"])
+        assert f"seed {seeds[-1]}" in caplog.text
+    assert seeds[0] != seeds[1]
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for script_name in TORCH_SCRIPTS:
+        (GOLDEN / script_name).with_suffix(".txt").write_text(format_help(script_name), encoding="utf-8")
+        print(f"wrote {(GOLDEN / script_name).with_suffix('.txt')}")

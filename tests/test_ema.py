@@ -1,0 +1,227 @@
+"""Averaged weights: the recursion, diffusers' EMAModel and its files, and which weights a run leaves where."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_args
+from runs import read_folder, run
+from safetensors.torch import load_file, save_file
+
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+
+
+def make_network(seed: int = 0) -> torch.nn.Module:
+    """Return a small network with parameters of several shapes."""
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5), torch.nn.Conv1d(5, 2, 1))
+
+
+def walk(network: torch.nn.Module, *steps) -> None:
+    """Move the weights a little and call each of `steps`: an update of training, as far as averages can tell."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    for step in steps:
+        step()
+
+
+def copy_of(tensors) -> list[torch.Tensor]:
+    """Return detached copies."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def assert_equal(first, second) -> None:
+    """Check tensors for equality to the last bit."""
+    torch.testing.assert_close(list(first), list(second), rtol=0, atol=0)
+
+
+def load_unet(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a saved UNet."""
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def assert_close(first: dict, second: dict) -> None:
+    """Check that two sets of weights agree up to rounding."""
+    assert first.keys() == second.keys()
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("decay", [0, 0.5, 0.9999, 1])
+def test_averages_follow_the_recursion(script, decay, offload):
+    """After n updates average = d average + (1 - d) weights with d = 0 for n = 1, else min(decay, n / (9 + n))."""
+    network = make_network()
+    averages = script.EmaWeights(network, decay, offload=offload)
+    expected = [tensor.double() for tensor in copy_of(network.parameters())]
+    for number in range(1, 41):
+        walk(network, averages.step)
+        share = 0 if number == 1 else min(decay, number / (9 + number))
+        expected = [share * average + (1 - share) * weight.double()
+                    for average, weight in zip(expected, copy_of(network.parameters()), strict=True)]
+    assert {average.dtype for average in averages.averages} == {torch.float32}
+    torch.testing.assert_close([average.double() for average in averages.averages], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.9999])
+def test_averages_are_those_of_diffusers(script, decay):
+    """EMAModel decays at each update as ours do, and comes to the same averages."""
+    network = make_network()
+    averages, reference = script.EmaWeights(network, decay), EMAModel(network.parameters(), decay=decay)
+    for _ in range(50):
+        walk(network, averages.step, lambda: reference.step(network.parameters()))
+        assert averages.compute_decay() == reference.cur_decay_value
+    assert averages.num_updates == reference.optimization_step == 50
+    torch.testing.assert_close(list(averages.averages), reference.shadow_params, rtol=1e-5, atol=1e-6)
+
+
+def test_offloaded_averages_are_the_same(script):
+    """--offload_ema changes where averages live, and nothing else."""
+    network = make_network()
+    plain, offloaded = script.EmaWeights(network, 0.99), script.EmaWeights(network, 0.99, offload=True)
+    for _ in range(20):
+        walk(network, plain.step, offloaded.step)
+    assert {average.device.type for average in offloaded.averages} == {"cpu"}
+    assert_equal(plain.averages, offloaded.averages)
+    pointers = [average.data_ptr() for average in offloaded.averages]
+    walk(network, offloaded.step)
+    assert [average.data_ptr() for average in offloaded.averages] == pointers  # no new buffers
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("offload", [False, True])
+def test_swapping_in_restores_everything(script, offload, fails):
+    """Inside, the network holds the averages; afterwards weights and averages are what they were, to the last bit."""
+    network = make_network()
+    averages = script.EmaWeights(network, 0.9, offload=offload)
+    for _ in range(5):
+        walk(network, averages.step)
+    kept = copy_of(averages.averages)
+    weights, buffers = copy_of(network.parameters()), [parameter.data_ptr() for parameter in network.parameters()]
+    try:
+        with averages.swapped_in():
+            assert_equal(network.parameters(), kept)
+            if fails:
+                raise KeyError("in the middle of a validation")
+    except KeyError:
+        assert fails
+    assert_equal(network.parameters(), weights)
+    assert_equal(averages.averages, kept)
+    assert [parameter.data_ptr() for parameter in network.parameters()] == buffers  # the optimizer's
+
+
+def test_other_weights_to_start_from_are_kept(script):
+    """`start_from` begins with the weights given, at full decay from the first update on."""
+    network, start = make_network(), make_network(1)
+    averages = script.EmaWeights(network, 0.9)
+    averages.start_from(start.state_dict())
+    assert_equal(averages.averages, start.parameters())
+    expected = copy_of(start.parameters())
+    for _ in range(3):
+        walk(network, averages.step)
+        expected = [0.9 * average + 0.1 * weight
+                    for average, weight in zip(expected, copy_of(network.parameters()), strict=True)]
+    torch.testing.assert_close(list(averages.averages), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_files_are_read_by_diffusers(script, tiny_model, tmp_path):
+    """EMAModel.from_pretrained reads what `save` writes, and goes on as ours does."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+    averages = script.EmaWeights(unet, 0.99)
+    for _ in range(3):
+        walk(unet, averages.step)
+    weights = copy_of(unet.parameters())
+    averages.save(str(tmp_path / "unet_ema"), unet)
+    assert_equal(unet.parameters(), weights)
+    reference = EMAModel.from_pretrained(tmp_path / "unet_ema", UNet2DConditionModel)
+    assert (reference.optimization_step, reference.decay, reference.min_decay) == (3, 0.99, 0)
+    assert_equal(reference.shadow_params, averages.averages)
+    walk(unet, averages.step, lambda: reference.step(unet.parameters()))
+    torch.testing.assert_close(list(averages.averages), reference.shadow_params, rtol=1e-5, atol=1e-6)
+    plain = UNet2DConditionModel.from_pretrained(tmp_path / "unet_ema")  # a model folder as any other
+    assert plain.config.block_out_channels == unet.config.block_out_channels
+
+
+def test_files_of_diffusers_are_read(script, tiny_model, tmp_path):
+    """`load` reads what EMAModel.save_pretrained writes, as checkpoints of the reference have it."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+    reference = EMAModel(unet.parameters(), decay=0.99, model_cls=UNet2DConditionModel, model_config=unet.config)
+    for _ in range(3):
+        walk(unet, lambda: reference.step(unet.parameters()))
+    reference.save_pretrained(tmp_path / "unet_ema")
+    averages = script.EmaWeights(unet, 0.99)
+    averages.load(str(tmp_path / "unet_ema"))
+    assert averages.num_updates == 3
+    assert_equal(averages.averages, reference.shadow_params)
+    walk(unet, averages.step, lambda: reference.step(unet.parameters()))
+    torch.testing.assert_close(list(averages.averages), reference.shadow_params, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_exports_averages_and_keeps_both(script, tiny_model, image_folder, tmp_path):
+    """The pipeline holds the averages; a checkpoint the trained weights in unet/ and the averages in unet_ema/."""
+    out = tmp_path / "out"
+    run(script, make_args(tiny_model, image_folder, out, use_ema=True, ema_decay=0.25, max_train_steps=4,
+                          checkpointing_steps=1))
+    weights = [load_unet(out / f"checkpoint-{step}" / "unet") for step in range(1, 5)]
+    expected = weights[0]
+    for step, share in ((1, 2 / 11), (2, 0.25), (3, 0.25)):  # 3 / 12 and 4 / 13, which exceed the decay
+        expected = {name: share * average + (1 - share) * weights[step][name] for name, average in expected.items()}
+    averages = load_unet(out / "checkpoint-4" / "unet_ema")
+    assert_close(averages, expected)
+    exported = dict(StableDiffusionPipeline.from_pretrained(out, safety_checker=None).unet.named_parameters())
+    assert exported.keys() == averages.keys()
+    assert_equal((exported[name].detach() for name in averages), averages.values())
+    moved = [name for name in averages if not torch.equal(averages[name], weights[3][name])]
+    assert len(moved) == len(averages)
+    state = json.loads((out / "checkpoint-4" / "unet_ema" / "config.json").read_text())
+    assert {name: state[name] for name in ("decay", "min_decay", "optimization_step", "update_after_step")} == {
+        "decay": 0.25, "min_decay": 0, "optimization_step": 4, "update_after_step": 0}
+
+
+def test_offloading_and_foreach_change_no_file(script, tiny_model, image_folder, tmp_path):
+    """A run with --offload_ema or --foreach_ema leaves what it would have left without."""
+    for name, flags in (("plain", {}), ("other", {"offload_ema": True, "foreach_ema": True})):
+        run(script, make_args(tiny_model, image_folder, tmp_path / name, use_ema=True, **flags))
+    for part in ("checkpoint-2/unet_ema", "unet"):
+        assert read_folder(tmp_path / "plain" / part) == read_folder(tmp_path / "other" / part) != {}
+
+
+@pytest.fixture
+def hub_cache(tiny_model, tmp_path) -> Path:
+    """A cache of the hub with the model team/model in two revisions: `main`, and `raw` with other UNet weights."""
+    repository = tmp_path / "cache" / "models--team--model"
+    for revision, commit in (("main", "a" * 40), ("raw", "b" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        shutil.copytree(tiny_model, repository / "snapshots" / commit)
+    path = repository / "snapshots" / ("b" * 40) / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 0.5 * weight for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
+    return tmp_path / "cache"
+
+
+def test_a_revision_is_trained(script, image_folder, hub_cache, tmp_path):
+    """--revision and --cache_dir choose the weights to start from."""
+    run(script, make_args("team/model", image_folder, tmp_path / "out", cache_dir=hub_cache, revision="raw",
+                          learning_rate=1e-12, adam_weight_decay=0, max_train_steps=1, use_ema=True))
+    usual, raw = (load_unet(next(hub_cache.rglob(commit * 40)) / "unet") for commit in "ab")
+    assert_close(load_unet(tmp_path / "out" / "unet"), raw)
+    assert not torch.equal(raw["conv_in.weight"], usual["conv_in.weight"])
+
+
+def test_non_ema_revision_is_trained_and_the_other_averaged(script, image_folder, hub_cache, tmp_path):
+    """The UNet starts from --non_ema_revision, its average from --revision at full decay, also when resumed."""
+    flags = {"cache_dir": hub_cache, "non_ema_revision": "raw", "use_ema": True, "ema_decay": 0.9}
+    out = tmp_path / "out"
+    for steps in (1, 2):
+        run(script, make_args("team/model", image_folder, out, max_train_steps=steps, **flags))
+        flags["resume_from_checkpoint"] = "latest"
+    expected, raw = (load_unet(next(hub_cache.rglob(commit * 40)) / "unet") for commit in "ab")
+    for step in (1, 2):
+        weights = load_unet(out / f"checkpoint-{step}" / "unet")
+        assert max((weights[name] - raw[name]).abs().max() for name in raw) < 0.01  # ten learning rates
+        expected = {name: 0.9 * average + 0.1 * weights[name] for name, average in expected.items()}
+        assert_close(load_unet(out / f"checkpoint-{step}" / "unet_ema"), expected)
+    assert_close(load_unet(out / "unet"), expected)
