@@ -9,7 +9,7 @@ uniform timestep t (Ho et al. 2020, arXiv:2006.11239, eq. 14; Rombach et al. 202
     loss = mean over samples of  w_t ||UNet(z_t, t, text(c)) - target||^2 / number of latent values
     target = e (epsilon), alpha_t e - sigma_t z (v_prediction) or z (sample);  w_t = 1, or Min-SNR
 
-The UNet and the optimizer are float32 whatever the precision of the run; the frozen VAE and text encoder are not.
+The UNet is float32 whatever the precision of the run, which holds for its forward pass and the frozen parts.
 
 One GPU, several GPUs, and after a crash or Ctrl-C:
 
@@ -42,15 +42,16 @@ import logging
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +65,15 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
@@ -77,13 +86,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.utils.torch_utils import is_compiled_module
 
 # ---- Names and types ------------------------------------------------------------------------------------------------
 
 logger = get_logger(__name__)
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+LONGEST_WAIT = timedelta(hours=2)  # of one process for another, as for the first one to download the data
 RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
@@ -91,17 +100,14 @@ LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType)
 INTERPOLATION_MODES = tuple(mode.value.replace("-", "_") for mode in InterpolationMode)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TRACKERS = {  # what --report_to accepts: the package each needs
-    "tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml", "mlflow": "mlflow", "aim": "aim",
-    "clearml": "clearml", "dvclive": "dvclive", "swanlab": "swanlab", "trackio": "trackio", "all": None, "none": None,
-}
+TRACKERS = tuple("tensorboard wandb comet_ml mlflow aim clearml dvclive swanlab trackio all none".split())
 POSITIVE_FLAGS = (
     "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
-    "learning_rate lr_num_cycles lr_power snr_gamma adam_epsilon max_grad_norm checkpointing_steps logging_steps "
+    "lr_num_cycles lr_power snr_gamma adam_epsilon max_grad_norm checkpointing_steps logging_steps "
     "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier"
 ).split()
 NONNEGATIVE_FLAGS = (
-    "seed lr_warmup_steps adam_weight_decay noise_offset input_perturbation dream_detail_preservation "
+    "seed learning_rate lr_warmup_steps adam_weight_decay noise_offset input_perturbation dream_detail_preservation "
     "dataloader_num_workers num_validation_images validation_guidance_scale timestep_bias_begin"
 ).split()
 FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
@@ -222,7 +228,7 @@ def add_data_args(parser: ArgumentParser) -> None:
     group.add_argument("--caption_column", type=str, default="text",
                        help="Column with the captions: a string, or a list of strings of which each visit draws one.")
     group.add_argument("--max_train_samples", type=int, help="Train on at most this many samples, drawn by the seed.")
-    group.add_argument("--resolution", type=int, default=512,
+    group.add_argument("--resolution", type=int,
                        help="Side of the training images in pixels: the shorter side is resized to it, then cropped.")
     group.add_argument("--image_interpolation_mode", type=str, default="lanczos", choices=INTERPOLATION_MODES,
                        help="Filter for resizing images.")
@@ -322,9 +328,9 @@ def add_precision_and_memory_args(parser: ArgumentParser) -> None:
     group.add_argument("--allow_tf32", action="store_true",
                        help="Multiply float32 matrices in TF32: faster on Ampere GPUs and later, slightly less exact.")
     group.add_argument("--gradient_checkpointing", action="store_true",
-                       help="Compute activations again in the backward pass: less memory, about a quarter slower.")
+                       help="Compute activations again in the backward pass: less memory, slower updates.")
     group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true",
-                       help="Use xformers' attention rather than PyTorch's, which is as lean and usually faster.")
+                       help="Use xformers' attention in place of PyTorch's own.")
     group.add_argument("--torch_compile", action="store_true",
                        help="Compile the UNet: minutes at the start for faster steps after.")
     group.add_argument("--channels_last", action="store_true",
@@ -338,7 +344,7 @@ def add_validation_args(parser: ArgumentParser) -> None:
     group.add_argument("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one picture each.")
     group.add_argument("--validation_prompt", type=str, help="Prompt to draw --num_validation_images pictures of.")
     group.add_argument("--num_validation_images", type=int, default=4, help="Pictures of --validation_prompt.")
-    group.add_argument("--validation_epochs", type=int, default=5, help="Validate every this many epochs.")
+    group.add_argument("--validation_epochs", type=int, help="Validate every this many epochs.")
     group.add_argument("--validation_steps", type=int, help="Validate every this many updates as well.")
     group.add_argument("--validation_data_dir", type=str,
                        help="Held-out images with captions, laid out as --train_data_dir: their loss with fixed noise "
@@ -350,7 +356,7 @@ def add_validation_args(parser: ArgumentParser) -> None:
 def add_checkpoint_and_output_args(parser: ArgumentParser) -> None:
     """Add the flags that say what is saved, where, and what to go on from."""
     group = parser.add_argument_group("checkpoints and output")
-    group.add_argument("--output_dir", type=str, default="sd-model-finetuned", help="Where everything is saved.")
+    group.add_argument("--output_dir", type=str, help="Where everything is saved.")
     group.add_argument("--checkpointing_steps", type=int, default=500,
                        help="Save a checkpoint every this many updates; the last update always leaves one.")
     group.add_argument("--checkpoints_total_limit", type=int,
@@ -397,7 +403,7 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
         for value in given:
             if value not in accepted:
                 parser.error(f"--{name} {value} is unknown: choose from {', '.join(filter(None, accepted))}.")
-    packages = [(f"--report_to {name}", TRACKERS[name]) for name in trackers]
+    packages = [(f"--report_to {name}", name) for name in trackers if name not in ("all", "none")]
     packages += [("--use_8bit_adam", "bitsandbytes" if args.use_8bit_adam else None),
                  ("--enable_xformers_memory_efficient_attention",
                   "xformers" if args.enable_xformers_memory_efficient_attention else None)]
@@ -435,6 +441,8 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          "--lr_scheduler piecewise_constant and --lr_step_rules go together, such as --lr_step_rules 1:1000,0.1."),
         (args.lr_step_rules is not None and not re.fullmatch(rf"({FACTOR}:\d+,)*{FACTOR}", args.lr_step_rules),
          f"--lr_step_rules {args.lr_step_rules} is not of the form FACTOR:UPDATE,...,FACTOR, such as 1:1000,0.1."),
+        (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
+         f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that, got {args.learning_rate}."),
         (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
         ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
         (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
@@ -442,8 +450,6 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
         (args.mixed_precision == "fp16" and not torch.accelerator.is_available(),
          "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
-        (args.mixed_precision == "bf16" and torch.backends.mps.is_available(),
-         "--mixed_precision bf16 does not work on Apple GPUs: use fp16 or no."),
     )
     for is_wrong, message in refusals:
         if is_wrong:
@@ -468,12 +474,16 @@ def make_accelerator(args: Namespace) -> Accelerator:
         log_with=None if trackers == ["none"] else trackers,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logs),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, not updates times processes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+                         DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
     )
-    if torch.backends.mps.is_available():
-        accelerator.native_amp = False
-    if accelerator.state.deepspeed_plugin is not None:  # what it else takes from a prepared loader, or from its file
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=args.train_batch_size, gradient_clipping=args.max_grad_norm)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f"{accelerator.distributed_type.value} shards the weights, which this script can not yet "
+                         "average, save or draw with: use --multi_gpu, and for memory --gradient_checkpointing or "
+                         "--use_8bit_adam.")
+    if accelerator.mixed_precision != "no" and not accelerator.native_amp:
+        raise ValueError(f"precision {accelerator.mixed_precision}, from --mixed_precision or accelerate's "
+                         f"configuration, does not work on {accelerator.device.type}: use --mixed_precision no.")
     for library in (datasets, diffusers, transformers):
         level = logging.WARNING if accelerator.is_main_process else logging.ERROR
         library.utils.logging.set_verbosity(level)
@@ -485,20 +495,41 @@ def make_accelerator(args: Namespace) -> Accelerator:
     return accelerator
 
 
+def open_output_dir(args: Namespace, accelerator: Accelerator):
+    """Create the output folder, cleared of what a killed run has left; return the lock that keeps other runs out.
+
+    The lock, a file among the temporary ones of this machine, is held until the process ends. Raises ValueError where
+    another run has it, perhaps one that was told to stop and is still saving.
+    """
+    lock, folder = None, Path(args.output_dir).resolve()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+        with contextlib.suppress(ImportError, PermissionError):  # no such locks on Windows, or another user's file
+            import fcntl
+
+            lock = open(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), "w")  # noqa: SIM115 - stays open
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
+                                 "saving: wait for its end, or name another folder.") from error
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
+    return lock
+
+
 def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None) -> int:
-    """Create the output folder, the repository on the hub and the trackers; return the seed of the run.
+    """Create the repository on the hub and the trackers; return the seed of the run.
 
     The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
     """
     seed = args.seed
     if accelerator.is_main_process:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
         if args.push_to_hub:
             args.hub_model_id = huggingface_hub.create_repo(
-                args.hub_model_id or folder.resolve().name, private=args.hub_private_repo or None, exist_ok=True,
-                token=args.hub_token).repo_id
+                args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None,
+                exist_ok=True, token=args.hub_token).repo_id
         if seed is None:
             seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
     seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
@@ -517,20 +548,21 @@ def get_public_args(args: Namespace) -> dict:
 def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, captions_digest: str | None) -> dict:
     """Return what a checkpoint keeps about the run that made it, ready for JSON."""
     versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, accelerate)}
-    return {"seed": seed, "num_processes": accelerator.num_processes, "captions_digest": captions_digest,
-            "flags": get_public_args(args), "versions": versions}
+    return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
+            "captions_digest": captions_digest, "versions": versions, "flags": get_public_args(args)}
 
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
                    seed: int) -> None:
     """Log the facts that decide the run."""
-    per_device, accumulation, num_processes = (
-        args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes)
     trained = sum(parameter.numel() for parameter in models.unet.parameters() if parameter.requires_grad)
-    last_step = compute_last_step(args, num_samples, num_processes)
+    last_step = compute_last_step(args, num_samples, accelerator.num_processes)
     logger.info(f"training {trained:,} parameters on {num_samples:,} samples at {args.resolution} px, seed {seed}")
-    logger.info(f"{last_step:,} updates of {per_device * accumulation * num_processes} samples: {per_device} per "
-                f"device x {accumulation} accumulation steps x {num_processes} processes on {accelerator.device}")
+    logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_processes)} samples: "
+                f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
+                f"{accelerator.num_processes} processes on {accelerator.device}")
+    if args.lr_scheduler not in ("constant", "piecewise_constant") and args.lr_warmup_steps >= last_step:
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} is no shorter than the run of {last_step} updates")
     logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
                 f"output in {args.output_dir}")
 
@@ -642,13 +674,18 @@ def load_rows(args: Namespace) -> datasets.Dataset:
 
 def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
     """Return the rows of a folder with a metadata file, or with a .txt beside each image."""
-    paths = sorted(Path(folder).rglob("*"))
+    paths = [path for path in sorted(Path(folder).rglob("*"))
+             if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not images:
+    has_archives = any(path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") for path in paths)
+    if not images and not has_archives:
         raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
-    if any(path.name in METADATA_NAMES for path in paths):
-        return datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(folder)}/**"}, split="train",
+    if has_archives or any(path.name in METADATA_NAMES for path in paths):
+        rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(folder)}/**"}, split="train",
                                      cache_dir=args.cache_dir)
+        if len(rows) < len(images):
+            logger.warning(f"{len(images) - len(rows)} images in {folder} are not in its metadata and are left out")
+        return rows
     missing = [path for path in images if not path.with_suffix(".txt").is_file()]
     if missing:
         raise ValueError(f"{folder} has no metadata file, and {len(missing)} of its {len(images)} images have no "
@@ -821,6 +858,7 @@ def collate(samples: list[dict], tokenizer: CLIPTokenizer) -> dict[str, Tensor]:
     batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
     batch["input_ids"] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
                                    max_length=tokenizer.model_max_length).input_ids
+    batch["num_long"] = (batch["input_ids"][:, -2] != tokenizer.pad_token_id).long()  # full: perhaps cut
     return batch
 
 
@@ -875,7 +913,7 @@ def iterate_ahead(batches):
 
 
 def count_cores_per_process() -> int:
-    """Return how many threads or processes may load data for one training process: its cores, at most 8."""
+    """Return how many threads may load data in one training process: its share of the cores, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
@@ -934,8 +972,10 @@ def compute_vae_factor(vae_config: dict) -> int:
 def make_scheduler_config(args: Namespace, config: dict) -> dict:
     """Return the scheduler configuration to train with and to export."""
     config = {**config, "prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
-    if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep: DDIM with trailing spacing does
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "_class_name": "DDIMScheduler"}
+    if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if args.rescale_betas_zero_snr or config["prediction_type"] == "sample":  # PNDM, the usual one, can do neither
+        config["_class_name"] = "DDIMScheduler"
     return config
 
 
@@ -948,10 +988,8 @@ def load_models(args: Namespace, accelerator: Accelerator, scheduler_config: dic
     """Load the networks: UNet in float32 to be trained, VAE and text encoder frozen in the run's precision."""
     where, weight_dtype = args.pretrained_model_name_or_path, get_weight_dtype(accelerator.mixed_precision)
     files = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    plugin = accelerator.state.deepspeed_plugin
-    with plugin.zero3_init_context_manager(enable=False) if plugin else contextlib.nullcontext():
-        text_encoder = CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=weight_dtype, **files)
-        vae = AutoencoderKL.from_pretrained(where, subfolder="vae", torch_dtype=weight_dtype, **files)
+    text_encoder = CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=weight_dtype, **files)
+    vae = AutoencoderKL.from_pretrained(where, subfolder="vae", torch_dtype=weight_dtype, **files)
     unet = UNet2DConditionModel.from_pretrained(where, subfolder="unet", torch_dtype=torch.float32,
                                                 **{**files, "revision": args.non_ema_revision})
     tokenizer = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", revision=args.revision,
@@ -983,8 +1021,7 @@ def set_up_unet(args: Namespace, unet: UNet2DConditionModel) -> None:
 
 def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
     """Return the plain network inside what accelerate and torch.compile made of it."""
-    model = accelerator.unwrap_model(model)
-    return model._orig_mod if is_compiled_module(model) else model
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 class EmaWeights:
@@ -1061,7 +1098,7 @@ class EmaWeights:
     def load(self, folder: str) -> None:
         """Read what `save`, or diffusers' EMAModel, has written."""
         config, weights = json.loads(Path(folder, "config.json").read_text()), load_weights(folder)
-        self.num_updates, self.min_decay = config["optimization_step"], config["min_decay"]
+        self.num_updates, self.min_decay = config["optimization_step"], self.decay if config["min_decay"] else 0.0
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(weights[name])
 
@@ -1189,31 +1226,35 @@ def make_optimizer(args: Namespace, parameters: list[torch.nn.Parameter], learni
 
 def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int) -> None:
     """Make the optimizer and the schedule, wrap what is trained for the devices, and say how it is kept on disk."""
-    learning_rate = compute_learning_rate(args, accelerator.num_processes)
     parameters = [parameter for parameter in models.unet.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, parameters, learning_rate)
+    optimizer = make_optimizer(args, parameters, compute_learning_rate(args, accelerator.num_processes))
     lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, num_samples, accelerator.num_processes))
     models.unet, models.optimizer, models.lr_scheduler = accelerator.prepare(models.unet, optimizer, lr_scheduler)
     register_checkpoint_hooks(accelerator, models)
 
 
+def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
+    """Return the number of samples in a full update."""
+    return args.train_batch_size * args.gradient_accumulation_steps * num_processes
+
+
 def compute_learning_rate(args: Namespace, num_processes: int) -> float:
     """Return the peak learning rate, scaled by the batch if asked for."""
-    scale = args.gradient_accumulation_steps * args.train_batch_size * num_processes if args.scale_lr else 1
-    return args.learning_rate * scale
+    return args.learning_rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
 
 
 def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
     """Return the schedule of the learning rate, counted in optimizer updates."""
+    decay_end = max(last_step, args.lr_warmup_steps + 1)  # a decay of no length at all would divide by 0
     return get_scheduler(
         args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=last_step, num_cycles=args.lr_num_cycles, power=args.lr_power)
+        num_training_steps=decay_end, num_cycles=args.lr_num_cycles, power=args.lr_power)
 
 
 def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
     """Return the number of updates in the whole run: --max_train_steps, else --num_train_epochs of them."""
-    micro_steps = math.ceil(num_samples / (args.train_batch_size * num_processes))
-    return args.max_train_steps or args.num_train_epochs * math.ceil(micro_steps / args.gradient_accumulation_steps)
+    updates_per_epoch = math.ceil(num_samples / compute_total_batch_size(args, num_processes))
+    return args.max_train_steps or args.num_train_epochs * updates_per_epoch
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -1244,7 +1285,8 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
         return complete[-1] if name and complete else None
     is_bare_name = len(Path(name).parts) == 1
     for folder in ([Path(output_dir, name)] if is_bare_name else []) + [Path(name)]:
-        if folder.is_dir() and is_complete_checkpoint(folder):
+        is_named = CHECKPOINT_NAME.fullmatch(folder.name) or (folder / RUN_RECORD).is_file()
+        if folder.is_dir() and is_complete_checkpoint(folder) and is_named:
             return folder
     holds = ", ".join(folder.name for folder in complete) or "no checkpoint"
     raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint; {output_dir} holds {holds}.")
@@ -1294,8 +1336,9 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progres
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "none"
-        raise RuntimeError(f"{name} could not be written to {args.output_dir}: {error}. Earlier checkpoints are "
-                           f"untouched: {kept}. Free some space, then add --resume_from_checkpoint latest.") from error
+        message = (f"{name} could not be written to {args.output_dir}: {error}. Earlier checkpoints are untouched: "
+                   f"{kept}. Make room or mend the cause, then add --resume_from_checkpoint latest.")
+        raise RuntimeError(message) from error
     if accelerator.is_main_process:
         others = [folder for folder in list_checkpoints(args.output_dir) if folder.name != name]
         surplus = others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize))]
@@ -1307,9 +1350,9 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progres
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Move a finished file or folder to its place by renaming, once it is on the disk, and remove what was there."""
+    """Move a finished file or folder to its place by renaming, once its files are on disk; remove what was there."""
     for file in (path for path in [new, *new.rglob("*")] if path.is_file()):
-        with open(file, "rb") as stream:
+        with open(file, "r+b") as stream:
             os.fsync(stream.fileno())
     old = place.with_name(f".partial-old-{place.name}")
     if place.exists():
@@ -1339,16 +1382,23 @@ def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     accelerator.load_state(str(checkpoint))
     step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
+    for parameter, state in models.optimizer.state.items():  # the reference, not fused, counts on the CPU
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].to(parameter.device)
     schedule = models.lr_scheduler.scheduler
     schedule.last_epoch, schedule.base_lrs = step, [setting["initial_lr"] for setting in settings]
     for group, setting, factor in zip(models.optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
         group.update(setting, lr=setting["initial_lr"] * factor(step))
     schedule._last_lr = [group["lr"] for group in models.optimizer.param_groups]
+    ahead = [other.name for other in list_checkpoints(args.output_dir) if get_checkpoint_step(other) > step]
+    if ahead:
+        logger.warning(f"{', '.join(ahead)} in {args.output_dir} lie ahead of {checkpoint}, and `latest` still means "
+                       "the last of them: move away what is not wanted")
     log_changes(checkpoint, saved, record)
     if saved:
         progress = Progress(**saved["progress"])
         return progress if progress.samples_seen <= num_samples else Progress(step, progress.epoch + 1, 0)
-    samples_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    samples_per_update = compute_total_batch_size(args, accelerator.num_processes)
     epoch, update = divmod(step, math.ceil(num_samples / samples_per_update))
     return Progress(step, epoch, update * samples_per_update)
 
@@ -1358,15 +1408,15 @@ def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
     if not saved:
         logger.warning(f"{checkpoint} has no {RUN_RECORD}: the run goes on from it, with another order of the data.")
         return
-    before = {**saved["flags"], **{key: saved.get(key) for key in ("seed", "num_processes", "captions_digest")}}
-    now = {**record["flags"], **{key: record[key] for key in ("seed", "num_processes", "captions_digest")}}
+    before, now = ({**facts["flags"], **{key: fact for key, fact in facts.items() if key not in ("flags", "progress")}}
+                   for facts in (saved, record))
     changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key) and key not in INCONSEQUENTIAL_FLAGS]
     if changed:
         logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. The run goes on with the new values, and is no "
                        "longer the one that would have followed without the stop.")
     else:
-        logger.info(f"going on from {checkpoint} exactly as if the run had not stopped")
+        logger.info(f"going on from {checkpoint} with the same data, noise and settings")
 
 
 # ---- Validation and export ------------------------------------------------------------------------------------------
@@ -1411,19 +1461,29 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
             logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
     unet.train()
     if images and accelerator.is_main_process:
-        save_images(images, prompts, Path(args.output_dir, "validation", f"step-{progress.global_step}"))
-        log_images(accelerator, "validation", images, prompts, progress.global_step)
+        with log_failure("saving the validation pictures"):
+            save_images(images, prompts, Path(args.output_dir, "validation", f"step-{progress.global_step}"))
+            log_images(accelerator, "validation", images, prompts, progress.global_step)
     return images
+
+
+@contextlib.contextmanager
+def log_failure(what: str):
+    """Log an exception in place of raising it: looking at a run must not end one that trains well."""
+    try:
+        yield
+    except Exception:  # whatever it is, from out of memory to a full disk
+        logger.exception(f"{what} failed; the run goes on", main_process_only=False)
 
 
 def draw_images(args: Namespace, accelerator: Accelerator, models: Models, prompts: list[str],
                 seed: int) -> list[Image.Image]:
-    """Return one picture per prompt on every process; each draws its share, from the same noise at every call.
+    """Return one picture per prompt on every process, from the same noise at every call; none where drawing failed.
 
-    A failure is logged and gives no pictures: drawing must not end a run that trains well.
+    Each process draws its share of the prompts.
     """
     drawn = []
-    try:
+    with log_failure("drawing validation pictures"):
         pipeline = make_pipeline(accelerator, models)
         pipeline.set_progress_bar_config(disable=True)
         for index in range(accelerator.process_index, len(prompts), accelerator.num_processes):
@@ -1433,9 +1493,6 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
                                  num_inference_steps=args.validation_inference_steps,
                                  guidance_scale=args.validation_guidance_scale).images[0]
             drawn.append((index, image))
-    except Exception:  # whatever it is, from out of memory to a prompt that the tokenizer dislikes
-        logger.exception("validation pictures failed; training goes on", main_process_only=False)
-        drawn = []
     drawn = gather_object(drawn) if accelerator.num_processes > 1 else drawn
     return [image for _, image in sorted(drawn, key=lambda pair: pair[0])] if len(drawn) == len(prompts) else []
 
@@ -1443,16 +1500,21 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
 @torch.no_grad()
 def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
                           held_out: Samples) -> float:
-    """Return the mean unweighted loss over the held-out samples, whose draws are the same in every run."""
+    """Return the mean unweighted loss over the held-out samples, whose draws are the same in every run.
+
+    It is nan where a process failed to compute its part.
+    """
     plain = Objective(objective.alpha, objective.sigma, objective.prediction_type)
     steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_processes,
                              len(held_out))
     loader = make_dataloader(held_out, steps, models.tokenizer, 0, accelerator)
-    total = torch.zeros((), device=accelerator.device)
-    for batch in iterate_ahead(loader):
-        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
-        total += (compute_loss(unwrap_model(accelerator, models.unet), models, plain, batch) * batch["weights"]).sum()
-    return accelerator.reduce(total, "sum").item() / len(held_out)
+    unet, losses = unwrap_model(accelerator, models.unet), [torch.full((1,), math.nan, device=accelerator.device)]
+    with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(loader)) as batches:
+        for batch in batches:
+            batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+            losses.append(compute_loss(unet, models, plain, batch) * batch["weights"])
+        losses[0].zero_()
+    return accelerator.reduce(torch.cat(losses).sum(), "sum").item() / len(held_out)
 
 
 def save_images(images: list[Image.Image], prompts: list[str], folder: Path) -> None:
@@ -1522,9 +1584,9 @@ def export_pipeline(args: Namespace, accelerator: Accelerator, models: Models) -
 
 def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progress: Progress) -> None:
     """Write README.md, the model card, with a grid of the last pictures."""
-    prompts, folder = get_validation_prompts(args), Path(args.output_dir)
+    prompts, folder, base = get_validation_prompts(args), Path(args.output_dir), args.pretrained_model_name_or_path
     data = args.dataset_name or "images in a local folder"
-    text = f"# Fine-tuned {args.pretrained_model_name_or_path}\n\nAll weights of the UNet were trained on {data}.\n"
+    text = f"# Fine-tuned {base}\n\nAll weights of the UNet were trained on {data}.\n"
     if images:
         make_labeled_grid(images, prompts).save(folder / "val_imgs_grid.png")
         text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
@@ -1537,10 +1599,10 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
              "mixed_precision", "use_ema", "snr_gamma", "noise_offset", "prediction_type")
     facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name) for name in names}}
-    text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value not in (None, False)) + "\n"
+    text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
     header = huggingface_hub.ModelCardData(license="creativeml-openrail-m", library_name="diffusers", tags=tags,
-                                           base_model=args.pretrained_model_name_or_path, inference=True)
+                                           base_model=None if Path(base).exists() else base, inference=True)
     (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
@@ -1549,7 +1611,7 @@ def push_to_hub(args: Namespace) -> None:
     ignored = ["checkpoint-*/**", ".partial-*/**", f"{args.logging_dir}/**"]
     try:
         huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
-                                      commit_message="End of training", ignore_patterns=ignored)
+                                      commit_message="End of training", ignore_patterns=[*ignored])
     except Exception as error:
         excluded = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
         message = (f"the upload to {args.hub_model_id} failed: {error}. Nothing is lost: {args.output_dir} holds the "
@@ -1564,13 +1626,15 @@ class Meter:
     """Collects each update's numbers where they are computed and reads them in batches, so that no update waits.
 
     Logs `train_loss`, `lr`, `grad_norm` and `epoch` of every update with its own step; once per batch of updates
-    `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, `skipped_images`.
+    `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and counts from the
+    start of the run: `skipped_images`, `long_captions`.
     """
 
     def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
         self.accelerator, self.logging_steps = accelerator, args.logging_steps
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
-        self.loss, self.updates, self.num_skipped = 0.0, [], 0
+        self.loss, self.updates = 0.0, []
+        self.counts = torch.zeros(2, dtype=torch.int64)  # skipped images, long captions: of this process
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -1583,7 +1647,7 @@ class Meter:
             began = time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - began
-            self.num_skipped += int(batch.pop("num_skipped").sum())
+            self.counts += torch.stack([batch.pop("num_skipped").sum(), batch.pop("num_long").sum()])
             self.num_images += step.last - step.first
             yield step, {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
 
@@ -1591,11 +1655,10 @@ class Meter:
         """Add one micro step's part of the loss of an update, 0-d and still on the device."""
         self.loss = self.loss + loss
 
-    def end_update(self, progress: Progress, learning_rate: float, grad_norm) -> None:
+    def end_update(self, global_step: int, numbers: dict[str, float], grad_norm) -> None:
         """Close an update; every --logging_steps of them, read and log what has gathered."""
-        numbers = {"epoch": progress.epoch, "lr": learning_rate}
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=self.accelerator.device)
-        self.updates.append((progress.global_step, numbers, self.loss, norm))
+        self.updates.append((global_step, numbers, self.loss, norm))
         self.loss = 0.0
         self.bar.update(1)
         if len(self.updates) >= self.logging_steps:
@@ -1605,14 +1668,16 @@ class Meter:
         """Read the gathered numbers from the device and log them; raise RuntimeError at a loss that is not finite."""
         if not self.updates:
             return
-        losses = self.accelerator.reduce(torch.stack([loss for _, _, loss, _ in self.updates]).float(), "sum")
+        losses = torch.stack([loss for _, _, loss, _ in self.updates]).float()
+        summed = self.accelerator.reduce(torch.cat([losses, self.counts.to(losses.device, torch.float32)]), "sum")
         norms = torch.stack([norm.float() for _, _, _, norm in self.updates])
-        losses, norms = torch.stack([losses, norms]).tolist()  # the one place where the loop waits for the device
+        *losses, skipped, long = summed.tolist()  # the one place where the loop waits for the device
         seconds = time.perf_counter() - self.started
         rows = [(step, {"train_loss": loss, "grad_norm": norm, **numbers})
-                for (step, numbers, _, _), loss, norm in zip(self.updates, losses, norms, strict=True)]
+                for (step, numbers, _, _), loss, norm in zip(self.updates, losses, norms.tolist(), strict=True)]
         rows[-1][1].update(images_per_second=self.num_images / seconds, data_wait=self.waited / seconds,
-                           peak_memory_gib=get_peak_memory(self.accelerator.device), skipped_images=self.num_skipped)
+                           peak_memory_gib=get_peak_memory(self.accelerator.device), skipped_images=skipped,
+                           long_captions=long)
         log_rows(self.accelerator, rows)
         latest = rows[-1][1]
         self.bar.set_postfix_str(f"loss {latest['train_loss']:.4f}, lr {latest['lr']:.2e}, "
@@ -1643,6 +1708,8 @@ def get_peak_memory(device: torch.device) -> float:
     """Return the most memory used so far in GiB: of a GPU by its tensors, without one by the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not there on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
@@ -1687,10 +1754,12 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             models.optimizer.step()
             models.lr_scheduler.step()
             models.optimizer.zero_grad()
+            numbers = {"epoch": step.epoch, "lr": learning_rate}
             if models.ema_unet is not None:
                 models.ema_unet.step()
+                numbers["ema_decay"] = models.ema_unet.compute_decay()
             progress.advance(step)
-            meter.end_update(progress, learning_rate, grad_norm)
+            meter.end_update(progress.global_step, numbers, grad_norm)
 
             signal_number = stop_request.agreed()
             ends_run = progress.global_step == last_step or signal_number
@@ -1714,18 +1783,20 @@ def finish(args: Namespace, accelerator: Accelerator, models: Models, images: li
         export_pipeline(args, accelerator, models)
         save_model_card(args, images, seed, progress)
         if images:
-            log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
-        if args.push_to_hub:
-            push_to_hub(args)
+            with log_failure("sending the last pictures to the trackers"):
+                log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
     accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:  # after the barrier: the others need not wait for an upload
+        push_to_hub(args)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune the UNet as the flags say."""
     args = parse_args(argv)
     accelerator = make_accelerator(args)
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     configs = load_model_configs(args)
+    lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     with accelerator.main_process_first():
         images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
         held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
@@ -1739,6 +1810,8 @@ def main(argv: list[str] | None = None) -> None:
     progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
 
     log_run_header(args, accelerator, models, len(data.train), seed)
+    if args.resume_from_checkpoint and checkpoint is None:
+        logger.warning(f"{args.output_dir} holds no checkpoint yet: starting from the beginning")
     signal_number = train(args, accelerator, models, objective, data, progress, record)
     if not signal_number:
         last_images = validate(args, accelerator, models, objective, data, progress)

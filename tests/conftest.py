@@ -62,7 +62,7 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_tiny_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """Write a Stable Diffusion with 70 thousand random weights: images of 32 px, latents of 16 x 16."""
+    """Write a Stable Diffusion with a million random weights: images of 32 px, latents of 16 x 16."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(folder / "tokenizer-source")
     text_config = CLIPTextConfig(

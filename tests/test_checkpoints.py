@@ -234,7 +234,7 @@ def test_limit_spares_the_checkpoint_just_saved(script, args, copied):
 def test_checkpoint_saved_again_replaces_the_old_one(script, args, copied, tmp_path):
     """A run that goes on from checkpoint-2 with another rate writes its own checkpoint-4, whole."""
     run(script, args(copied, max_train_steps=4, learning_rate=1e-5, resume_from_checkpoint="checkpoint-2"))
-    assert list_names(copied, ".*") == set() and list_names(copied) == {"checkpoint-2", "checkpoint-4"}
+    assert list_names(copied, ".partial*") == set() and list_names(copied) == {"checkpoint-2", "checkpoint-4"}
     assert_loads(copied / "checkpoint-4", copied / "checkpoint-2")
     assert read_record(copied / "checkpoint-4")["flags"]["learning_rate"] == 1e-5
 
@@ -259,7 +259,7 @@ def test_kill_in_the_middle_of_a_save_costs_nothing(script, args, tmp_path):
     assert steps == sorted(set(steps))
     last = steps[-1] + 1
     run(script, args(out, resume_from_checkpoint="latest", **{**flags, "max_train_steps": last}))
-    assert list_names(out, ".*") == set()
+    assert list_names(out, ".partial*") == set()
     run(script, args(tmp_path / "whole", **{**flags, "max_train_steps": last, "checkpointing_steps": 100}))
     assert_same_checkpoint(out / f"checkpoint-{last}", tmp_path / f"whole/checkpoint-{last}")
 
@@ -280,7 +280,7 @@ def test_kill_in_the_middle_of_a_removal_leaves_no_broken_checkpoint(script, arg
     assert 0 < left < 30_000, "killed too late to tell"
     assert list_names(copied) == {"checkpoint-4", "checkpoint-5"}
     run(script, argv)
-    assert list_names(copied, ".*") == set() and not list(copied.rglob("ballast"))
+    assert list_names(copied, ".partial*") == set() and not list(copied.rglob("ballast"))
     assert list_names(copied) == {"checkpoint-4", "checkpoint-5"}
 
 
@@ -293,7 +293,7 @@ def test_full_disk_leaves_earlier_checkpoints_untouched(script, args, copied, sa
     message = log.read_text().strip().splitlines()[-1]
     assert message.startswith("RuntimeError: checkpoint-6 could not be written to")
     assert "checkpoint-2, checkpoint-4" in message and "--resume_from_checkpoint latest" in message
-    assert list_names(copied) == {"checkpoint-2", "checkpoint-4"} and list_names(copied, ".*") == set()
+    assert list_names(copied) == {"checkpoint-2", "checkpoint-4"} and list_names(copied, ".partial*") == set()
     assert read_folder(copied / "checkpoint-4") == before
     assert_same_files(copied / "unet", saved(script, args) / "unet")
     run(script, argv)
@@ -310,14 +310,31 @@ def test_full_disk_at_the_export_keeps_the_pipeline_that_was_there(script, args,
     for part in ("unet", "vae", "scheduler", "checkpoint-4"):
         assert_same_files(copied / part, saved(script, args) / part)
     run(script, argv)
-    assert list_names(copied, ".*") == set()
+    assert list_names(copied, ".partial*") == set()
 
 
-def test_leftovers_of_a_killed_save_are_cleared_at_the_next_start(script, args, copied):
-    """A partial folder goes, and a checkpoint that was moved aside, to be replaced, comes back."""
+def test_folder_of_a_run_that_is_not_over_is_refused(script, args, tmp_path):
+    """Two runs at once would clear away each other's saves: the second is told to wait, and the first goes on."""
+    out = tmp_path / "out"
+    argv = args(out, max_train_steps=500, checkpointing_steps=2, resume_from_checkpoint="latest")
+    with Run(script, argv, tmp_path / "log") as child:
+        child.wait_until((out / "checkpoint-2").exists)
+        with pytest.raises(ValueError, match="in use by another run"):
+            run(script, argv)
+        child.wait_until((out / "checkpoint-4").exists)
+        child.kill(signal.SIGKILL)
+        child.end()
+    last = 2 + max(int(name.removeprefix("checkpoint-")) for name in list_names(out))
+    run(script, args(out, max_train_steps=last, resume_from_checkpoint="latest"))
+    assert f"checkpoint-{last}" in list_names(out)
+
+
+def test_leftovers_of_a_killed_save_are_cleared_at_the_next_start(script, args, copied, caplog):
+    """A partial folder goes, and a checkpoint that was moved aside comes back, in time to be the latest."""
     (copied / "checkpoint-4").rename(copied / ".partial-old-checkpoint-4")
     (copied / ".partial-6/unet").mkdir(parents=True)
     (copied / ".partial-6/unet/config.json").write_text("{")
     run(script, args(copied, max_train_steps=5, resume_from_checkpoint="latest"))
     assert list_names(copied) == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
-    assert list_names(copied, ".*") == set()
+    assert list_names(copied, ".partial*") == set()
+    assert f"not as in {copied / 'checkpoint-4'}: max_train_steps 4 -> 5" in caplog.text

@@ -24,7 +24,7 @@ POSITIVE_COUNTS = [
     "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "logging_steps", "checkpoints_total_limit",
     "validation_epochs", "validation_steps", "validation_inference_steps"]
 POSITIVE_REALS = [
-    "learning_rate", "lr_power", "snr_gamma", "adam_epsilon", "max_grad_norm", "timestep_bias_multiplier"]
+    "lr_power", "snr_gamma", "adam_epsilon", "max_grad_norm", "timestep_bias_multiplier"]
 NONNEGATIVE_COUNTS = [
     "seed", "lr_warmup_steps", "dataloader_num_workers", "num_validation_images", "timestep_bias_begin"]
 NONNEGATIVE_REALS = [

@@ -442,6 +442,19 @@ def test_bf16_is_used(script, tiny_model, image_folder, tmp_path):
     assert losses["bf16"] == pytest.approx(losses["no"], rel=0.02)
 
 
+def test_a_variant_is_loaded(script, tiny_model, image_folder, tmp_path):
+    """--variant reads the files of that name, of all parts, and the UNet is trained in float32 all the same."""
+    model = tmp_path / "model"
+    pipeline = DiffusionPipeline.from_pretrained(tiny_model, torch_dtype=torch.float16, safety_checker=None)
+    pipeline.save_pretrained(model, variant="fp16")
+    assert {path.name.split(".", 1)[1] for path in model.rglob("*.safetensors")} == {"fp16.safetensors"}
+    with pytest.raises(OSError, match="variant|no file named|not found"):
+        run(script, make_args(model, image_folder, tmp_path / "failed"))
+    run(script, make_args(model, image_folder, tmp_path / "out", variant="fp16", max_train_steps=1))
+    assert {weight.dtype for weight in load_unet(tmp_path / "out" / "unet").values()} == {torch.float32}
+    assert compute_step_sizes(tiny_model, tmp_path / "out", 1) == pytest.approx(1e-3, rel=0.1)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_8_bit_adam_trains(script, tiny_model, image_folder, tmp_path):
     """--use_8bit_adam keeps the moments of all large weights in bytes, trains, and goes on from its checkpoint."""

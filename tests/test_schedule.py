@@ -62,8 +62,8 @@ def test_every_schedule_is_tested(script):
 def test_each_update_has_its_rate(script, tiny_model, image_folder, tmp_path, name, length):
     """The rate that each update is made with is the closed form at its number, with short windows and without."""
     flags, factor = SCHEDULES[name]
-    flags = {"lr_scheduler": name, "lr_warmup_steps": WARMUP, "train_batch_size": 1, "resolution": 8, **LENGTHS[length],
-             **flags}
+    flags = {"lr_scheduler": name, "lr_warmup_steps": WARMUP, "train_batch_size": 1, "resolution": 8, **flags,
+             **LENGTHS[length]}
     run(script, make_args(tiny_model, image_folder, tmp_path, learning_rate=RATE, report_to="tensorboard", **flags))
     expected = {update + 1: RATE * factor(update) for update in range(UPDATES)}
     assert read_scalars(tmp_path, "lr") == pytest.approx(expected, rel=1e-5, abs=1e-12)
@@ -74,8 +74,8 @@ def test_schedules_are_those_of_diffusers(script, image_folder, tmp_path, name):
     """A long schedule is get_scheduler's, counted in updates."""
     flags, _ = SCHEDULES[name]
     found = list_rates(script, make_args(
-        "model", image_folder, tmp_path, lr_scheduler=name, learning_rate=RATE, lr_warmup_steps=30, max_train_steps=200,
-        gradient_accumulation_steps=4, **flags))
+        "model", image_folder, tmp_path, lr_scheduler=name, learning_rate=RATE, lr_warmup_steps=30,
+        max_train_steps=200, gradient_accumulation_steps=4, **flags))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
     reference, expected = get_scheduler(name, optimizer, num_warmup_steps=30, num_training_steps=200,
                                         num_cycles=flags.get("lr_num_cycles", 1), power=flags.get("lr_power", 1),
@@ -151,7 +151,7 @@ def test_a_resumed_schedule_goes_on(half_done, caplog):
     caplog.set_level("INFO")
     rates, _ = half_done("same")
     assert rates == pytest.approx({4: RATE * 3 / 6, 5: RATE * 2 / 6, 6: RATE / 6}, rel=1e-5)
-    assert "exactly as if the run had not stopped" in caplog.text
+    assert "with the same data, noise and settings" in caplog.text
 
 
 def test_a_resumed_run_has_the_settings_of_its_command_line(half_done, caplog):

@@ -1,0 +1,315 @@
+#!/usr/bin/env python
+"""Fine-tune the tiny Stable Diffusion in quickstart/base on the 3D emoji in quickstart/images, and show what changed.
+
+    python quickstart/quickstart.py
+
+It draws the prompts below, runs `accelerate launch train_text_to_image.py`, draws them again from the same noise, and
+leaves in quickstart/out/run-N:
+
+    before_after.png       the pictures side by side
+    loss.png               the training loss of every update, and the held-out loss
+    summary.json           the numbers that it prints
+    (the rest)             what train_text_to_image.py leaves: the pipeline, checkpoints, validation pictures, logs
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a network
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from diffusers import StableDiffusionPipeline  # noqa: E402
+from diffusers.utils import logging as diffusers_logging  # noqa: E402
+
+TRAIN_SCRIPT = HERE.parent / "train_text_to_image.py"
+TRAINED_PROMPTS = [
+    "a red apple", "a banana", "a fox", "an elephant", "a rose", "an evergreen tree", "a blue book", "a pizza",
+]  # fmt: skip
+HELD_OUT_PROMPTS = [
+    "a strawberry", "a pineapple", "a frog", "a penguin", "a sunflower", "a cactus", "a rocket", "a soccer ball",
+]  # fmt: skip
+PROMPTS = TRAINED_PROMPTS + HELD_OUT_PROMPTS
+RESOLUTION = 64  # pixels
+DRAWS_PER_PROMPT = 2
+DRAW_BATCH_SIZE = 8
+INFERENCE_STEPS = 25
+GUIDANCE_SCALE = 3.0
+NOISE_DRAWS = 4  # per held-out picture
+ENLARGEMENT = 2  # of the pictures in the grid
+SEED = 1
+TRAIN_ARGS = [
+    "--resolution", RESOLUTION, "--random_flip", "--train_batch_size", 16,
+    "--learning_rate", 1e-3, "--lr_scheduler", "cosine", "--lr_warmup_steps", 20, "--snr_gamma", 5,
+    "--proportion_empty_prompts", 0.1, "--use_ema", "--ema_decay", 0.99, "--seed", SEED,
+    "--checkpoints_total_limit", 1, "--report_to", "tensorboard", "--validation_epochs", 1_000_000,
+    "--validation_inference_steps", INFERENCE_STEPS, "--validation_guidance_scale", GUIDANCE_SCALE,
+]  # fmt: skip
+
+
+class Captioned(NamedTuple):
+    """The pictures of an image folder, [n, 3, 64, 64] in [-1, 1], and their captions."""
+
+    pixel_values: Tensor
+    captions: list[str]
+
+
+def check_inputs(base: str) -> None:
+    """Raise FileNotFoundError when the base, the pictures or the script are not there."""
+    remedies = {
+        Path(base, "model_index.json"): "git checkout quickstart/base, or python quickstart/make_base.py",
+        HERE / "images" / "metadata.jsonl": "git checkout quickstart/images, or python quickstart/make_images.py",
+        HERE / "validation_images" / "metadata.jsonl": "git checkout quickstart/validation_images",
+        TRAIN_SCRIPT: "run this file inside a clone of the repository",
+    }
+    for path, remedy in remedies.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there; to have it: {remedy}.")
+
+
+def make_output_dir(parent: Path) -> Path:
+    """Return a new folder run-N in the parent."""
+    numbers = [int(path.name[4:]) for path in parent.glob("run-*") if path.name[4:].isdigit()]
+    folder = parent / f"run-{max(numbers, default=0) + 1}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def load_pipeline(folder: str) -> StableDiffusionPipeline:
+    """Return the pipeline in float32, on the GPU if there is one."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+
+
+def load_images(folder: Path) -> Captioned:
+    """Return the pictures of an image folder over white, and their captions."""
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    pictures = []
+    for row in rows:
+        picture = Image.open(folder / row["file_name"]).convert("RGBA").resize((RESOLUTION,) * 2, Image.LANCZOS)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        pictures.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1)
+    return Captioned(torch.stack(pictures), [row["text"] for row in rows])
+
+
+@torch.no_grad()
+def encode_images(pipeline: StableDiffusionPipeline, pixel_values: Tensor) -> Tensor:
+    """Return the latents' means [n, 4, 16, 16] of pictures [n, 3, 64, 64]."""
+    vae, parts = pipeline.vae, pixel_values.to(pipeline.device).split(32)
+    return torch.cat([vae.encode(part).latent_dist.mean for part in parts]) * vae.config.scaling_factor
+
+
+def draw_images(pipeline: StableDiffusionPipeline, label: str) -> list[Image.Image]:
+    """Return DRAWS_PER_PROMPT pictures of each prompt, from the same noise at every call."""
+    prompts, pictures = [prompt for prompt in PROMPTS for _ in range(DRAWS_PER_PROMPT)], []
+    for start in tqdm(range(0, len(prompts), DRAW_BATCH_SIZE), desc=f"drawing {label}"):
+        part = prompts[start : start + DRAW_BATCH_SIZE]
+        generators = [torch.Generator().manual_seed(SEED + start + offset) for offset in range(len(part))]
+        pictures += pipeline(
+            part, height=RESOLUTION, width=RESOLUTION, generator=generators,
+            num_inference_steps=INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE).images  # fmt: skip
+    return pictures
+
+
+@torch.no_grad()
+def compute_held_out_loss(pipeline: StableDiffusionPipeline, held_out: Captioned) -> float:
+    """Return the mean squared error of the predicted noise, over the same NOISE_DRAWS draws per picture each time."""
+    generator, device = torch.Generator().manual_seed(SEED), pipeline.device
+    latents, losses = encode_images(pipeline, held_out.pixel_values), []
+    tokens = pipeline.tokenizer(held_out.captions, padding="max_length", truncation=True, return_tensors="pt")
+    encoder_hidden_states = pipeline.text_encoder(tokens.input_ids.to(device))[0]
+    count, num_timesteps = len(latents), pipeline.scheduler.config.num_train_timesteps
+    for _ in range(NOISE_DRAWS):
+        # One timestep in each of as many equal parts of the range as there are pictures, in random order.
+        parts = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
+        timesteps = (parts / count * num_timesteps).long().clamp(max=num_timesteps - 1).to(device)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        noisy_latents = pipeline.scheduler.add_noise(latents, noise, timesteps)
+        model_pred = pipeline.unet(noisy_latents, timesteps, encoder_hidden_states).sample
+        losses.append(torch.nn.functional.mse_loss(model_pred, noise).item())
+    return sum(losses) / len(losses)
+
+
+def compute_obedience(pipeline: StableDiffusionPipeline, drawn: list[Image.Image],
+                      known: Captioned) -> dict[str, float]:
+    """Return how near drawn pictures are, in latents, to the known picture with their prompt as its caption.
+
+    `nearest`: the share whose nearest picture is their own. `near`: the share whose own is among the nearest 5%.
+    By chance these are 1 / n and 5%.
+    """
+    pixel_values = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in drawn]) / 127.5 - 1
+    distances = torch.cdist(
+        encode_images(pipeline, pixel_values).flatten(1), encode_images(pipeline, known.pixel_values).flatten(1))
+    own = torch.tensor([known.captions.index(prompt) for prompt in PROMPTS for _ in range(DRAWS_PER_PROMPT)])
+    own_distance = distances.gather(1, own.to(distances.device)[:, None])
+    ranks = (distances < own_distance).sum(1).float()
+    shares = {"nearest": ranks == 0, "near": ranks < 0.05 * len(known.captions)}
+    return {name: share.float().mean().item() for name, share in shares.items()}
+
+
+def train(base: str, output_dir: Path, num_steps: int) -> float:
+    """Run train_text_to_image.py and return its seconds; RuntimeError when it fails."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1,
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", torch.get_num_threads(),
+        TRAIN_SCRIPT, "--pretrained_model_name_or_path", base,
+        "--train_data_dir", HERE / "images", "--validation_data_dir", HERE / "validation_images",
+        "--validation_prompts", *PROMPTS[::4], "--validation_steps", max(1, num_steps // 4),
+        "--max_train_steps", num_steps, "--checkpointing_steps", num_steps, "--output_dir", output_dir, *TRAIN_ARGS,
+    ]  # fmt: skip
+    command = [str(part) for part in command]
+    quoted = " ".join(f'"{part}"' if " " in part else part for part in command[3:])
+    print(f"accelerate launch {quoted}\n", flush=True)
+    started = time.monotonic()
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        raise RuntimeError(f"train_text_to_image.py ended with status {status}; its last lines above say why.")
+    return time.monotonic() - started
+
+
+def load_scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return train_loss and validation_loss as (update, value) pairs from the TensorBoard files below a folder."""
+    scalars = {"train_loss": [], "validation_loss": []}
+    for folder in {path.parent for path in logs.rglob("events.out.tfevents.*")}:
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in scalars.keys() & set(events.Tags()["scalars"]):
+            scalars[tag] += [(event.step, event.value) for event in events.Scalars(tag)]
+    return {tag: sorted(values) for tag, values in scalars.items()}
+
+
+def make_grid(before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
+    """Return the first picture of each prompt before and after training, side by side, four prompts in a row."""
+    size, gap, line = RESOLUTION * ENLARGEMENT, 12, 20
+    font, columns = ImageFont.load_default(size=14), 4
+    cell_width, cell_height = 2 * size + gap, size + line + gap
+    titles = {0: "In the training set: before | after", len(TRAINED_PROMPTS): "Never trained on: before | after"}
+    height = len(PROMPTS) // columns * cell_height + len(titles) * (line + gap)
+    grid = Image.new("RGB", (columns * cell_width + gap, height), "white")
+    draw, top = ImageDraw.Draw(grid), 0
+    for index, prompt in enumerate(PROMPTS):
+        if index in titles:
+            draw.text((gap, top + gap // 2), titles[index], fill="black", font=ImageFont.load_default(size=17))
+            top += line + gap
+        left = gap + index % columns * cell_width
+        for offset, pictures in ((0, before), (size, after)):
+            picture = pictures[index * DRAWS_PER_PROMPT].resize((size, size), Image.BICUBIC)
+            grid.paste(picture, (left + offset, top))
+        draw.rectangle((left, top, left + 2 * size, top + size), outline="silver")
+        draw.line((left + size, top, left + size, top + size), fill="silver")
+        draw.text((left + size, top + size + 2), prompt, fill="black", font=font, anchor="ma")
+        top += cell_height if index % columns == columns - 1 else 0
+    return grid.quantize(256, dither=Image.Dither.NONE)
+
+
+def make_loss_curve(scalars: dict[str, list[tuple[int, float]]]) -> Image.Image:
+    """Return the training loss of each update (grey), its moving mean (blue) and the held-out loss (red dots)."""
+    width, height, margin, font = 720, 360, 50, ImageFont.load_default(size=13)
+    picture = Image.new("RGB", (width, height), "white")
+    draw, train_loss, mean = ImageDraw.Draw(picture), scalars["train_loss"], []
+    for _, value in train_loss:
+        mean.append(value if not mean else 0.9 * mean[-1] + 0.1 * value)
+    last, top_value = train_loss[-1][0], max(value for values in scalars.values() for _, value in values)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        return margin + step / last * (width - 2 * margin), height - margin - value / top_value * (height - 2 * margin)
+
+    for part in range(5):
+        step, value = last * part // 4, top_value * part / 4
+        draw.line((place(0, value), place(last, value)), fill="gainsboro")
+        draw.text((margin - 6, place(0, value)[1]), f"{value:.2f}", fill="black", font=font, anchor="rm")
+        draw.text((place(step, 0)[0], height - margin + 6), str(step), fill="black", font=font, anchor="ma")
+    draw.line([place(*point) for point in train_loss], fill="lightgray")
+    moving = [place(step, value) for (step, _), value in zip(train_loss, mean, strict=True)]
+    draw.line(moving, fill="royalblue", width=2)
+    for x, y in (place(*point) for point in scalars["validation_loss"]):
+        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill="firebrick")
+    draw.text((width // 2, height - 18), "update", fill="black", font=font, anchor="mm")
+    for index, (text, color) in enumerate((("train_loss, each update", "gray"), ("its moving mean", "royalblue"),
+                                           ("validation_loss (held-out pictures)", "firebrick"))):
+        draw.text((margin + 200 * index, 14), text, fill=color, font=font)
+    return picture
+
+
+def save_results(output_dir: Path, summary: dict, before: list[Image.Image], after: list[Image.Image]) -> None:
+    """Write the grid, the loss curve and the numbers, and print where they are and what they say."""
+    make_grid(before, after).save(output_dir / "before_after.png", optimize=True)
+    make_loss_curve(load_scalars(output_dir / "logs")).save(output_dir / "loss.png", optimize=True)
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    loss, obedience, known = summary["held_out_loss"], summary["obedience"], summary["known_pictures"]
+    nearest, near = ([obedience[when][key] for when in ("before", "after")] for key in ("nearest", "near"))
+    print(f"""
+Held-out loss    {loss["before"]:.4f} before, {loss["after"]:.4f} after: {summary["loss_factor"]:.2f} times lower
+Obedience        how often the emoji with the prompt's name is, of all {known},
+                 the nearest to the picture: {nearest[0]:.0%} before, {nearest[1]:.0%} after ({1 / known:.1%} by luck)
+                 among the nearest 5%:       {near[0]:.0%} before, {near[1]:.0%} after (5% by luck)
+Time             {summary["train_seconds"]:.0f} s of training, {summary["seconds"]:.0f} s in all
+
+Look at          {output_dir / "before_after.png"}
+                 {output_dir / "loss.png"}
+The model        {output_dir}  (StableDiffusionPipeline.from_pretrained)
+TensorBoard      tensorboard --logdir {output_dir / "logs"}""")
+
+
+def measure(pipeline: StableDiffusionPipeline, label: str, held_out: Captioned, known: Captioned):
+    """Return the pictures that the pipeline draws, its held-out loss and its obedience."""
+    drawn = draw_images(pipeline, label)
+    return drawn, compute_held_out_loss(pipeline, held_out), compute_obedience(pipeline, drawn, known)
+
+
+def run_quickstart(base: str, parent: Path, num_steps: int) -> None:
+    """Draw, train, draw again, and report."""
+    started = time.monotonic()
+    check_inputs(base)
+    output_dir = make_output_dir(parent)
+    images, held_out = load_images(HERE / "images"), load_images(HERE / "validation_images")
+    known = Captioned(torch.cat([images.pixel_values, held_out.pixel_values]), images.captions + held_out.captions)
+
+    before, loss_before, obedience_before = measure(load_pipeline(base), "before training", held_out, known)
+    train_seconds = train(base, output_dir, num_steps)
+    after, loss_after, obedience_after = measure(load_pipeline(output_dir), "after training", held_out, known)
+    summary = {
+        "num_steps": num_steps, "train_seconds": train_seconds, "seconds": time.monotonic() - started,
+        "held_out_loss": {"before": loss_before, "after": loss_after}, "loss_factor": loss_before / loss_after,
+        "obedience": {"before": obedience_before, "after": obedience_after}, "known_pictures": len(known.captions),
+        "chance": {"nearest": 1 / len(known.captions), "near": 0.05},
+    }
+    save_results(output_dir, summary, before, after)
+
+
+def main() -> None:
+    """Run the quickstart; a mistake that can be helped is told in one line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--base", default=str(HERE / "base"), help="The model to start from.")
+    parser.add_argument("--output_dir", type=Path, default=HERE / "out", help="Where run-1, run-2, ... go.")
+    parser.add_argument("--max_train_steps", type=int, default=400, help="Updates; fewer for a shorter run.")
+    args = parser.parse_args()
+    if args.max_train_steps < 1:
+        parser.error(f"--max_train_steps must be positive, got {args.max_train_steps}.")
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        run_quickstart(args.base, args.output_dir, args.max_train_steps)
+    except (FileNotFoundError, RuntimeError) as error:
+        sys.exit(f"quickstart: {error}")
+    except KeyboardInterrupt:
+        sys.exit("quickstart: stopped before the end; start it again for a new run.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""What a run shows: pictures, held-out loss, numbers in trackers, its model card; and what happens when that fails."""
+
+import http.server
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_args, make_image_folder, read_scalars
+from huggingface_hub import ModelCard
+from PIL import Image
+from runs import assert_same_checkpoint, get_command, list_names, read_folder, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffusers import StableDiffusionPipeline
+
+TOKEN = "hf_thisMustNotBeWrittenAnywhere"
+STANDS_STILL = 1e-30  # a learning rate at which float32 weights do not move
+
+
+@pytest.fixture(autouse=True)
+def all_logs(caplog):
+    """Show these tests what is logged as information, too."""
+    caplog.set_level(logging.INFO)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """Folder of five captioned pictures to measure the loss on."""
+    return make_image_folder(tmp_path_factory.mktemp("held-out") / "images", count=5)
+
+
+@pytest.fixture
+def args(tiny_model, image_folder):
+    """Return a function that gives the command line of a run of these tests."""
+    defaults = {"use_ema": True, "validation_inference_steps": 2}
+    return lambda output_dir, **flags: make_args(tiny_model, image_folder, output_dir, **{**defaults, **flags})
+
+
+@pytest.fixture(scope="module")
+def done():
+    """What the next fixture has run."""
+    return {}
+
+
+@pytest.fixture
+def drawn(script, args, held_out, done, tmp_path_factory):
+    """Output of eleven updates, five to an epoch, of a network that stands still, validated every 4 and 2 epochs."""
+    if script not in done:
+        done[script] = tmp_path_factory.mktemp("drawn") / "out"
+        run(script, args(
+            done[script], max_train_steps=11, learning_rate=STANDS_STILL, resolution=48, report_to="tensorboard",
+            validation_prompts=["a cat", "a dog"], validation_steps=4, validation_epochs=2, logging_steps=3,
+            validation_data_dir=held_out))
+    return done[script]
+
+
+def read_images(output_dir, tag: str) -> dict[int, tuple[int, int]]:
+    """Return the width and height of what TensorBoard shows under a tag, by step."""
+    sizes = {}
+    for path in sorted(output_dir.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(path), size_guidance={"images": 0})
+        events.Reload()
+        if tag in events.Tags()["images"]:
+            sizes |= {event.step: (event.width, event.height) for event in events.Images(tag)}
+    return sizes
+
+
+def read_pixels(path) -> np.ndarray:
+    """Return a picture as an array."""
+    return np.asarray(Image.open(path))
+
+
+# ---- Pictures and the held-out loss ---------------------------------------------------------------------------------
+
+
+def test_pictures_are_drawn_when_asked_for_and_at_the_end(drawn):
+    """After updates 4 and 8, after the second epoch, that is update 10, and after the last: in folders and tracker."""
+    assert list_names(drawn / "validation", "*") == {"step-4", "step-8", "step-10", "step-11"}
+    for folder in (drawn / "validation").iterdir():
+        assert list_names(folder, "*") == {"00.png", "01.png", "grid.png"}
+    assert sorted(read_images(drawn, "validation")) == [4, 8, 10, 11]
+    assert sorted(read_images(drawn, "test")) == [11]
+
+
+def test_pictures_have_the_resolution_of_the_run(drawn):
+    """They are as large as what is trained on, not as the model was once; the grid holds both with their prompts."""
+    folder = drawn / "validation/step-11"
+    assert read_pixels(folder / "00.png").shape == read_pixels(folder / "01.png").shape == (48, 48, 3)
+    grid = read_pixels(folder / "grid.png")
+    assert grid.shape[0] > 128 and grid.shape[1] > 2 * 128  # enlarged to be seen
+    below = grid[128:]
+    assert all((part < 128).any() and (part > 200).any() for part in np.split(below, 2, axis=1)), "no text"
+
+
+def test_pictures_come_from_the_same_noise_each_time(drawn):
+    """A network that stands still draws the same pictures, so that what changes between steps is what was learned."""
+    for name in ("00.png", "01.png"):
+        first, *others = (read_pixels(folder / name) for folder in sorted((drawn / "validation").iterdir()))
+        assert all((first == other).all() for other in others)
+    assert (read_pixels(drawn / "validation/step-4/00.png") != read_pixels(drawn / "validation/step-4/01.png")).any()
+
+
+def test_pictures_are_those_of_the_saved_pipeline(script, drawn, args, tmp_path):
+    """The last ones were drawn with what was exported: averaged weights, noise schedule, steps and guidance."""
+    if "lora" in script.__name__:
+        pytest.skip("adapters are exported as one file")
+    out = tmp_path / "out"
+    flags = {"validation_prompt": "a cat", "num_validation_images": 2, "validation_inference_steps": 3,
+             "validation_guidance_scale": 2, "validation_epochs": 100}
+    run(script, args(out, **flags, max_train_steps=6, learning_rate=1e-2, prediction_type="v_prediction"))
+    pipeline = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    for index in range(2):
+        seed = int(script.make_rng(0, "validation", index).integers(2**31))
+        (image,) = pipeline("a cat", height=32, width=32, num_inference_steps=3, guidance_scale=2,
+                            generator=torch.Generator().manual_seed(seed)).images
+        difference = np.asarray(image).astype(int) - read_pixels(out / f"validation/step-6/{index:02d}.png")
+        assert abs(difference).max() <= 1
+
+
+def test_held_out_loss_is_the_same_in_any_run(script, args, held_out, drawn, tmp_path):
+    """Its noise and timesteps are fixed: before training, runs with other seeds and batches log the same number."""
+    logged = read_scalars(drawn, "validation_loss")
+    assert list(logged) == [4, 8, 10, 11] and len(set(logged.values())) == 1
+    for seed, flags in ((1, {"train_batch_size": 3}), (2, {"snr_gamma": 5, "random_flip": True})):
+        argv = args(tmp_path / str(seed), seed=seed, max_train_steps=1, learning_rate=STANDS_STILL, resolution=48,
+                    report_to="tensorboard", validation_data_dir=held_out, noise_offset=0.1, **flags)
+        run(script, argv)
+        assert read_scalars(tmp_path / str(seed), "validation_loss") == {1: pytest.approx(logged[11], rel=1e-5)}
+
+
+def test_held_out_loss_falls_with_training(script, args, held_out, tmp_path):
+    """Twenty-four updates more on pictures of the same kind bring it down by a fifth at least."""
+    run(script, args(tmp_path / "out", max_train_steps=30, use_ema=False, report_to="tensorboard", learning_rate=2e-3,
+                     validation_data_dir=held_out, validation_steps=6, validation_epochs=100))
+    logged = read_scalars(tmp_path / "out", "validation_loss")
+    assert list(logged) == [6, 12, 18, 24, 30]
+    assert logged[30] < 0.8 * logged[6], logged
+
+
+def test_validation_does_not_change_the_training(script, args, held_out, tmp_path):
+    """With pictures and a held-out loss after every update, the checkpoint is the same bit for bit as without."""
+    run(script, args(tmp_path / "without", max_train_steps=4))
+    run(script, args(tmp_path / "with", max_train_steps=4, validation_steps=1, validation_prompts=["a", "b"],
+                     validation_data_dir=held_out))
+    assert len(list_names(tmp_path / "with/validation", "*")) == 4
+    assert_same_checkpoint(tmp_path / "with/checkpoint-4", tmp_path / "without/checkpoint-4")
+
+
+def test_no_pictures_of_a_prompt(script, args, tmp_path):
+    """--num_validation_images 0 beside a prompt draws none and fails nowhere: the reference's tests pass it."""
+    run(script, args(tmp_path / "out", validation_prompt="a", num_validation_images=0, validation_steps=1,
+                     report_to="tensorboard"))
+    assert not (tmp_path / "out/validation").exists() and read_images(tmp_path / "out", "validation") == {}
+    assert "val_imgs_grid" not in (tmp_path / "out/README.md").read_text()
+
+
+# ---- Validation that fails ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(held_out, tmp_path):
+    """The held-out folder with a file that is no picture."""
+    folder = shutil.copytree(held_out, tmp_path / "broken")
+    (folder / "003.png").write_bytes(b"no picture")
+    return folder
+
+
+FAILURES = {
+    "drawing": {"validation_prompts": ["a", "b"], "resolution": 36},  # diffusers draws multiples of 8 only
+    "writing": {"validation_prompts": ["a", "b"]},
+    "measuring": {"validation_prompts": None},
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failing_validation_does_not_end_the_run(script, args, failure, broken, tmp_path, caplog):
+    """It is logged, the trained weights are put back, and the run goes on as one without validation."""
+    out, without = tmp_path / "out", tmp_path / "without"
+    flags = {"max_train_steps": 3, **FAILURES[failure]}
+    run(script, args(without, **{**flags, "validation_prompts": None}))
+    out.mkdir()
+    if failure == "writing":
+        (out / "validation").write_text("a file where the folder should be")
+    if failure == "measuring":
+        flags["validation_data_dir"] = broken
+    run(script, args(out, validation_steps=1, **flags))
+    assert "failed; the run goes on" in caplog.text
+    assert_same_checkpoint(out / "checkpoint-3", without / "checkpoint-3")
+    assert list_names(out, "*") >= list_names(without, "*")
+
+
+def test_pipeline_that_cannot_be_made_does_not_end_the_run(script, args, tmp_path, monkeypatch, caplog):
+    """Whatever fails while the averages are in place, they are taken out again, and later pictures are drawn."""
+    calls = []
+
+    def make_pipeline(*given, **extras):
+        calls.append(given)
+        if len(calls) == 2:
+            raise MemoryError("no room to draw")
+        return original(*given, **extras)
+
+    original = script.make_pipeline
+    monkeypatch.setattr(script, "make_pipeline", make_pipeline)
+    run(script, args(tmp_path / "out", max_train_steps=4, validation_prompts=["a"], validation_steps=1))
+    run(script, args(tmp_path / "without", max_train_steps=4))
+    assert "no room to draw" in caplog.text and "the run goes on" in caplog.text
+    assert list_names(tmp_path / "out/validation", "*") == {"step-1", "step-3", "step-4"}
+    assert_same_checkpoint(tmp_path / "out/checkpoint-4", tmp_path / "without/checkpoint-4")
+
+
+def test_loss_that_is_not_finite_stops_the_run(script, args, tmp_path):
+    """The error names the first such update and the usual causes; the last good checkpoint stays what it was."""
+    out = tmp_path / "out"
+    run(script, args(out, max_train_steps=2))
+    before = read_folder(out)
+    argv = args(out, max_train_steps=9, learning_rate=1e20, resume_from_checkpoint="latest", report_to="tensorboard")
+    with pytest.raises(RuntimeError, match=r"the loss is (nan|inf) at step 4 .*too high a learning rate.*untouched"):
+        run(script, argv)
+    after = read_folder(out)
+    assert list_names(out) == {"checkpoint-2"} and {name: after[name] for name in before} == before
+    logged = read_scalars(out, "train_loss")
+    assert math.isfinite(logged[3]) and not math.isfinite(logged[4])
+
+
+# ---- Trackers -------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_every_update_reach_tensorboard(drawn):
+    """Loss, rate, gradient norm and epoch have each update's own step; speed and memory come with every reading."""
+    every = list(range(1, 12))
+    numbers = {tag: read_scalars(drawn, tag) for tag in (
+        "train_loss", "lr", "grad_norm", "epoch", "images_per_second", "data_wait", "peak_memory_gib")}
+    assert all(list(numbers[tag]) == every for tag in ("train_loss", "lr", "grad_norm", "epoch"))
+    assert len(set(numbers["train_loss"].values())) == 11
+    assert all(0 < numbers["train_loss"][step] < 10 and numbers["grad_norm"][step] > 0 for step in every)
+    assert [numbers["epoch"][step] for step in every] == [0] * 5 + [1] * 5 + [2]
+    readings = [3, 4, 7, 8, 10, 11]  # every third update, and before each validation
+    for tag in ("images_per_second", "data_wait", "peak_memory_gib"):
+        assert list(numbers[tag]) == readings, tag
+    assert all(0 < speed < 1e5 for speed in numbers["images_per_second"].values())
+    assert all(0 <= share <= 1 for share in numbers["data_wait"].values())
+    assert all(0.05 < memory < 100 for memory in numbers["peak_memory_gib"].values())
+
+
+def test_pictures_reach_tensorboard(drawn):
+    """Both tags show the pictures side by side, as they were drawn."""
+    for tag in ("validation", "test"):
+        assert read_images(drawn, tag)[11] == (2 * 48, 48)
+
+
+def test_numbers_do_not_depend_on_how_often_they_are_read(script, args, tmp_path):
+    """--logging_steps decides when the device is asked, not what is logged."""
+    for every in (1, 4):
+        run(script, args(tmp_path / str(every), max_train_steps=6, logging_steps=every, report_to="tensorboard"))
+    for tag in ("train_loss", "grad_norm", "lr", "epoch"):
+        logged = read_scalars(tmp_path / "1", tag)
+        assert list(logged) == list(range(1, 7)) and logged == read_scalars(tmp_path / "4", tag)
+    assert list(read_scalars(tmp_path / "4", "data_wait")) == [4, 6]
+
+
+def test_weights_and_biases_offline(script, args, tmp_path, monkeypatch):
+    """Every update's numbers and all pictures are in the files that `wandb sync` would upload, and no token is."""
+    settings = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "HF_TOKEN": TOKEN}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    run(script, args(tmp_path / "out", max_train_steps=7, report_to="wandb", validation_prompts=["a cat", "a dog"],
+                     validation_steps=3, logging_steps=2))
+    (record,) = tmp_path.rglob("*.wandb")
+    assert record.read_bytes().count(b"train_loss") >= 7
+    media = sorted(path.name.rpartition("_")[0] for path in record.parent.rglob("media/**/*.png"))
+    assert media == sorted(["validation_3", "validation_6", "validation_7", "test_7"] * 2)
+    assert not find_token(tmp_path)
+
+
+def test_no_tracker(script, args, tmp_path):
+    """--report_to none writes no logs, and everything else as ever."""
+    run(script, args(tmp_path / "out", report_to="none", validation_prompts=["a"]))
+    assert list_names(tmp_path / "out", "*") >= {"checkpoint-2", "validation", "README.md"}
+    assert not (tmp_path / "out/logs").exists()
+
+
+# ---- The model card and the hub -------------------------------------------------------------------------------------
+
+
+def find_token(folder) -> list[str]:
+    """Return the files below a folder that hold the token."""
+    return [path.name for path in folder.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+
+
+def test_model_card(script, drawn, tiny_model):
+    """It names the base model, shows the last pictures, says how to use the result and how it was trained."""
+    card = ModelCard.load(drawn / "README.md")
+    assert str(tiny_model) in card.text and card.data.license
+    assert {"text-to-image", "diffusers", "diffusers-training", "stable-diffusion"} <= set(card.data.tags)
+    (picture,) = re.findall(r"!\[.*?\]\(\.?/?(.*?)\)", card.text)
+    assert read_pixels(drawn / picture).shape == read_pixels(drawn / "validation/step-11/grid.png").shape
+    (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    compile(snippet, "README.md", "exec")
+    assert str(drawn) in snippet and "a cat" in snippet
+    for fact in ("updates: 11", "seed: 0", "learning_rate: 1e-30", "resolution: 48", "train_batch_size: 2"):
+        assert f"- {fact}\n" in card.text + "\n", fact
+
+
+def test_model_card_of_a_model_from_the_hub(script, args, tmp_path):
+    """Its header names the base, by which the hub links the two, and which a folder on this machine cannot be."""
+    for base, named in (("somebody/apples", "somebody/apples"), (tmp_path, None)):
+        flags = script.parse_args(args(tmp_path, pretrained_model_name_or_path=base, dataset_name="somebody/fruit"))
+        script.save_model_card(flags, [], 5, script.Progress(3))
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.data.base_model == named and "somebody/fruit" in card.text
+
+
+def test_hub_that_cannot_be_reached_is_noticed_before_training(script, args, tmp_path):
+    """--push_to_hub makes the repository first, so that a missing network or login costs seconds, not the night."""
+    with pytest.raises(Exception, match=r"repos/create.*HF_HUB_OFFLINE"):
+        run(script, args(tmp_path / "out", push_to_hub=True))
+    assert list_names(tmp_path / "out") == set()
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that makes repositories and refuses to store anything in them; it keeps what it was asked."""
+
+    requests = []
+
+    def do_POST(self):  # noqa: N802
+        """Answer as the hub does."""
+        body = self.read_body()
+        self.requests.append((self.path, self.headers["Authorization"], body))
+        status, answer = 200, {}
+        if self.path == "/api/repos/create":
+            answer = {"url": f"http://{self.headers['Host']}/somebody/{body['name']}"}
+        elif "/preupload/" in self.path:
+            answer = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                                for file in body["files"]]}
+        elif "/commit/" in self.path:
+            status, answer = 403, {"error": "no room left for somebody"}
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def read_body(self) -> dict:
+        """Return what was sent as JSON; a commit, which is several lines of it in chunks, is only passed over."""
+        if "Content-Length" in self.headers:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            return json.loads(content) if "/commit/" not in self.path else {}
+        while size := int(self.rfile.readline(), 16):
+            self.rfile.read(size + 2)
+        self.rfile.readline()
+        return {}
+
+    def log_message(self, *given):
+        """Stay quiet."""
+
+
+@pytest.fixture
+def hub():
+    """The address of a hub on this machine."""
+    Hub.requests.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_upload_that_fails_loses_nothing(script, args, hub, drawn, tmp_path):
+    """The model is saved by then, the error says how to repeat the upload, and the token is written nowhere."""
+    out = tmp_path / "out"
+    argv = args(out, push_to_hub=True, hub_model_id="apples", hub_private_repo=True, hub_token=TOKEN,
+                validation_prompts=["a"], report_to="tensorboard")
+    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(get_command(script, argv), env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1, done.stderr
+    message = done.stderr.partition("RuntimeError: the upload to somebody/apples failed: ")[2]
+    assert "no room left for somebody" in message and f"hf upload somebody/apples {out} . " in message
+    assert re.findall(r"--exclude '(.*?)'", message) == ["checkpoint-*/**", ".partial-*/**", "logs/**"]
+    assert {path.name for path in out.iterdir()} >= {path.name for path in drawn.iterdir()} - list_names(drawn) - {
+        "validation"}
+    path, _, asked = Hub.requests[0]
+    assert path == "/api/repos/create" and (asked.get("visibility") == "private" or asked.get("private"))
+    assert {authorization for _, authorization, _ in Hub.requests} == {f"Bearer {TOKEN}"}
+    offered = {file["path"] for path, _, body in Hub.requests if "/preupload/" in path for file in body["files"]}
+    assert "README.md" in offered and any(path.endswith(".safetensors") for path in offered)
+    assert not [path for path in offered if path.startswith(("checkpoint-", "logs/", "."))]
+    assert not find_token(out) and TOKEN not in done.stdout + done.stderr
