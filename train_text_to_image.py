@@ -98,6 +98,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType)
 INTERPOLATION_MODES = tuple(mode.value.replace("-", "_") for mode in InterpolationMode)
+MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TRACKERS = tuple("tensorboard wandb comet_ml mlflow aim clearml dvclive swanlab trackio all none".split())
@@ -197,6 +198,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.set_defaults(output_dir="sd-model-finetuned", resolution=512, validation_epochs=5)
     args = parser.parse_args(argv)
     args.non_ema_revision = args.non_ema_revision or args.revision
+    for name in ("output_dir", "train_data_dir", "validation_data_dir", "cache_dir", "resume_from_checkpoint"):
+        if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
     check_values(parser, args)
     check_args(parser, args)
     return args
@@ -396,6 +400,7 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
             value = getattr(args, name, None)
             if value is not None and not is_possible(value):
                 parser.error(f"--{name} {rule}, got {value}.")
+    args.report_to = ",".join(tracker.strip() for tracker in args.report_to.split(","))
     trackers = args.report_to.split(",")
     for name, given, accepted in (("lr_scheduler", [args.lr_scheduler], LR_SCHEDULERS),
                                   ("prediction_type", [args.prediction_type], (None, *PREDICTION_TYPES)),
@@ -423,6 +428,8 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
         (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
+        (Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve() or not args.output_dir,
+         f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
         (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
         (found and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would mix with: "
@@ -503,7 +510,11 @@ def open_output_dir(args: Namespace, accelerator: Accelerator):
     """
     lock, folder = None, Path(args.output_dir).resolve()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".partial-probe").touch()  # cleared with the leftovers below
+        except OSError as error:
+            raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
         digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
         with contextlib.suppress(ImportError, PermissionError):  # no such locks on Windows, or another user's file
             import fcntl
@@ -661,7 +672,7 @@ def load_rows(args: Namespace) -> datasets.Dataset:
         try:
             loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir,
                                            data_dir=args.train_data_dir)
-        except FileNotFoundError as error:
+        except OSError as error:  # also what is not found, and a hub that is out of reach
             raise ValueError(f"--dataset_name {name} is neither on the hub nor a local folder: {error}") from error
         except ValueError as error:
             raise ValueError(f"--dataset_name {name} has no images that can be loaded: {error}") from error
@@ -674,15 +685,22 @@ def load_rows(args: Namespace) -> datasets.Dataset:
 
 def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
     """Return the rows of a folder with a metadata file, or with a .txt beside each image."""
+    own = Path(args.output_dir).resolve()  # the run's own pictures are no training data
+    hides_own = own.is_relative_to(Path(folder).resolve())
     paths = [path for path in sorted(Path(folder).rglob("*"))
-             if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+             if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+             and path.is_file() and not (hides_own and own in path.resolve().parents)]
     images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
     has_archives = any(path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") for path in paths)
     if not images and not has_archives:
         raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
     if has_archives or any(path.name in METADATA_NAMES for path in paths):
-        rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(folder)}/**"}, split="train",
-                                     cache_dir=args.cache_dir)
+        try:
+            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(folder)}/**"},
+                                         split="train", cache_dir=args.cache_dir)
+        except Exception as error:  # of `datasets` or Arrow, which name no file
+            raise ValueError(f"the metadata in {folder} cannot be read: {error}. Each row needs file_name and "
+                             f"{args.caption_column}, in one file of UTF-8 per folder.") from error
         if len(rows) < len(images):
             logger.warning(f"{len(images) - len(rows)} images in {folder} are not in its metadata and are left out")
         return rows
@@ -691,8 +709,16 @@ def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
         raise ValueError(f"{folder} has no metadata file, and {len(missing)} of its {len(images)} images have no "
                          f"caption: {missing[0]} needs {missing[0].with_suffix('.txt').name} beside it, or the folder "
                          f"a metadata.jsonl with file_name and {args.caption_column}.")
-    captions = [path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip() for path in images]
+    captions = [read_caption(path.with_suffix(".txt")) for path in images]
     return datasets.Dataset.from_dict({args.image_column: list(map(str, images)), args.caption_column: captions})
+
+
+def read_caption(path: Path) -> str:
+    """Return the text of a caption file."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
 
 
 def check_captions(captions: list, source: str, column: str) -> None:
@@ -709,6 +735,11 @@ def decode_image(stored: dict, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
         image = ImageOps.exif_transpose(image)
+        if max(image.size) > MOST_ASPECT * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels are too thin a strip to crop from")
+        low, high = image.getextrema() if image.mode in ("I", "F") else (0, 0)
+        if image.mode == "F" or low < 0 or high > 65535:
+            raise ValueError(f"its values of type {image.mode} are not 8 or 16 bits per pixel")
         if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
             image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -975,7 +1006,7 @@ def make_scheduler_config(args: Namespace, config: dict) -> dict:
     if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if args.rescale_betas_zero_snr or config["prediction_type"] == "sample":  # PNDM, the usual one, can do neither
-        config["_class_name"] = "DDIMScheduler"
+        config |= {"_class_name": "DDIMScheduler", "clip_sample": False}
     return config
 
 
@@ -1343,7 +1374,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progres
         others = [folder for folder in list_checkpoints(args.output_dir) if folder.name != name]
         surplus = others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize))]
         for old in surplus:  # renamed first: a checkpoint that is half removed must not look like one
-            shutil.rmtree(old.rename(old.with_name(f".partial-removed-{old.name}")))
+            remove(old.rename(old.with_name(f".partial-removed-{old.name}")))
         removed = f" (removed {', '.join(old.name for old in surplus)})" if surplus else ""
         logger.info(f"saved {Path(args.output_dir, name)}{removed}")
     accelerator.wait_for_everyone()
@@ -1355,11 +1386,16 @@ def replace_folder(new: Path, place: Path) -> None:
         with open(file, "r+b") as stream:
             os.fsync(stream.fileno())
     old = place.with_name(f".partial-old-{place.name}")
-    if place.exists():
+    if os.path.lexists(place):
         place.rename(old)
     new.rename(place)
-    if old.exists():
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    if os.path.lexists(old):
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link without what it points to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -1369,7 +1405,7 @@ def remove_leftovers(folder: Path) -> None:
         if leftover.name.startswith(".partial-old-") and not place.exists():
             leftover.rename(place)
         else:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove(leftover)
 
 
 def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint: Path, record: dict,
@@ -1378,6 +1414,9 @@ def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint
     if (checkpoint / "unet_ema").is_dir() and not args.use_ema:
         raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
                          "flag, or remove unet_ema/ from the checkpoint.")
+    if load_run_record(checkpoint).get("flags", {}).get("use_8bit_adam", args.use_8bit_adam) != args.use_8bit_adam:
+        raise ValueError(f"{checkpoint} was made {'without' if args.use_8bit_adam else 'with'} --use_8bit_adam, and "
+                         "the moments it holds fit no other optimizer: give the command as it was.")
     groups = models.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     accelerator.load_state(str(checkpoint))
@@ -1412,6 +1451,8 @@ def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
                    for facts in (saved, record))
     changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
                if before.get(key) != now.get(key) and key not in INCONSEQUENTIAL_FLAGS]
+    if now["lr_scheduler"] in ("constant", "constant_with_warmup"):  # no update depends on the length of the run
+        changed = [change for change in changed if not change.startswith(("max_train_steps ", "num_train_epochs "))]
     if changed:
         logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. The run goes on with the new values, and is no "
                        "longer the one that would have followed without the stop.")
@@ -1603,12 +1644,17 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
     header = huggingface_hub.ModelCardData(license="creativeml-openrail-m", library_name="diffusers", tags=tags,
                                            base_model=None if Path(base).exists() else base, inference=True)
-    (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    readme = folder / "README.md"
+    if readme.is_file() and "diffusers-training" not in readme.read_text(encoding="utf-8", errors="replace"):
+        readme = folder / "MODEL_CARD.md"
+        logger.warning(f"{folder / 'README.md'} is not a model card and stays as it is; the card is {readme}")
+    readme.write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
 def push_to_hub(args: Namespace) -> None:
     """Upload --output_dir but for checkpoints and logs; what fails here is said with the command that repeats it."""
-    ignored = ["checkpoint-*/**", ".partial-*/**", f"{args.logging_dir}/**"]
+    logs = os.path.relpath(Path(args.output_dir, args.logging_dir, args.tracker_project_name), args.output_dir)
+    ignored = ["checkpoint-*/**", ".partial-*/**", f"{logs.split(os.sep)[0]}/**"]
     try:
         huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
                                       commit_message="End of training", ignore_patterns=[*ignored])
@@ -1660,7 +1706,8 @@ class Meter:
         norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=self.accelerator.device)
         self.updates.append((global_step, numbers, self.loss, norm))
         self.loss = 0.0
-        self.bar.update(1)
+        with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not cost the run
+            self.bar.update(1)
         if len(self.updates) >= self.logging_steps:
             self.flush()
 
@@ -1680,8 +1727,9 @@ class Meter:
                            long_captions=long)
         log_rows(self.accelerator, rows)
         latest = rows[-1][1]
-        self.bar.set_postfix_str(f"loss {latest['train_loss']:.4f}, lr {latest['lr']:.2e}, "
-                                 f"{latest['images_per_second']:.2f} images/s")
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix_str(f"loss {latest['train_loss']:.4f}, lr {latest['lr']:.2e}, "
+                                     f"{latest['images_per_second']:.2f} images/s")
         self.updates.clear()
         self.restart_clock()
         for step, numbers in rows:
@@ -1819,7 +1867,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
     if signal_number:
         logger.warning(f"stopped by {signal.Signals(signal_number).name} after update {progress.global_step}, which "
-                       "is saved. Give the same command with --resume_from_checkpoint latest to go on.")
+                       "is saved. Give the same command with --resume_from_checkpoint latest to go on, or name "
+                       f"checkpoint-{progress.global_step}.")
         sys.exit(128 + signal_number)
 
 

@@ -338,3 +338,31 @@ def test_leftovers_of_a_killed_save_are_cleared_at_the_next_start(script, args, 
     assert list_names(copied) == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
     assert list_names(copied, ".partial*") == set()
     assert f"not as in {copied / 'checkpoint-4'}: max_train_steps 4 -> 5" in caplog.text
+
+
+def test_a_linked_checkpoint_is_unlinked_and_what_it_points_to_kept(script, tiny_model, image_folder, tmp_path):
+    """The limit removes a link to a checkpoint elsewhere, not the checkpoint, and the next start works."""
+    script.main(make_args(tiny_model, image_folder, tmp_path / "first", max_train_steps=1))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint-1").symlink_to(tmp_path / "first" / "checkpoint-1")
+    flags = {"resume_from_checkpoint": "latest", "checkpoints_total_limit": 1}
+    script.main(make_args(tiny_model, image_folder, tmp_path / "out", max_train_steps=2, **flags))
+    assert [path.name for path in (tmp_path / "out").glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert (tmp_path / "first" / "checkpoint-1" / "optimizer.bin").is_file()
+
+
+def test_files_that_were_there_are_kept(script, tiny_model, image_folder, tmp_path):
+    """A README.md of the user's own in the output folder is not replaced by the model card."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("my notes")
+    script.main(make_args(tiny_model, image_folder, tmp_path / "out"))
+    assert (tmp_path / "out" / "README.md").read_text() == "my notes"
+    assert "diffusers-training" in (tmp_path / "out" / "MODEL_CARD.md").read_text()
+
+
+def test_another_optimizer_is_refused(script, tiny_model, image_folder, tmp_path):
+    """Moments of one optimizer are not loaded into another, and the error names the flag."""
+    script.main(make_args(tiny_model, image_folder, tmp_path / "out", max_train_steps=1))
+    flags = {"resume_from_checkpoint": "latest", "use_8bit_adam": True}
+    with pytest.raises(ValueError, match="was made without --use_8bit_adam"):
+        script.main(make_args(tiny_model, image_folder, tmp_path / "out", max_train_steps=2, **flags))

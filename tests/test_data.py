@@ -822,3 +822,50 @@ def test_a_data_set_of_ones_own(script, tiny_model, image_folder, tmp_path, monk
     script.main(make_args(tiny_model, image_folder, tmp_path / "out", num_train_epochs=1, max_train_steps=None))
     progress = json.loads((tmp_path / "out" / "checkpoint-2" / "run_record.json").read_text())["progress"]
     assert progress == {"global_step": 2, "epoch": 0, "samples_seen": 3}
+
+
+def test_output_folder_inside_the_data_is_no_data(script, tiny_model, tmp_path):
+    """A run may write into its data folder and be resumed: its own pictures are not trained on."""
+    data = tmp_path / "data"
+    for index in range(3):
+        data.mkdir(exist_ok=True)
+        make_image(index).save(data / f"{index}.png")
+        (data / f"{index}.txt").write_text(f"picture {index}")
+    flags = {"validation_prompts": ["a"], "validation_inference_steps": 1, "max_train_steps": 3}
+    script.main(make_args(tiny_model, data, data / "out", **flags))
+    assert (data / "out" / "val_imgs_grid.png").is_file()
+    again = script.parse_args(make_args(tiny_model, data, data / "out", resume_from_checkpoint="latest", **flags))
+    assert len(script.make_captioned_images(again, str(data))) == 3
+
+
+@pytest.mark.parametrize("values", [[[0.0, 1.0]], [[-5.0, 5.0]]])
+def test_images_of_other_numbers_are_refused(script, tmp_path, values):
+    """A picture of floats has no known range: it is refused by name, not trained on as black."""
+    Image.fromarray(np.array(values, dtype=np.float32)).save(tmp_path / "a.tiff")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"a\.tiff\) cannot be read as an image"):
+        load_images(script, tmp_path)[0]
+
+
+def test_a_thin_strip_is_refused(script, tmp_path):
+    """An image that would take gigabytes to resize is refused by name."""
+    Image.new("RGB", (2, 2000)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match="2 x 2000 pixels"):
+        load_images(script, tmp_path)[0]
+
+
+def test_a_caption_file_of_another_encoding_is_named(script, tmp_path):
+    """The error says which of thousands of files to save as UTF-8."""
+    make_image(0).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+        load_images(script, tmp_path)
+
+
+def test_broken_metadata_names_its_folder(script, tmp_path):
+    """A line that is no JSON is an error with the folder and what a row needs."""
+    make_image(0).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text"\n')
+    with pytest.raises(ValueError, match=f"metadata in {tmp_path} cannot be read"):
+        load_images(script, tmp_path)

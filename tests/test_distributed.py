@@ -1,6 +1,7 @@
 """Two processes on the CPU train as one with twice the batch, stop together, and are resumed exactly."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -133,6 +134,15 @@ def test_processes_share_the_validation(pair, single):
     losses = read_scalars(single[0], "validation_loss")
     assert list(losses) == [4, NUM_UPDATES]
     assert read_scalars(pair[0], "validation_loss") == pytest.approx(losses, rel=1e-4)
+
+
+def test_validation_that_fails_in_one_process_holds_up_neither(script, args, held_out, tmp_path):
+    """A picture that one of them cannot read costs the number, not the run, and nobody waits for the other."""
+    broken, out = shutil.copytree(held_out, tmp_path / "broken"), tmp_path / "out"
+    (broken / "001.png").write_bytes(b"no picture")
+    run_pair(script, args(out, max_train_steps=2, validation_steps=1, validation_data_dir=broken), tmp_path / "log")
+    assert "measuring the held-out loss failed; the run goes on" in (tmp_path / "log").read_text()
+    assert list_names(out / "validation", "*") == {"step-1", "step-2"} and list_names(out) == {"checkpoint-2"}
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

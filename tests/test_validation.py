@@ -393,3 +393,14 @@ def test_upload_that_fails_loses_nothing(script, args, hub, drawn, tmp_path):
     assert "README.md" in offered and any(path.endswith(".safetensors") for path in offered)
     assert not [path for path in offered if path.startswith(("checkpoint-", "logs/", "."))]
     assert not find_token(out) and TOKEN not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_every_prediction_type_is_drawn_with(script, tiny_model, image_folder, tmp_path, prediction_type):
+    """The pictures of the run and the exported pipeline are drawn with the type that was trained."""
+    flags = {"prediction_type": prediction_type, "validation_prompts": ["a"], "validation_inference_steps": 2}
+    script.main(make_args(tiny_model, image_folder, tmp_path / "out", **flags))
+    assert (tmp_path / "out" / "validation" / "step-2" / "00.png").is_file()
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.scheduler.config.prediction_type == prediction_type
+    assert pipeline("a", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
