@@ -1683,6 +1683,13 @@ class Meter:
         self.counts = torch.zeros(2, dtype=torch.int64)  # skipped images, long captions: of this process
         self.restart_clock()
 
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.close()
+
     def restart_clock(self) -> None:
         """Begin to measure speed: after a pause that is not training, such as drawing pictures."""
         self.started, self.waited, self.num_images = time.perf_counter(), 0.0, 0
@@ -1792,7 +1799,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
 
     ahead = contextlib.closing(iterate_ahead(loader))
-    with StopRequest(accelerator) as stop_request, meter.bar, logging_redirect_tqdm(), ahead as batches:
+    with StopRequest(accelerator) as stop_request, meter, logging_redirect_tqdm(), ahead as batches:
         for step, batch in meter.iterate(plan(), batches):
             meter.add_loss(train_step(accelerator, models, objective, batch, step))
             if not step.ends_update:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -350,3 +351,20 @@ def test_longer_schedule_is_honoured(script, args, tmp_path):
     run(script, args(tmp_path / "out", max_train_steps=8, resume_from_checkpoint="latest", **flags))
     logged = read_scalars(tmp_path / "out", "lr")
     assert logged == pytest.approx({step: 1e-3 * (1 - (step - 1) / (2 if step <= 2 else 8)) for step in range(1, 9)})
+
+
+def test_interrupt_that_also_closes_the_output_still_saves(script, tiny_model, image_folder, tmp_path):
+    """Ctrl-C ends the `tee` that a run writes to as well: the broken pipe must not cost the checkpoint."""
+    argv = make_args(tiny_model, image_folder, tmp_path / "out", max_train_steps=4000)
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, script.__file__, *argv], stdout=writer, stderr=writer)
+    os.close(writer)
+    printed = b""
+    while b" 3/4000" not in printed:
+        part = os.read(reader, 4096)
+        assert part, printed.decode()
+        printed += part
+    os.close(reader)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 128 + signal.SIGINT
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
