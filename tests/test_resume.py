@@ -228,7 +228,7 @@ def test_second_ctrl_c_stops_at_once(script, args, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     argv = args(out, resolution=256, train_batch_size=10, gradient_accumulation_steps=1)
     with Run(script, argv, log) as child:
-        child.wait_until(lambda: log.exists() and "updates:" in log.read_text())
+        child.wait_until(lambda: log.exists() and " 1/6 " in log.read_text())
         child.kill(signal.SIGINT)
         child.wait_until(lambda: "ask again" in log.read_text())
         child.kill(signal.SIGINT)
