@@ -105,20 +105,25 @@ TRACKERS = tuple("tensorboard wandb comet_ml mlflow aim clearml dvclive swanlab 
 POSITIVE_FLAGS = (
     "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
     "lr_num_cycles lr_power snr_gamma adam_epsilon max_grad_norm checkpointing_steps logging_steps "
-    "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier"
+    "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
+    "rank lora_alpha"
 ).split()
 NONNEGATIVE_FLAGS = (
-    "seed learning_rate lr_warmup_steps adam_weight_decay noise_offset input_perturbation dream_detail_preservation "
-    "dataloader_num_workers num_validation_images validation_guidance_scale timestep_bias_begin"
+    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay noise_offset input_perturbation "
+    "dream_detail_preservation dataloader_num_workers num_validation_images validation_guidance_scale "
+    "timestep_bias_begin"
 ).split()
 FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
+# Flags that decide which tensors a checkpoint holds, and cannot change when one is resumed.
+FIXED_FLAGS = "use_8bit_adam train_text_encoder rank lora_alpha lora_target use_dora use_rslora".split()
+EMA_FOLDER = "unet_ema"  # in a checkpoint: the averaged weights and, in config.json, the state of the averaging
 # Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
 INCONSEQUENTIAL_FLAGS = frozenset(
     "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
     "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
     "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
     "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps".split()
+    "validation_inference_steps save_kohya_format".split()
 )
 
 
@@ -166,11 +171,12 @@ class Models:
     """The networks of a run and what trains them."""
 
     tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel  # frozen, weight_dtype
+    text_encoder: torch.nn.Module  # frozen and in weight_dtype, or trained as the UNet with --train_text_encoder
     vae: AutoencoderKL  # frozen, weight_dtype
     unet: torch.nn.Module  # trained, float32; after `prepare` whatever accelerate wraps it in
     scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
-    ema_unet: "EmaWeights | None" = None
+    trained: tuple[str, ...]  # the names above of what is trained: unet, perhaps text_encoder
+    ema: "EmaWeights | None" = None
     optimizer: torch.optim.Optimizer | None = None  # this and the next are made by `prepare_training`
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
@@ -181,11 +187,12 @@ class Models:
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Return the flags of the command line (or of `argv`), refusing impossible ones with exit status 2."""
     parser = ArgumentParser(
-        description="Fine-tune the UNet of Stable Diffusion 1.x or 2.x on captioned images.",
+        description="Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned images.",
         usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER [flags]",
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     add_model_args(parser)
+    add_start_args(parser)
     add_data_args(parser)
     add_objective_args(parser)
     add_length_args(parser)
@@ -196,9 +203,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_checkpoint_and_output_args(parser)
     add_tracking_and_hub_args(parser)
     parser.set_defaults(output_dir="sd-model-finetuned", resolution=512, validation_epochs=5)
-    args = parser.parse_args(argv)
+    args = read_args(parser, argv)
     args.non_ema_revision = args.non_ema_revision or args.revision
-    for name in ("output_dir", "train_data_dir", "validation_data_dir", "cache_dir", "resume_from_checkpoint"):
+    return args
+
+
+def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Return what the parser makes of the command line, with ~ in its paths expanded, once it is checked."""
+    args = parser.parse_args(argv)
+    for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir",
+                 "output_dir", "cache_dir", "resume_from_checkpoint"):
         if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     check_values(parser, args)
@@ -213,10 +227,17 @@ def add_model_args(parser: ArgumentParser) -> None:
                        help="Model to start from: a folder in diffusers layout or a name on the hub.")
     group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
     group.add_argument("--variant", type=str, help="Weight files to read, fp16 for *.fp16.safetensors.")
+    group.add_argument("--cache_dir", type=str, help="Where downloaded models and data are kept.")
+    group.add_argument("--train_text_encoder", action="store_true",
+                       help="Train the text encoder as well as the UNet, and in the same way.")
+
+
+def add_start_args(parser: ArgumentParser) -> None:
+    """Add the flag for models that are published with raw and averaged weights."""
+    group = parser.add_argument_group("raw weights")
     group.add_argument("--non_ema_revision", type=str,
                        help="Revision of the UNet to train when it is not --revision; the averaged weights of "
                        "--use_ema then start from --revision, at full decay.")
-    group.add_argument("--cache_dir", type=str, help="Where downloaded models and data are kept.")
 
 
 def add_data_args(parser: ArgumentParser) -> None:
@@ -293,8 +314,10 @@ def add_optimizer_args(parser: ArgumentParser) -> None:
     """Add the flags of the optimizer and of the learning-rate schedule."""
     group = parser.add_argument_group("optimizer")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
+    group.add_argument("--text_encoder_lr", type=float,
+                       help="Peak rate of the text encoder with --train_text_encoder; left out, --learning_rate.")
     group.add_argument("--scale_lr", action="store_true",
-                       help="Multiply the rate by batch size, accumulation steps and number of processes.")
+                       help="Multiply the rates by batch size, accumulation steps and number of processes.")
     group.add_argument("--lr_scheduler", type=str, default="constant",
                        help=f"Course of the rate over the updates: {', '.join(LR_SCHEDULERS)}.")
     group.add_argument("--lr_warmup_steps", type=int, default=500,
@@ -392,7 +415,7 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
         (POSITIVE_FLAGS, lambda value: 0 < value < math.inf, "must be positive"),
         (NONNEGATIVE_FLAGS, lambda value: 0 <= value < math.inf, "must not be negative"),
         (FRACTION_FLAGS, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
-        (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
+        (("adam_beta1", "adam_beta2", "lora_dropout"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
         (("seed",), lambda value: value < 2**32, f"must be below {2**32}"),
     )
     for names, is_possible, rule in bounds:
@@ -451,6 +474,8 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
          f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that, got {args.learning_rate}."),
         (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
+        (args.text_encoder_lr is not None and not args.train_text_encoder,
+         "--text_encoder_lr needs --train_text_encoder."),
         ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
         (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
@@ -566,9 +591,10 @@ def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, captio
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
                    seed: int) -> None:
     """Log the facts that decide the run."""
-    trained = sum(parameter.numel() for parameter in models.unet.parameters() if parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in name_trained_parameters(accelerator, models).values())
     last_step = compute_last_step(args, num_samples, accelerator.num_processes)
-    logger.info(f"training {trained:,} parameters on {num_samples:,} samples at {args.resolution} px, seed {seed}")
+    logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
+                f"{args.resolution} px, seed {seed}")
     logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_processes)} samples: "
                 f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
                 f"{accelerator.num_processes} processes on {accelerator.device}")
@@ -956,7 +982,7 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
     """Return the configurations of unet, vae and scheduler, refusing before any weights are read what cannot work."""
     where, configs = args.pretrained_model_name_or_path, {}
     for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDPMScheduler)):
-        revision = args.non_ema_revision if part == "unet" else args.revision
+        revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
         try:
             configs[part] = kind.load_config(where, subfolder=part, revision=revision, cache_dir=args.cache_dir)
         except OSError as error:
@@ -1016,38 +1042,64 @@ def get_weight_dtype(mixed_precision: str) -> torch.dtype:
 
 
 def load_models(args: Namespace, accelerator: Accelerator, scheduler_config: dict) -> Models:
-    """Load the networks: UNet in float32 to be trained, VAE and text encoder frozen in the run's precision."""
+    """Load the networks: those to be trained in float32, the frozen ones in the run's precision."""
     where, weight_dtype = args.pretrained_model_name_or_path, get_weight_dtype(accelerator.mixed_precision)
     files = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    text_encoder = CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=weight_dtype, **files)
+    text_dtype = torch.float32 if args.train_text_encoder else weight_dtype
+    text_encoder = CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=text_dtype, **files)
     vae = AutoencoderKL.from_pretrained(where, subfolder="vae", torch_dtype=weight_dtype, **files)
     unet = UNet2DConditionModel.from_pretrained(where, subfolder="unet", torch_dtype=torch.float32,
                                                 **{**files, "revision": args.non_ema_revision})
     tokenizer = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", revision=args.revision,
                                               cache_dir=args.cache_dir)
-    vae.requires_grad_(False).eval().to(accelerator.device)
-    text_encoder.requires_grad_(False).eval().to(accelerator.device)
-    set_up_unet(args, unet)
-    models = Models(tokenizer, text_encoder, vae, unet.to(accelerator.device), scheduler_config)
-    if args.use_ema:
-        models.ema_unet = EmaWeights(unet, args.ema_decay, offload=args.offload_ema)
-        if args.non_ema_revision != args.revision:
-            source = UNet2DConditionModel.from_pretrained(where, subfolder="unet", torch_dtype=torch.float32, **files)
-            models.ema_unet.start_from(source.state_dict())
+    for network in (vae, text_encoder, unet):
+        network.requires_grad_(False).eval().to(accelerator.device)
+    trained = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
+    models = Models(tokenizer, text_encoder, vae, unet, scheduler_config, trained)
+    for network in list_trained(models):
+        network.requires_grad_(True)
     return models
 
 
-def set_up_unet(args: Namespace, unet: UNet2DConditionModel) -> None:
-    """Apply the flags that trade memory and speed to the network in place."""
-    unet.requires_grad_(True).train()
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+def start_averages(args: Namespace, models: Models) -> None:
+    """Begin the averages of --use_ema with the weights at --revision where others are trained."""
+    if models.ema is not None and args.non_ema_revision != args.revision:
+        source = UNet2DConditionModel.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32, revision=args.revision,
+            variant=args.variant, cache_dir=args.cache_dir)
+        models.ema.start_from({f"unet.{name}": tensor for name, tensor in source.state_dict().items()})
+
+
+def set_up_networks(args: Namespace, models: Models) -> None:
+    """Apply the flags that trade memory and speed to what is trained, in place."""
+    for network in list_trained(models):
+        network.train()
+        if args.gradient_checkpointing and isinstance(network, UNet2DConditionModel):
+            network.enable_gradient_checkpointing()
+        elif args.gradient_checkpointing:  # transformers has renamed it
+            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
     if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
+        models.unet.enable_xformers_memory_efficient_attention()
     if args.channels_last:
-        unet.to(memory_format=torch.channels_last)
+        models.unet.to(memory_format=torch.channels_last)
     if args.torch_compile:
-        unet.compile()  # in place, so that names and files stay those of the plain network
+        models.unet.compile()  # in place, so that names and files stay those of the plain network
+
+
+def list_trained(models: Models) -> list[torch.nn.Module]:
+    """Return the networks that are trained, as accelerate has wrapped them."""
+    return [getattr(models, part) for part in models.trained]
+
+
+def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[str, torch.nn.Parameter]:
+    """Return what the optimizer moves by names such as unet.conv_in.weight.
+
+    Those of text encoders have no `text_model.` in front, which comes and goes with the version of transformers.
+    """
+    return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
+            for name, parameter in unwrap_model(accelerator, getattr(models, part)).named_parameters()
+            if parameter.requires_grad}
 
 
 def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
@@ -1055,18 +1107,24 @@ def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.M
     return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
+def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
+    """Return the models with the plain networks in place of the wrapped ones."""
+    return dataclasses.replace(
+        models, **{part: unwrap_model(accelerator, getattr(models, part)) for part in models.trained})
+
+
 class EmaWeights:
-    """Exponential moving average of a network's weights: average += (1 - decay_n) (weights - average), in float32.
+    """Exponential moving average of trained weights: average += (1 - decay_n) (weights - average), in float32.
 
     decay_n of the n-th update is 0 for n = 1, then n / (9 + n), until that exceeds `decay`: the ramp of diffusers'
     EMAModel, whose files this reads and writes. `start_from` switches the ramp off, which would forget the start.
     With `offload` the averages live in host memory and visit the device one tensor at a time.
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float, *, offload: bool = False) -> None:
-        self.names, self.parameters = zip(*model.named_parameters(), strict=True)
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, offload: bool = False) -> None:
+        self.parameters = parameters
         self.decay, self.min_decay, self.num_updates, self.offload = decay, 0.0, 0, offload
-        self.averages = [self.place(parameter.detach().clone()) for parameter in self.parameters]
+        self.averages = {name: self.place(parameter.detach().clone()) for name, parameter in parameters.items()}
 
     def place(self, tensor: Tensor) -> Tensor:
         """Return a new average where it is to live: on the device, or in host memory that is quick to copy from."""
@@ -1086,15 +1144,16 @@ class EmaWeights:
         self.num_updates += 1
         share = 1 - self.compute_decay()
         if not self.offload:
-            torch._foreach_lerp_(self.averages, list(self.parameters), share)
+            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
             return
-        for average, parameter in zip(self.averages, self.parameters, strict=True):
+        for name, parameter in self.parameters.items():
+            average = self.averages[name]
             visitor = average.to(parameter.device, non_blocking=True, copy=True)
             average.copy_(visitor.lerp_(parameter, share), non_blocking=True)
 
     @contextlib.contextmanager
     def swapped_in(self):
-        """Put the averages into the network and, whatever happens inside, the trained weights back afterwards."""
+        """Put the averages into the networks and, whatever happens inside, the trained weights back afterwards."""
         self.swap()
         try:
             yield
@@ -1104,44 +1163,51 @@ class EmaWeights:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange averages and weights, one tensor at a time."""
-        for average, parameter in zip(self.averages, self.parameters, strict=True):
+        for name, parameter in self.parameters.items():
             weights = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(weights)
+            parameter.copy_(self.averages[name])
+            self.averages[name].copy_(weights)
 
-    @torch.no_grad()
-    def start_from(self, state_dict: dict[str, Tensor]) -> None:
-        """Set the averages to other weights than the network's, and keep them from the first update on."""
-        for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(state_dict[name])
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Set averages to other weights than the network's, and keep them from the first update on."""
+        places = {name: average for name, average in self.averages.items() if name in weights}
+        copy_weights(places, weights, "the model at --revision")
         self.min_decay = self.decay
 
-    def save(self, folder: str, model: torch.nn.Module) -> None:
-        """Write the averages as a model folder, with the state of the averaging in its config.json."""
-        with self.swapped_in():
-            model.save_pretrained(folder)
+    def save_state(self, config: Path) -> None:
+        """Write how far the averaging has come into a JSON file, among what stands there."""
         state = {"decay": self.decay, "min_decay": self.min_decay, "optimization_step": self.num_updates,
                  "update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
-        path = Path(folder, "config.json")
-        path.write_text(json.dumps({**json.loads(path.read_text()), **state}, indent=2))
+        before = json.loads(config.read_text()) if config.is_file() else {}
+        config.write_text(json.dumps({**before, **state}, indent=2))
 
-    @torch.no_grad()
-    def load(self, folder: str) -> None:
-        """Read what `save`, or diffusers' EMAModel, has written."""
-        config, weights = json.loads(Path(folder, "config.json").read_text()), load_weights(folder)
-        self.num_updates, self.min_decay = config["optimization_step"], self.decay if config["min_decay"] else 0.0
-        for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(weights[name])
+    def load(self, weights: dict[str, Tensor], config: Path) -> None:
+        """Take averages and the state that `save_state`, or diffusers' EMAModel, has written."""
+        copy_weights(self.averages, weights, str(config.parent))
+        state = json.loads(config.read_text())
+        self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
 
 
 def averaged_weights(models: Models):
-    """Return a context in which the UNet holds the averaged weights, if the run keeps any."""
-    return models.ema_unet.swapped_in() if models.ema_unet is not None else contextlib.nullcontext()
+    """Return a context in which what is trained holds the averaged weights, if the run keeps any."""
+    return models.ema.swapped_in() if models.ema is not None else contextlib.nullcontext()
 
 
-def load_weights(folder: str) -> dict[str, Tensor]:
+@torch.no_grad()
+def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
+    """Copy weights into tensors of the same names and shapes; ValueError where they are others."""
+    odd = [name for name in sorted(places.keys() | weights.keys())
+           if name not in places or name not in weights or places[name].shape != weights[name].shape]
+    if odd:
+        raise ValueError(f"{source} does not fit this model: {len(odd)} tensors are missing, too many or of another "
+                         f"shape, {', '.join(odd[:3])} among them. Give the model and flags that it was made with.")
+    for name, place in places.items():
+        place.copy_(weights[name])
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of a model folder, from one safetensors file or several shards."""
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no .safetensors file, so its checkpoint is not complete: name another one.")
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -1172,12 +1238,11 @@ def make_objective(args: Namespace, scheduler_config: dict, device: torch.device
         args.noise_offset, args.input_perturbation, args.dream_detail_preservation if args.dream_training else None)
 
 
-def compute_loss(unet: torch.nn.Module, models: Models, objective: Objective, batch: dict) -> Tensor:
+def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
     """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
-    timesteps, noise = batch["timesteps"], batch["noise"]
-    with torch.no_grad():
-        latents = encode_images(models.vae, batch["images"], batch["posterior_noise"])
-        encoder_hidden_states = models.text_encoder(batch["input_ids"], return_dict=False)[0]  # [b, s, d]
+    unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
+    latents = encode_images(models.vae, batch["images"], batch["posterior_noise"])
+    encoder_hidden_states = encode_captions(models, batch["input_ids"])
 
     # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
     # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
@@ -1205,11 +1270,18 @@ def compute_loss(unet: torch.nn.Module, models: Models, objective: Objective, ba
     return loss
 
 
+@torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor, posterior_noise: Tensor) -> Tensor:
     """Return latents [b, c, h, w] in float32: uint8 images [b, 3, H, W] encoded, sampled with this noise, scaled."""
     pixel_values = images.float() / 127.5 - 1  # [-1, 1]
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
     return (posterior.mean.float() + posterior.std.float() * posterior_noise) * vae.config.scaling_factor
+
+
+def encode_captions(models: Models, input_ids: Tensor) -> Tensor:
+    """Return text states [b, s, d] of input_ids [b, s], with gradients only where the text encoder is trained."""
+    with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
+        return models.text_encoder(input_ids, return_dict=False)[0]
 
 
 def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
@@ -1244,24 +1316,46 @@ def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, predicti
 # ---- Optimization ---------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(args: Namespace, parameters: list[torch.nn.Parameter], learning_rate: float):
-    """Return AdamW over `parameters`: fused where the device has it, or with 8-bit moments."""
-    settings = {"lr": learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon,
-                "weight_decay": args.adam_weight_decay}
+def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int) -> None:
+    """Make optimizer, schedule and averages, wrap what is trained for the devices, and say how it is kept on disk."""
+    set_up_networks(args, models)
+    optimizer = make_optimizer(args, make_parameter_groups(args, accelerator, models))
+    lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, num_samples, accelerator.num_processes))
+    for part in models.trained:
+        setattr(models, part, accelerator.prepare(getattr(models, part)))
+    models.optimizer, models.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    if args.use_ema:  # only now: wrapping has made the weights the same on all processes
+        models.ema = EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay, offload=args.offload_ema)
+    register_checkpoint_hooks(accelerator, models)
+
+
+def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Models) -> list[dict]:
+    """Return what is trained in groups of one learning rate and one weight decay.
+
+    DoRA's magnitudes are the norms of the frozen weights, which decay would shrink: they have none.
+    """
+    parameters, groups = name_trained_parameters(accelerator, models), []
+    for part in models.trained:
+        own_rate = args.text_encoder_lr if part.startswith("text_encoder") else None
+        rate = args.learning_rate if own_rate is None else own_rate
+        for is_magnitude, weight_decay in ((False, args.adam_weight_decay), (True, 0.0)):
+            chosen = [parameter for name, parameter in parameters.items()
+                      if name.startswith(f"{part}.") and ("lora_magnitude_vector" in name) == is_magnitude]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": weight_decay,
+                               "lr": compute_learning_rate(args, rate, accelerator.num_processes)})
+    return groups
+
+
+def make_optimizer(args: Namespace, groups: list[dict]):
+    """Return AdamW over groups of parameters: fused where the device has it, or with 8-bit moments."""
+    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, **settings, fused=parameters[0].device.type in ("cuda", "cpu", "xpu", "mps"))
-
-
-def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int) -> None:
-    """Make the optimizer and the schedule, wrap what is trained for the devices, and say how it is kept on disk."""
-    parameters = [parameter for parameter in models.unet.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, parameters, compute_learning_rate(args, accelerator.num_processes))
-    lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, num_samples, accelerator.num_processes))
-    models.unet, models.optimizer, models.lr_scheduler = accelerator.prepare(models.unet, optimizer, lr_scheduler)
-    register_checkpoint_hooks(accelerator, models)
+        return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    device = groups[0]["params"][0].device.type
+    return torch.optim.AdamW(groups, **settings, fused=device in ("cuda", "cpu", "xpu", "mps"))
 
 
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
@@ -1269,9 +1363,9 @@ def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * num_processes
 
 
-def compute_learning_rate(args: Namespace, num_processes: int) -> float:
-    """Return the peak learning rate, scaled by the batch if asked for."""
-    return args.learning_rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
+def compute_learning_rate(args: Namespace, rate: float, num_processes: int) -> float:
+    """Return a peak learning rate, scaled by the batch if asked for."""
+    return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
 
 
 def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
@@ -1280,6 +1374,12 @@ def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
     return get_scheduler(
         args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=decay_end, num_cycles=args.lr_num_cycles, power=args.lr_power)
+
+
+def get_learning_rates(models: Models) -> dict[str, float]:
+    """Return the rates of the next update: `lr` of the UNet, `lr_text_encoder` of what else is trained."""
+    rates = models.lr_scheduler.get_last_lr()
+    return {"lr": rates[0], **({"lr_text_encoder": rates[-1]} if len(models.trained) > 1 else {})}
 
 
 def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
@@ -1329,25 +1429,53 @@ def load_run_record(checkpoint: Path | None) -> dict:
     return json.loads(path.read_text()) if path is not None and path.is_file() else {}
 
 
+def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
+    """Refuse to resume from a checkpoint that does not hold what these flags train."""
+    if checkpoint is None:
+        return
+    if list(checkpoint.glob("*_ema")) and not args.use_ema:
+        raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
+                         f"flag, or remove {EMA_FOLDER}/ from the checkpoint.")
+    before = load_run_record(checkpoint).get("flags", {})
+    for name in FIXED_FLAGS:
+        if name in args and name in before and before[name] != getattr(args, name):
+            raise ValueError(f"{checkpoint} was made with --{name} {before[name]}, and what it holds fits no other "
+                             f"than that: got {getattr(args, name)}. Give the command as it was.")
+
+
+def write_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
+    """Write what is trained as model folders, unet/ or while averages are in place unet_ema/, that diffusers loads."""
+    for part in models.trained:
+        network = unwrap_model(accelerator, getattr(models, part))
+        network.save_pretrained(folder / f"{part}{'_ema' if averaged else ''}")
+
+
+def read_trained(models: Models, folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
+    """Return what `write_trained` has written, named as by `name_trained_parameters`."""
+    return {f"{part}.{name.removeprefix('text_model.')}": tensor for part in models.trained
+            for name, tensor in load_weights(folder / f"{part}{'_ema' if averaged else ''}").items()}
+
+
 def register_checkpoint_hooks(accelerator: Accelerator, models: Models) -> None:
-    """Make accelerate keep the UNet and its average as model folders, which `from_pretrained` can load."""
+    """Make accelerate keep what is trained, and its average, in files that diffusers can load."""
 
     def save(networks: list, weights: list, folder: str) -> None:
         if accelerator.is_main_process:
-            unet = unwrap_model(accelerator, models.unet)
-            unet.save_pretrained(Path(folder, "unet"))
-            if models.ema_unet is not None:
-                models.ema_unet.save(str(Path(folder, "unet_ema")), unet)
+            write_trained(accelerator, models, Path(folder))
+            if models.ema is not None:
+                with models.ema.swapped_in():
+                    write_trained(accelerator, models, Path(folder), averaged=True)
+                models.ema.save_state(Path(folder, EMA_FOLDER, "config.json"))
         weights.clear()
 
     def load(networks: list, folder: str) -> None:
-        unwrap_model(accelerator, models.unet).load_state_dict(load_weights(str(Path(folder, "unet"))))
-        if models.ema_unet is not None and Path(folder, "unet_ema").is_dir():
-            models.ema_unet.load(str(Path(folder, "unet_ema")))
-        elif models.ema_unet is not None:
-            logger.warning(f"{folder} has no averaged weights: averaging starts from its unet.")
-            models.ema_unet = EmaWeights(unwrap_model(accelerator, models.unet), models.ema_unet.decay,
-                                         offload=models.ema_unet.offload)
+        parameters, averages = name_trained_parameters(accelerator, models), Path(folder, EMA_FOLDER)
+        copy_weights(parameters, read_trained(models, Path(folder)), folder)
+        if models.ema is not None and averages.is_dir():
+            models.ema.load(read_trained(models, Path(folder), averaged=True), averages / "config.json")
+        elif models.ema is not None:
+            logger.warning(f"{folder} has no averaged weights: averaging starts from the trained ones.")
+            models.ema = EmaWeights(parameters, models.ema.decay, offload=models.ema.offload)
         networks.clear()
 
     accelerator.register_save_state_pre_hook(save)
@@ -1382,9 +1510,12 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progres
 
 def replace_folder(new: Path, place: Path) -> None:
     """Move a finished file or folder to its place by renaming, once its files are on disk; remove what was there."""
+    umask = os.umask(0)  # to be read, it must be set
+    os.umask(umask)
     for file in (path for path in [new, *new.rglob("*")] if path.is_file()):
         with open(file, "r+b") as stream:
             os.fsync(stream.fileno())
+        file.chmod(0o666 & ~umask)  # safetensors lets nobody else read its files
     old = place.with_name(f".partial-old-{place.name}")
     if os.path.lexists(place):
         place.rename(old)
@@ -1411,12 +1542,6 @@ def remove_leftovers(folder: Path) -> None:
 def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint: Path, record: dict,
            num_samples: int) -> Progress:
     """Load a checkpoint and return where it stands; the learning rate and AdamW's settings are the command line's."""
-    if (checkpoint / "unet_ema").is_dir() and not args.use_ema:
-        raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
-                         "flag, or remove unet_ema/ from the checkpoint.")
-    if load_run_record(checkpoint).get("flags", {}).get("use_8bit_adam", args.use_8bit_adam) != args.use_8bit_adam:
-        raise ValueError(f"{checkpoint} was made {'without' if args.use_8bit_adam else 'with'} --use_8bit_adam, and "
-                         "the moments it holds fit no other optimizer: give the command as it was.")
     groups = models.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     accelerator.load_state(str(checkpoint))
@@ -1465,13 +1590,12 @@ def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
 
 def make_pipeline(accelerator: Accelerator, models: Models, **extras) -> StableDiffusionPipeline:
     """Return the pipeline of the networks in memory; `extras` are a safety checker and the like."""
-    config = models.scheduler_config
+    config, plain = models.scheduler_config, unwrap_models(accelerator, models)
     noise_scheduler = getattr(diffusers, config.get("_class_name", "PNDMScheduler")).from_config(config)
     parts = {"safety_checker": None, "feature_extractor": None, **extras}
     return StableDiffusionPipeline(
-        vae=models.vae, text_encoder=models.text_encoder, tokenizer=models.tokenizer, scheduler=noise_scheduler,
-        unet=unwrap_model(accelerator, models.unet), **parts,
-        requires_safety_checker=parts["safety_checker"] is not None)
+        vae=plain.vae, text_encoder=plain.text_encoder, tokenizer=plain.tokenizer, unet=plain.unet,
+        scheduler=noise_scheduler, **parts, requires_safety_checker=parts["safety_checker"] is not None)
 
 
 def get_validation_prompts(args: Namespace) -> list[str]:
@@ -1482,6 +1606,8 @@ def get_validation_prompts(args: Namespace) -> list[str]:
 
 def is_validation_due(args: Namespace, progress: Progress, step: MicroStep) -> bool:
     """Return whether the update that `step` ends is one to validate after."""
+    if not get_validation_prompts(args) and args.validation_data_dir is None:
+        return False
     by_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
     return by_epoch or (args.validation_steps is not None and progress.global_step % args.validation_steps == 0)
 
@@ -1489,10 +1615,11 @@ def is_validation_due(args: Namespace, progress: Progress, step: MicroStep) -> b
 def validate(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
              progress: Progress) -> list[Image.Image]:
     """Draw the prompts and measure the held-out loss, with averaged weights if there are any; return the pictures."""
-    prompts, unet, images = get_validation_prompts(args), unwrap_model(accelerator, models.unet), []
+    prompts, images = get_validation_prompts(args), []
     if not prompts and data.held_out is None:
         return images
-    unet.eval()
+    for network in list_trained(models):
+        network.eval()
     with averaged_weights(models):
         if prompts:
             images = draw_images(args, accelerator, models, prompts, data.train.seed)
@@ -1500,7 +1627,8 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
             loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
             accelerator.log({"validation_loss": loss}, step=progress.global_step)
             logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
-    unet.train()
+    for network in list_trained(models):
+        network.train()
     if images and accelerator.is_main_process:
         with log_failure("saving the validation pictures"):
             save_images(images, prompts, Path(args.output_dir, "validation", f"step-{progress.global_step}"))
@@ -1549,11 +1677,11 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
     steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_processes,
                              len(held_out))
     loader = make_dataloader(held_out, steps, models.tokenizer, 0, accelerator)
-    unet, losses = unwrap_model(accelerator, models.unet), [torch.full((1,), math.nan, device=accelerator.device)]
+    networks, losses = unwrap_models(accelerator, models), [torch.full((1,), math.nan, device=accelerator.device)]
     with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(loader)) as batches:
         for batch in batches:
             batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
-            losses.append(compute_loss(unet, models, plain, batch) * batch["weights"])
+            losses.append(compute_loss(networks, plain, batch) * batch["weights"])
         losses[0].zero_()
     return accelerator.reduce(torch.cat(losses).sum(), "sum").item() / len(held_out)
 
@@ -1612,7 +1740,7 @@ def load_extra_parts(args: Namespace) -> dict:
     return {key: part for key, part in base.components.items() if key not in skipped and part is not None}
 
 
-def export_pipeline(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
     """Write the pipeline to --output_dir, aside first, so that a failure leaves what was there before."""
     aside = Path(args.output_dir, ".partial-export")
     with averaged_weights(models):
@@ -1623,25 +1751,32 @@ def export_pipeline(args: Namespace, accelerator: Accelerator, models: Models) -
     logger.info(f"saved the pipeline: StableDiffusionPipeline.from_pretrained({args.output_dir!r}) loads it")
 
 
+def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
+    """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
+    code = (
+        "from diffusers import StableDiffusionPipeline\n\n"
+        f'pipeline = StableDiffusionPipeline.from_pretrained("{args.hub_model_id or args.output_dir}")\n'
+        f"image = pipeline({prompt!r}).images[0]"
+    )
+    tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
+    return f"All weights of the {trained}", code, tags
+
+
 def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progress: Progress) -> None:
     """Write README.md, the model card, with a grid of the last pictures."""
     prompts, folder, base = get_validation_prompts(args), Path(args.output_dir), args.pretrained_model_name_or_path
-    data = args.dataset_name or "images in a local folder"
-    text = f"# Fine-tuned {base}\n\nAll weights of the UNet were trained on {data}.\n"
+    prompt = prompts[0] if prompts else "a prompt like the captions it was trained on"
+    trained, code, tags = describe_model(args, prompt)
+    text = f"# Fine-tuned {base}\n\n{trained} were trained on {args.dataset_name or 'images in a local folder'}.\n"
     if images:
         make_labeled_grid(images, prompts).save(folder / "val_imgs_grid.png")
         text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
-    prompt = prompts[0] if prompts else "a prompt like the captions it was trained on"
-    text += (
-        f"\n## Use\n\n```python\nfrom diffusers import StableDiffusionPipeline\n\n"
-        f'pipeline = StableDiffusionPipeline.from_pretrained("{args.hub_model_id or args.output_dir}")\n'
-        f"image = pipeline({prompt!r}).images[0]\n```\n\n## Training\n\n"
-    )
+    text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
-             "mixed_precision", "use_ema", "snr_gamma", "noise_offset", "prediction_type")
-    facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name) for name in names}}
+             "mixed_precision", "use_ema", "snr_gamma", "noise_offset", "prediction_type", "rank", "lora_alpha")
+    facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
-    tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
     header = huggingface_hub.ModelCardData(license="creativeml-openrail-m", library_name="diffusers", tags=tags,
                                            base_model=None if Path(base).exists() else base, inference=True)
     readme = folder / "README.md"
@@ -1778,8 +1913,10 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
     """
     accelerator.sync_gradients = step.ends_update
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
-    with contextlib.nullcontext() if step.ends_update else accelerator.no_sync(models.unet):
-        losses = compute_loss(models.unet, models, objective, batch)
+    with contextlib.ExitStack() as unsynchronized:
+        for network in [] if step.ends_update else list_trained(models):
+            unsynchronized.enter_context(accelerator.no_sync(network))
+        losses = compute_loss(models, objective, batch)
         loss = (losses * batch["weights"]).sum() / step.window_size
         accelerator.backward(loss * scale)
     return loss.detach()
@@ -1795,7 +1932,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
                    args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, plan(), models.tokenizer, args.dataloader_num_workers, accelerator)
-    parameters = [parameter for parameter in models.unet.parameters() if parameter.requires_grad]
+    parameters = list(name_trained_parameters(accelerator, models).values())
     meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
 
     ahead = contextlib.closing(iterate_ahead(loader))
@@ -1805,14 +1942,13 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             if not step.ends_update:
                 continue
             grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-            learning_rate = models.lr_scheduler.get_last_lr()[0]
+            numbers = {"epoch": step.epoch, **get_learning_rates(models)}
             models.optimizer.step()
             models.lr_scheduler.step()
             models.optimizer.zero_grad()
-            numbers = {"epoch": step.epoch, "lr": learning_rate}
-            if models.ema_unet is not None:
-                models.ema_unet.step()
-                numbers["ema_decay"] = models.ema_unet.compute_decay()
+            if models.ema is not None:
+                models.ema.step()
+                numbers["ema_decay"] = models.ema.compute_decay()
             progress.advance(step)
             meter.end_update(progress.global_step, numbers, grad_norm)
 
@@ -1833,9 +1969,9 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
 
 def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
            progress: Progress) -> None:
-    """Export the pipeline with its card, send the last pictures to the trackers, and upload."""
+    """Export what was trained with its card, send the last pictures to the trackers, and upload."""
     if accelerator.is_main_process:
-        export_pipeline(args, accelerator, models)
+        export_model(args, accelerator, models)
         save_model_card(args, images, seed, progress)
         if images:
             with log_failure("sending the last pictures to the trackers"):
@@ -1852,6 +1988,7 @@ def main(argv: list[str] | None = None) -> None:
     configs = load_model_configs(args)
     lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    check_checkpoint(args, checkpoint)
     with accelerator.main_process_first():
         images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
         held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
@@ -1861,6 +1998,7 @@ def main(argv: list[str] | None = None) -> None:
     models = load_models(args, accelerator, make_scheduler_config(args, configs["scheduler"]))
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))
+    start_averages(args, models)
     record = make_run_record(args, accelerator, seed, getattr(images, "captions_digest", None))
     progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
 

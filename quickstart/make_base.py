@@ -113,12 +113,14 @@ def train_unet(args: argparse.Namespace) -> None:
     output = args.work_dir / "trained"
     resume = ["--resume_from_checkpoint", "latest"] if list(output.glob("checkpoint-*")) else []
     run(
-        "-m", "accelerate.commands.launch", HERE.parent / "train_text_to_image.py",
+        "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1, "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--num_cpu_threads_per_process", torch.get_num_threads(),
+        HERE.parent / "train_text_to_image.py",
         "--pretrained_model_name_or_path", args.work_dir / "start", "--train_data_dir", args.work_dir / "noto",
-        "--resolution", 64, "--random_flip", "--train_batch_size", 32, "--max_train_steps", args.num_unet_steps,
-        "--learning_rate", 1e-3, "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 100,
+        "--resolution", 64, "--random_flip", "--train_batch_size", 16, "--max_train_steps", args.num_unet_steps,
+        "--learning_rate", 1e-3, "--lr_scheduler", "cosine", "--lr_warmup_steps", 100,
         "--snr_gamma", 5, "--proportion_empty_prompts", 0.1, "--use_ema", "--ema_decay", 0.9995,
-        "--checkpointing_steps", 1000, "--checkpoints_total_limit", 2, "--seed", 0, "--output_dir", output, *resume,
+        "--checkpointing_steps", 500, "--checkpoints_total_limit", 2, "--seed", 0, "--output_dir", output, *resume,
     )
 
 
@@ -134,9 +136,9 @@ def main() -> None:
     parser.add_argument("--names", type=Path, help=f"The npm package {NAMES_PACKAGE} as a .tgz file.")
     parser.add_argument("--work_dir", type=Path, default=HERE / "out-base", help="Where the stages leave their work.")
     parser.add_argument("--output_dir", type=Path, default=HERE / "base")
-    parser.add_argument("--vae_minutes", type=float, default=30)
+    parser.add_argument("--vae_minutes", type=float, default=20)
     parser.add_argument("--num_text_steps", type=int, default=400)
-    parser.add_argument("--num_unet_steps", type=int, default=12_000, help="0 leaves the UNet random.")
+    parser.add_argument("--num_unet_steps", type=int, default=9000, help="0 leaves the UNet random.")
     args = parser.parse_args()
     work, images = args.work_dir, HERE / "images"
     if not (work / "noto" / "metadata.jsonl").is_file():

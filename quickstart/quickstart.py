@@ -1,15 +1,16 @@
 #!/usr/bin/env python
 """Fine-tune the tiny Stable Diffusion in quickstart/base on the 3D emoji in quickstart/images, and show what changed.
 
-    python quickstart/quickstart.py
+    python quickstart/quickstart.py            all weights of the UNet, with train_text_to_image.py
+    python quickstart/quickstart.py --lora     adapters beside them, with train_text_to_image_lora.py
 
-It draws the prompts below, runs `accelerate launch train_text_to_image.py`, draws them again from the same noise, and
-leaves in quickstart/out/run-N:
+It draws the prompts below, runs the script with `accelerate launch`, draws them again from the same noise, and leaves
+in quickstart/out/run-N:
 
     before_after.png       the pictures side by side
     loss.png               the training loss of every update, and the held-out loss
     summary.json           the numbers that it prints
-    (the rest)             what train_text_to_image.py leaves: the pipeline, checkpoints, validation pictures, logs
+    (the rest)             what the script leaves: pipeline or adapter, checkpoints, validation pictures, logs
 """
 
 import argparse
@@ -35,7 +36,6 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 from diffusers import StableDiffusionPipeline  # noqa: E402
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
 
-TRAIN_SCRIPT = HERE.parent / "train_text_to_image.py"
 TRAINED_PROMPTS = [
     "a red apple", "a banana", "a fox", "an elephant", "a rose", "an evergreen tree", "a blue book", "a pizza",
 ]  # fmt: skip
@@ -52,12 +52,24 @@ NOISE_DRAWS = 4  # per held-out picture
 ENLARGEMENT = 2  # of the pictures in the grid
 SEED = 1
 TRAIN_ARGS = [
-    "--resolution", RESOLUTION, "--random_flip", "--train_batch_size", 16,
-    "--learning_rate", 1e-3, "--lr_scheduler", "cosine", "--lr_warmup_steps", 20, "--snr_gamma", 5,
-    "--proportion_empty_prompts", 0.1, "--use_ema", "--ema_decay", 0.99, "--seed", SEED,
+    "--resolution", RESOLUTION, "--random_flip", "--train_batch_size", 16, "--snr_gamma", 5,
+    "--lr_scheduler", "cosine", "--lr_warmup_steps", 20, "--proportion_empty_prompts", 0.1,
+    "--use_ema", "--ema_decay", 0.99, "--seed", SEED,
     "--checkpoints_total_limit", 1, "--report_to", "tensorboard", "--validation_epochs", 1_000_000,
     "--validation_inference_steps", INFERENCE_STEPS, "--validation_guidance_scale", GUIDANCE_SCALE,
 ]  # fmt: skip
+
+
+class Method(NamedTuple):
+    """A script, and the flags that are its own."""
+
+    script: Path
+    args: list
+
+
+FULL = Method(HERE.parent / "train_text_to_image.py", ["--learning_rate", 5e-4])
+LORA = Method(HERE.parent / "train_text_to_image_lora.py", [
+    "--learning_rate", 4e-3, "--rank", 16, "--lora_target", "attention", "feed_forward", "convolution"])  # fmt: skip
 
 
 class Captioned(NamedTuple):
@@ -67,13 +79,13 @@ class Captioned(NamedTuple):
     captions: list[str]
 
 
-def check_inputs(base: str) -> None:
+def check_inputs(base: str, script: Path) -> None:
     """Raise FileNotFoundError when the base, the pictures or the script are not there."""
     remedies = {
         Path(base, "model_index.json"): "git checkout quickstart/base, or python quickstart/make_base.py",
         HERE / "images" / "metadata.jsonl": "git checkout quickstart/images, or python quickstart/make_images.py",
         HERE / "validation_images" / "metadata.jsonl": "git checkout quickstart/validation_images",
-        TRAIN_SCRIPT: "run this file inside a clone of the repository",
+        script: "run this file inside a clone of the repository",
     }
     for path, remedy in remedies.items():
         if not path.is_file():
@@ -88,9 +100,11 @@ def make_output_dir(parent: Path) -> Path:
     return folder
 
 
-def load_pipeline(folder: str) -> StableDiffusionPipeline:
-    """Return the pipeline in float32, on the GPU if there is one."""
+def load_pipeline(folder: str, adapter: Path | None = None) -> StableDiffusionPipeline:
+    """Return the pipeline in float32, on the GPU if there is one, with a LoRA if one is given."""
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    if adapter is not None:
+        pipeline.load_lora_weights(adapter)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
 
@@ -161,15 +175,16 @@ def compute_obedience(pipeline: StableDiffusionPipeline, drawn: list[Image.Image
     return {name: share.float().mean().item() for name, share in shares.items()}
 
 
-def train(base: str, output_dir: Path, num_steps: int) -> float:
-    """Run train_text_to_image.py and return its seconds; RuntimeError when it fails."""
+def train(method: Method, base: str, output_dir: Path, num_steps: int) -> float:
+    """Run the script and return its seconds; RuntimeError when it fails."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes", 1, "--num_machines", 1,
         "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", torch.get_num_threads(),
-        TRAIN_SCRIPT, "--pretrained_model_name_or_path", base,
+        method.script, "--pretrained_model_name_or_path", base,
         "--train_data_dir", HERE / "images", "--validation_data_dir", HERE / "validation_images",
         "--validation_prompts", *PROMPTS[::4], "--validation_steps", max(1, num_steps // 4),
-        "--max_train_steps", num_steps, "--checkpointing_steps", num_steps, "--output_dir", output_dir, *TRAIN_ARGS,
+        "--max_train_steps", num_steps, "--checkpointing_steps", num_steps, "--output_dir", output_dir,
+        *TRAIN_ARGS, *method.args,
     ]  # fmt: skip
     command = [str(part) for part in command]
     quoted = " ".join(f'"{part}"' if " " in part else part for part in command[3:])
@@ -177,7 +192,7 @@ def train(base: str, output_dir: Path, num_steps: int) -> float:
     started = time.monotonic()
     status = subprocess.run(command, check=False).returncode
     if status:
-        raise RuntimeError(f"train_text_to_image.py ended with status {status}; its last lines above say why.")
+        raise RuntimeError(f"{method.script.name} ended with status {status}; its last lines above say why.")
     return time.monotonic() - started
 
 
@@ -261,7 +276,7 @@ Time             {summary["train_seconds"]:.0f} s of training, {summary["seconds
 
 Look at          {output_dir / "before_after.png"}
                  {output_dir / "loss.png"}
-The model        {output_dir}  (StableDiffusionPipeline.from_pretrained)
+The result       {output_dir}  (its README.md says how to draw with it)
 TensorBoard      tensorboard --logdir {output_dir / "logs"}""")
 
 
@@ -271,17 +286,18 @@ def measure(pipeline: StableDiffusionPipeline, label: str, held_out: Captioned, 
     return drawn, compute_held_out_loss(pipeline, held_out), compute_obedience(pipeline, drawn, known)
 
 
-def run_quickstart(base: str, parent: Path, num_steps: int) -> None:
+def run_quickstart(method: Method, base: str, parent: Path, num_steps: int) -> None:
     """Draw, train, draw again, and report."""
     started = time.monotonic()
-    check_inputs(base)
+    check_inputs(base, method.script)
     output_dir = make_output_dir(parent)
     images, held_out = load_images(HERE / "images"), load_images(HERE / "validation_images")
     known = Captioned(torch.cat([images.pixel_values, held_out.pixel_values]), images.captions + held_out.captions)
 
     before, loss_before, obedience_before = measure(load_pipeline(base), "before training", held_out, known)
-    train_seconds = train(base, output_dir, num_steps)
-    after, loss_after, obedience_after = measure(load_pipeline(output_dir), "after training", held_out, known)
+    train_seconds = train(method, base, output_dir, num_steps)
+    trained = load_pipeline(base, output_dir) if method is LORA else load_pipeline(output_dir)
+    after, loss_after, obedience_after = measure(trained, "after training", held_out, known)
     summary = {
         "num_steps": num_steps, "train_seconds": train_seconds, "seconds": time.monotonic() - started,
         "held_out_loss": {"before": loss_before, "after": loss_after}, "loss_factor": loss_before / loss_after,
@@ -296,6 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--base", default=str(HERE / "base"), help="The model to start from.")
     parser.add_argument("--output_dir", type=Path, default=HERE / "out", help="Where run-1, run-2, ... go.")
+    parser.add_argument("--lora", action="store_true", help="Train adapters with train_text_to_image_lora.py instead.")
     parser.add_argument("--max_train_steps", type=int, default=400, help="Updates; fewer for a shorter run.")
     args = parser.parse_args()
     if args.max_train_steps < 1:
@@ -304,7 +321,7 @@ def main() -> None:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     try:
-        run_quickstart(args.base, args.output_dir, args.max_train_steps)
+        run_quickstart(LORA if args.lora else FULL, args.base, args.output_dir, args.max_train_steps)
     except (FileNotFoundError, RuntimeError) as error:
         sys.exit(f"quickstart: {error}")
     except KeyboardInterrupt:

@@ -23,14 +23,15 @@ import sys
 from dataclasses import dataclass
 
 OWN = {
+    "EMA_FOLDER",
     "Models",
-    "check_args",
-    "compute_loss",
+    "describe_model",
+    "export_model",
     "load_models",
     "main",
-    "make_pipeline",
     "parse_args",
-    "train_step",
+    "read_trained",
+    "write_trained",
 }
 BANNER = re.compile(r"# -+ .+ -+")
 CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")

@@ -25,6 +25,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_text_to_image*.py"))
 TORCH_SCRIPTS = [name for name in SCRIPTS if "flax" not in name]
+FULL_SCRIPTS = [name for name in TORCH_SCRIPTS if "lora" not in name]  # that train and export whole networks
 
 
 def load_script(name: str):
@@ -40,6 +41,12 @@ def load_script(name: str):
 @pytest.fixture(params=TORCH_SCRIPTS)
 def script(request):
     """Each torch script in turn, as a module."""
+    return load_script(request.param)
+
+
+@pytest.fixture(params=FULL_SCRIPTS)
+def full_script(request):
+    """Each torch script that trains and exports whole networks, in turn, as a module."""
     return load_script(request.param)
 
 
@@ -134,6 +141,17 @@ def make_args(model: Path, data: Path, output_dir: Path, **flags) -> list[str]:
         argv.append(f"--{name}")
         argv += [] if value is True else [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
     return argv
+
+
+def list_adapter_flags(script, **flags) -> dict:
+    """Return `flags` for a script that trains adapters, none for one that trains whole networks."""
+    return flags if "lora" in script.__name__ else {}
+
+
+def list_fast_flags(script) -> dict:
+    """Return flags with which a network of random weights learns something in a few updates."""
+    targets = ["attention", "feed_forward", "convolution", "conv_out"]
+    return {"learning_rate": 2e-3, **list_adapter_flags(script, learning_rate=5e-3, rank=16, lora_target=targets)}
 
 
 def make_namespace(script, argv: list[str]) -> argparse.Namespace:

@@ -17,12 +17,17 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, load_script
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from diffusers import StableDiffusionPipeline
 
 # Other processes are forked from one that has imported everything and computed nothing: ready at once, and as separate
 # as any, so that they can be stopped, killed and limited for real.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["runs", "datasets", "huggingface_hub", "torchvision.transforms.functional"])
 PATIENCE = 120  # seconds that another process may take for anything
+LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def run(script, argv: list) -> None:
@@ -153,16 +158,47 @@ def read_record(checkpoint: Path) -> dict:
 
 
 def read_folder(folder: Path) -> dict[str, object]:
-    """Return what every file of a folder but the record holds, by its path, to be compared bit for bit."""
-    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != "run_record.json"]
+    """Return what a file, or each one in a folder but the record, holds: by its path, to be compared bit for bit."""
+    paths = [path for path in [Path(folder), *sorted(Path(folder).rglob("*"))]
+             if path.is_file() and path.name != "run_record.json"]
     return {str(path.relative_to(folder)): read_file(path) for path in paths}
 
 
 def read_file(path: Path) -> object:
-    """Return what a file holds: its bytes, or what torch has pickled, whose bytes tell of identities too."""
+    """Return what a file holds: its bytes, or what torch and safetensors read, whose bytes tell of more than that."""
     if path.suffix in (".bin", ".pkl"):
         return make_comparable(torch.load(path, map_location="cpu", weights_only=False))
+    if path.suffix == ".safetensors":  # the order of the metadata is not the same each time
+        with safe_open(path, framework="pt") as file:
+            return make_comparable({"metadata": file.metadata(), **load_file(path)})
     return path.read_bytes()
+
+
+def read_trained(folder: Path, *, averaged: bool = False) -> dict[str, torch.Tensor]:
+    """Return the UNet, or the adapter, that a run left in a checkpoint or its output folder, or the average of it."""
+    adapter = Path(folder, "lora_ema" if averaged else "", LORA_FILE)
+    if adapter.is_file():
+        return load_file(adapter)
+    return load_file(Path(folder, "unet_ema" if averaged else "unet", "diffusion_pytorch_model.safetensors"))
+
+
+def load_pipeline(output_dir: Path, base: Path, **schedule) -> StableDiffusionPipeline:
+    """Return what a run left to draw with: a pipeline, or an adapter, which is put on its base.
+
+    `schedule` is what an adapter's user has to know of its noise schedule, which a pipeline brings along.
+    """
+    if not Path(output_dir, LORA_FILE).is_file():
+        return StableDiffusionPipeline.from_pretrained(output_dir, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **schedule)
+    pipeline.load_lora_weights(output_dir, weight_name=LORA_FILE)  # by name: offline, diffusers asks for it
+    return pipeline
+
+
+def list_exported(output_dir: Path) -> set[str]:
+    """Return the names of what a run left in its output folder beside checkpoints, logs and texts."""
+    return {path.name for path in Path(output_dir).iterdir()
+            if path.name != "logs" and not path.name.startswith("checkpoint-") and path.suffix not in (".md", ".png")}
 
 
 def make_comparable(value: object) -> object:

@@ -22,15 +22,16 @@ CONTRACT = json.loads((Path(__file__).parent / "cli.json").read_text())
 POSITIVE_COUNTS = [
     "resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "max_train_samples",
     "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "logging_steps", "checkpoints_total_limit",
-    "validation_epochs", "validation_steps", "validation_inference_steps"]
+    "validation_epochs", "validation_steps", "validation_inference_steps", "rank"]
 POSITIVE_REALS = [
-    "lr_power", "snr_gamma", "adam_epsilon", "max_grad_norm", "timestep_bias_multiplier"]
+    "lr_power", "snr_gamma", "adam_epsilon", "max_grad_norm", "timestep_bias_multiplier", "lora_alpha"]
 NONNEGATIVE_COUNTS = [
     "seed", "lr_warmup_steps", "dataloader_num_workers", "num_validation_images", "timestep_bias_begin"]
 NONNEGATIVE_REALS = [
     "adam_weight_decay", "noise_offset", "input_perturbation", "dream_detail_preservation",
-    "validation_guidance_scale"]
-FRACTIONS = ["proportion_empty_prompts", "timestep_bias_portion", "ema_decay", "adam_beta1", "adam_beta2"]
+    "validation_guidance_scale", "text_encoder_lr"]
+BELOW_1 = ["adam_beta1", "adam_beta2", "lora_dropout"]  # at 1 a mean would never move, an adapter never learn
+FRACTIONS = ["proportion_empty_prompts", "timestep_bias_portion", "ema_decay", *BELOW_1]
 UNBOUNDED = {"local_rank", "timestep_bias_end"}  # set by launchers; bounded by --timestep_bias_begin and the model
 IMPOSSIBLE_VALUES = [
     *((flag, value, "must be positive") for flag, value in itertools.product(POSITIVE_COUNTS, ("0", "-1"))),
@@ -40,8 +41,7 @@ IMPOSSIBLE_VALUES = [
     *((flag, value, "must be from 0 to 1") for flag, value in itertools.product(FRACTIONS, ("-0.1", "1.5", "nan"))),
     *((flag, "inf", "must") for flag in POSITIVE_REALS + NONNEGATIVE_REALS + FRACTIONS),
     ("seed", str(2**32), "must"),  # the random number generators of NumPy end there
-    ("adam_beta1", "1", "must"),  # the mean would never move, and AdamW refuses it
-    ("adam_beta2", "1", "must"),
+    *((flag, "1", "must") for flag in BELOW_1),
     ("lr_scheduler", "cosinus", "choose from linear, cosine, "),
     ("report_to", "tensorbord", "choose from tensorboard, wandb, "),
     ("report_to", "", "choose from tensorboard, wandb, "),
@@ -85,6 +85,7 @@ IMPOSSIBLE_PAIRS = {
                             "1:1000,0.1")
        for rules in ("1:10,", "1:10;0.1", "0.1:x,1", "1-10,0.1", "", "1:10,0.1:20", "e:10,0.1", "1:10,.", "1:10,1e")},
     "offload without ema": ({"offload_ema": True}, "--offload_ema", "--use_ema"),
+    "rate of a frozen text encoder": ({"text_encoder_lr": 1e-4}, "--text_encoder_lr", "--train_text_encoder"),
     "none and another": ({"report_to": "none,tensorboard"}, "--report_to none,tensorboard", "`none` stands alone"),
     **{f"token and {trackers}": ({"hub_token": "hf_secret", "report_to": trackers}, "--hub_token",
                                  f"--report_to {trackers}", "HF_TOKEN")
@@ -284,9 +285,10 @@ def test_numbers_at_the_bounds_are_accepted(script, places):
     edges = {**dict.fromkeys(POSITIVE_COUNTS, 1), **dict.fromkeys(POSITIVE_REALS, 1e-9),
              **dict.fromkeys(NONNEGATIVE_COUNTS + NONNEGATIVE_REALS + FRACTIONS, 0)}
     edges = {name: value for name, value in edges.items() if name in flags}
-    args = script.parse_args(make_args("m", places["FOLDER"], places["MISSING"], **edges))
+    argv = make_args("m", places["FOLDER"], places["MISSING"], train_text_encoder=True, **edges)
+    args = script.parse_args(argv)
     assert {name: getattr(args, name) for name in edges} == edges
-    ones = {name: 1.0 for name in FRACTIONS if name in flags and "beta" not in name}
+    ones = {name: 1.0 for name in FRACTIONS if name in flags and name not in BELOW_1}
     args = script.parse_args(make_args("m", places["FOLDER"], places["MISSING"], **ones))
     assert {name: getattr(args, name) for name in ones} == ones
 
@@ -305,12 +307,22 @@ def test_token_is_accepted_where_nothing_publishes_it(script, places, trackers):
     assert script.parse_args(argv).hub_token == "hf_secret"
 
 
-def test_non_ema_revision_falls_back_to_revision(script, places):
+def test_a_tilde_is_the_home(script, tmp_path, monkeypatch):
+    """The shell leaves the ~ of --output_dir=~/out alone: it is expanded here, in every flag that names a place."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine/checkpoint-3").mkdir(parents=True)
+    (tmp_path / "mine/checkpoint-3/run_record.json").write_text("{}")
+    names = ("output_dir", "train_data_dir", "validation_data_dir", "cache_dir", "resume_from_checkpoint")
+    flags = {**dict.fromkeys(names, "~/mine"), "resume_from_checkpoint": "~/mine/checkpoint-3"}
+    args = script.parse_args(make_args("m", flags.pop("train_data_dir"), flags.pop("output_dir"), **flags))
+    assert [getattr(args, name) for name in names[:4]] == [str(tmp_path / "mine")] * 4
+    assert args.resume_from_checkpoint == str(tmp_path / "mine/checkpoint-3")
+
+
+def test_non_ema_revision_falls_back_to_revision(full_script, places):
     """--revision alone names the revision of every part."""
-    if "non_ema_revision" not in get_flags(script):
-        pytest.skip("the script has no such flag")
     for flags, expected in (({}, None), ({"revision": "a"}, "a"), ({"revision": "a", "non_ema_revision": "b"}, "b")):
-        args = script.parse_args(make_args("m", places["FOLDER"], places["MISSING"], **flags))
+        args = full_script.parse_args(make_args("m", places["FOLDER"], places["MISSING"], **flags))
         assert args.non_ema_revision == expected
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_args
-from runs import read_folder, run
+from accelerate import Accelerator
+from conftest import make_args, read_scalars
+from runs import assert_same_files, read_trained, run
 from safetensors.torch import load_file, save_file
 
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 
 
@@ -18,6 +19,11 @@ def make_network(seed: int = 0) -> torch.nn.Module:
     """Return a small network with parameters of several shapes."""
     torch.manual_seed(seed)
     return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5), torch.nn.Conv1d(5, 2, 1))
+
+
+def make_averages(script, network: torch.nn.Module, decay: float, **options):
+    """Return a script's averages of all weights of a network."""
+    return script.EmaWeights(dict(network.named_parameters()), decay, **options)
 
 
 def walk(network: torch.nn.Module, *steps) -> None:
@@ -39,11 +45,6 @@ def assert_equal(first, second) -> None:
     torch.testing.assert_close(list(first), list(second), rtol=0, atol=0)
 
 
-def load_unet(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a saved UNet."""
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
 def assert_close(first: dict, second: dict) -> None:
     """Check that two sets of weights agree up to rounding."""
     assert first.keys() == second.keys()
@@ -55,40 +56,41 @@ def assert_close(first: dict, second: dict) -> None:
 def test_averages_follow_the_recursion(script, decay, offload):
     """After n updates average = d average + (1 - d) weights with d = 0 for n = 1, else min(decay, n / (9 + n))."""
     network = make_network()
-    averages = script.EmaWeights(network, decay, offload=offload)
+    averages = make_averages(script, network, decay, offload=offload)
     expected = [tensor.double() for tensor in copy_of(network.parameters())]
     for number in range(1, 41):
         walk(network, averages.step)
         share = 0 if number == 1 else min(decay, number / (9 + number))
         expected = [share * average + (1 - share) * weight.double()
                     for average, weight in zip(expected, copy_of(network.parameters()), strict=True)]
-    assert {average.dtype for average in averages.averages} == {torch.float32}
-    torch.testing.assert_close([average.double() for average in averages.averages], expected, rtol=1e-5, atol=1e-6)
+    assert {average.dtype for average in averages.averages.values()} == {torch.float32}
+    found = [average.double() for average in averages.averages.values()]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("decay", [0.3, 0.9999])
 def test_averages_are_those_of_diffusers(script, decay):
     """EMAModel decays at each update as ours do, and comes to the same averages."""
     network = make_network()
-    averages, reference = script.EmaWeights(network, decay), EMAModel(network.parameters(), decay=decay)
+    averages, reference = make_averages(script, network, decay), EMAModel(network.parameters(), decay=decay)
     for _ in range(50):
         walk(network, averages.step, lambda: reference.step(network.parameters()))
         assert averages.compute_decay() == reference.cur_decay_value
     assert averages.num_updates == reference.optimization_step == 50
-    torch.testing.assert_close(list(averages.averages), reference.shadow_params, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(list(averages.averages.values()), reference.shadow_params, rtol=1e-5, atol=1e-6)
 
 
 def test_offloaded_averages_are_the_same(script):
     """--offload_ema changes where averages live, and nothing else."""
     network = make_network()
-    plain, offloaded = script.EmaWeights(network, 0.99), script.EmaWeights(network, 0.99, offload=True)
+    plain, offloaded = make_averages(script, network, 0.99), make_averages(script, network, 0.99, offload=True)
     for _ in range(20):
         walk(network, plain.step, offloaded.step)
-    assert {average.device.type for average in offloaded.averages} == {"cpu"}
-    assert_equal(plain.averages, offloaded.averages)
-    pointers = [average.data_ptr() for average in offloaded.averages]
+    assert {average.device.type for average in offloaded.averages.values()} == {"cpu"}
+    assert_equal(plain.averages.values(), offloaded.averages.values())
+    pointers = [average.data_ptr() for average in offloaded.averages.values()]
     walk(network, offloaded.step)
-    assert [average.data_ptr() for average in offloaded.averages] == pointers  # no new buffers
+    assert [average.data_ptr() for average in offloaded.averages.values()] == pointers  # no new buffers
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -96,10 +98,10 @@ def test_offloaded_averages_are_the_same(script):
 def test_swapping_in_restores_everything(script, offload, fails):
     """Inside, the network holds the averages; afterwards weights and averages are what they were, to the last bit."""
     network = make_network()
-    averages = script.EmaWeights(network, 0.9, offload=offload)
+    averages = make_averages(script, network, 0.9, offload=offload)
     for _ in range(5):
         walk(network, averages.step)
-    kept = copy_of(averages.averages)
+    kept = copy_of(averages.averages.values())
     weights, buffers = copy_of(network.parameters()), [parameter.data_ptr() for parameter in network.parameters()]
     try:
         with averages.swapped_in():
@@ -109,74 +111,86 @@ def test_swapping_in_restores_everything(script, offload, fails):
     except KeyError:
         assert fails
     assert_equal(network.parameters(), weights)
-    assert_equal(averages.averages, kept)
+    assert_equal(averages.averages.values(), kept)
     assert [parameter.data_ptr() for parameter in network.parameters()] == buffers  # the optimizer's
 
 
 def test_other_weights_to_start_from_are_kept(script):
     """`start_from` begins with the weights given, at full decay from the first update on."""
     network, start = make_network(), make_network(1)
-    averages = script.EmaWeights(network, 0.9)
+    averages = make_averages(script, network, 0.9)
     averages.start_from(start.state_dict())
-    assert_equal(averages.averages, start.parameters())
+    assert_equal(averages.averages.values(), start.parameters())
     expected = copy_of(start.parameters())
     for _ in range(3):
         walk(network, averages.step)
         expected = [0.9 * average + 0.1 * weight
                     for average, weight in zip(expected, copy_of(network.parameters()), strict=True)]
-    torch.testing.assert_close(list(averages.averages), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(list(averages.averages.values()), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_files_are_read_by_diffusers(script, tiny_model, tmp_path):
-    """EMAModel.from_pretrained reads what `save` writes, and goes on as ours does."""
+def average_unet(script, tiny_model: Path):
+    """Return an accelerator, and models of which the UNet is trained and averaged."""
     unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
-    averages = script.EmaWeights(unet, 0.99)
+    accelerator, models = Accelerator(cpu=True), script.Models(None, None, None, unet, {}, ("unet",))
+    models.ema = script.EmaWeights(script.name_trained_parameters(accelerator, models), 0.99)
+    script.register_checkpoint_hooks(accelerator, models)
+    return accelerator, models
+
+
+def test_files_are_read_by_diffusers(full_script, tiny_model, tmp_path):
+    """EMAModel.from_pretrained reads the averages of a checkpoint, and goes on as ours does."""
+    accelerator, models = average_unet(full_script, tiny_model)
+    unet, averages = models.unet, models.ema
     for _ in range(3):
         walk(unet, averages.step)
     weights = copy_of(unet.parameters())
-    averages.save(str(tmp_path / "unet_ema"), unet)
+    accelerator.save_state(str(tmp_path))
     assert_equal(unet.parameters(), weights)
     reference = EMAModel.from_pretrained(tmp_path / "unet_ema", UNet2DConditionModel)
     assert (reference.optimization_step, reference.decay, reference.min_decay) == (3, 0.99, 0)
-    assert_equal(reference.shadow_params, averages.averages)
+    assert_equal(reference.shadow_params, averages.averages.values())
     walk(unet, averages.step, lambda: reference.step(unet.parameters()))
-    torch.testing.assert_close(list(averages.averages), reference.shadow_params, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(list(averages.averages.values()), reference.shadow_params, rtol=1e-5, atol=1e-6)
     plain = UNet2DConditionModel.from_pretrained(tmp_path / "unet_ema")  # a model folder as any other
     assert plain.config.block_out_channels == unet.config.block_out_channels
 
 
-def test_files_of_diffusers_are_read(script, tiny_model, tmp_path):
-    """`load` reads what EMAModel.save_pretrained writes, as checkpoints of the reference have it."""
-    unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+def test_files_of_diffusers_are_read(full_script, tiny_model, tmp_path):
+    """What EMAModel.save_pretrained writes is read, as checkpoints of the reference have it."""
+    accelerator, models = average_unet(full_script, tiny_model)
+    unet, averages = models.unet, models.ema
     reference = EMAModel(unet.parameters(), decay=0.99, model_cls=UNet2DConditionModel, model_config=unet.config)
     for _ in range(3):
         walk(unet, lambda: reference.step(unet.parameters()))
+    accelerator.save_state(str(tmp_path))
+    shutil.rmtree(tmp_path / "unet_ema")
     reference.save_pretrained(tmp_path / "unet_ema")
-    averages = script.EmaWeights(unet, 0.99)
-    averages.load(str(tmp_path / "unet_ema"))
+    accelerator.load_state(str(tmp_path))
     assert averages.num_updates == 3
-    assert_equal(averages.averages, reference.shadow_params)
+    assert_equal(averages.averages.values(), reference.shadow_params)
     walk(unet, averages.step, lambda: reference.step(unet.parameters()))
-    torch.testing.assert_close(list(averages.averages), reference.shadow_params, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(list(averages.averages.values()), reference.shadow_params, rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_exports_averages_and_keeps_both(script, tiny_model, image_folder, tmp_path):
-    """The pipeline holds the averages; a checkpoint the trained weights in unet/ and the averages in unet_ema/."""
+    """What is exported are the averages; a checkpoint has the trained weights and, beside them, the averages."""
     out = tmp_path / "out"
     run(script, make_args(tiny_model, image_folder, out, use_ema=True, ema_decay=0.25, max_train_steps=4,
                           checkpointing_steps=1))
-    weights = [load_unet(out / f"checkpoint-{step}" / "unet") for step in range(1, 5)]
+    weights = [read_trained(out / f"checkpoint-{step}") for step in range(1, 5)]
     expected = weights[0]
     for step, share in ((1, 2 / 11), (2, 0.25), (3, 0.25)):  # 3 / 12 and 4 / 13, which exceed the decay
         expected = {name: share * average + (1 - share) * weights[step][name] for name, average in expected.items()}
-    averages = load_unet(out / "checkpoint-4" / "unet_ema")
+    averages = read_trained(out / "checkpoint-4", averaged=True)
     assert_close(averages, expected)
-    exported = dict(StableDiffusionPipeline.from_pretrained(out, safety_checker=None).unet.named_parameters())
+    exported = read_trained(out)
     assert exported.keys() == averages.keys()
-    assert_equal((exported[name].detach() for name in averages), averages.values())
+    assert_equal((exported[name] for name in averages), averages.values())
     moved = [name for name in averages if not torch.equal(averages[name], weights[3][name])]
     assert len(moved) == len(averages)
-    state = json.loads((out / "checkpoint-4" / "unet_ema" / "config.json").read_text())
+    (config,) = out.glob("checkpoint-4/*_ema/config.json")
+    state = json.loads(config.read_text())
     assert {name: state[name] for name in ("decay", "min_decay", "optimization_step", "update_after_step")} == {
         "decay": 0.25, "min_decay": 0, "optimization_step": 4, "update_after_step": 0}
 
@@ -185,8 +199,10 @@ def test_offloading_and_foreach_change_no_file(script, tiny_model, image_folder,
     """A run with --offload_ema or --foreach_ema leaves what it would have left without."""
     for name, flags in (("plain", {}), ("other", {"offload_ema": True, "foreach_ema": True})):
         run(script, make_args(tiny_model, image_folder, tmp_path / name, use_ema=True, **flags))
-    for part in ("checkpoint-2/unet_ema", "unet"):
-        assert read_folder(tmp_path / "plain" / part) == read_folder(tmp_path / "other" / part) != {}
+    assert_same_files(tmp_path / "plain/checkpoint-2", tmp_path / "other/checkpoint-2")
+    plain, other = (read_trained(tmp_path / name) for name in ("plain", "other"))
+    assert plain.keys() == other.keys()
+    assert_equal(plain.values(), other.values())
 
 
 @pytest.fixture
@@ -204,24 +220,30 @@ def hub_cache(tiny_model, tmp_path) -> Path:
 
 def test_a_revision_is_trained(script, image_folder, hub_cache, tmp_path):
     """--revision and --cache_dir choose the weights to start from."""
-    run(script, make_args("team/model", image_folder, tmp_path / "out", cache_dir=hub_cache, revision="raw",
-                          learning_rate=1e-12, adam_weight_decay=0, max_train_steps=1, use_ema=True))
-    usual, raw = (load_unet(next(hub_cache.rglob(commit * 40)) / "unet") for commit in "ab")
-    assert_close(load_unet(tmp_path / "out" / "unet"), raw)
-    assert not torch.equal(raw["conv_in.weight"], usual["conv_in.weight"])
+    usual, raw = (next(hub_cache.rglob(commit * 40)) for commit in "ab")
+    starts = {"out": ("team/model", {"cache_dir": hub_cache, "revision": "raw"}), "raw": (raw, {}),
+              "usual": (usual, {})}
+    losses = {}
+    for name, (model, flags) in starts.items():
+        run(script, make_args(model, image_folder, tmp_path / name, learning_rate=1e-12, adam_weight_decay=0,
+                              max_train_steps=1, use_ema=True, report_to="tensorboard", **flags))
+        losses[name] = read_scalars(tmp_path / name, "train_loss")[1]
+    assert losses["out"] == losses["raw"] != losses["usual"]
+    if "lora" not in script.__name__:
+        assert_close(read_trained(tmp_path / "out"), read_trained(raw))
 
 
-def test_non_ema_revision_is_trained_and_the_other_averaged(script, image_folder, hub_cache, tmp_path):
+def test_non_ema_revision_is_trained_and_the_other_averaged(full_script, image_folder, hub_cache, tmp_path):
     """The UNet starts from --non_ema_revision, its average from --revision at full decay, also when resumed."""
     flags = {"cache_dir": hub_cache, "non_ema_revision": "raw", "use_ema": True, "ema_decay": 0.9}
     out = tmp_path / "out"
     for steps in (1, 2):
-        run(script, make_args("team/model", image_folder, out, max_train_steps=steps, **flags))
+        run(full_script, make_args("team/model", image_folder, out, max_train_steps=steps, **flags))
         flags["resume_from_checkpoint"] = "latest"
-    expected, raw = (load_unet(next(hub_cache.rglob(commit * 40)) / "unet") for commit in "ab")
+    expected, raw = (read_trained(next(hub_cache.rglob(commit * 40))) for commit in "ab")
     for step in (1, 2):
-        weights = load_unet(out / f"checkpoint-{step}" / "unet")
+        weights = read_trained(out / f"checkpoint-{step}")
         assert max((weights[name] - raw[name]).abs().max() for name in raw) < 0.01  # ten learning rates
         expected = {name: 0.9 * average + 0.1 * weights[name] for name, average in expected.items()}
-        assert_close(load_unet(out / f"checkpoint-{step}" / "unet_ema"), expected)
-    assert_close(load_unet(out / "unet"), expected)
+        assert_close(read_trained(out / f"checkpoint-{step}", averaged=True), expected)
+    assert_close(read_trained(out), expected)

@@ -1,5 +1,6 @@
 """The objective against closed forms, and what an update makes of it."""
 
+import dataclasses
 import importlib.util
 import math
 from pathlib import Path
@@ -8,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, make_image_folder, read_scalars
-from runs import run
+from conftest import list_adapter_flags, list_fast_flags, make_args, make_image_folder, read_scalars
+from runs import read_trained, run
 from safetensors.torch import load_file
 
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -44,11 +45,15 @@ def assemble(script, tiny_model, image_folder, tmp_path):
     """Return a function that makes the parts of a run from flags, by the script's own functions, and one batch."""
 
     def make(timesteps=None, **flags):
-        args = script.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", **flags))
+        args = script.parse_args(make_args(tiny_model, image_folder, tmp_path / "parts", **flags))
         accelerator, configs = script.make_accelerator(args), script.load_model_configs(args)
         images = script.make_captioned_images(args, args.train_data_dir)
         data = script.make_data(args, images, None, 0, configs)
+        torch.manual_seed(0)
         models = script.load_models(args, accelerator, script.make_scheduler_config(args, configs["scheduler"]))
+        for name, parameter in models.unet.named_parameters():
+            if "lora_B" in name:  # at 0, where it starts, an adapter does nothing and only B has a gradient
+                torch.nn.init.normal_(parameter, std=0.1)
         samples = [data.train[script.Visit(0, index)] for index in range(4)]
         batch = script.collate(samples, models.tokenizer)
         if timesteps is not None:
@@ -66,7 +71,7 @@ def compute(script):
     """Return a function that gives the loss of the linear network on the batch of a run."""
 
     def of(parts):
-        return script.compute_loss(parts.unet, parts.models, parts.objective, parts.batch)
+        return script.compute_loss(dataclasses.replace(parts.models, unet=parts.unet), parts.objective, parts.batch)
 
     return of
 
@@ -164,13 +169,18 @@ def test_noise_is_added_in_float32(assemble, compute, dtype):
 
 
 def test_only_the_unet_gets_gradients(script, assemble):
-    """Frozen parts need none, and every weight of the UNet has one."""
+    """Frozen parts need none, and every weight of the UNet, or of its adapter, has one."""
     parts = assemble(TIMESTEPS)
-    script.compute_loss(parts.models.unet, parts.models, parts.objective, parts.batch).mean().backward()
+    script.set_up_networks(parts.args, parts.models)
+    script.compute_loss(parts.models, parts.objective, parts.batch).mean().backward()
     for frozen in (parts.models.vae, parts.models.text_encoder):
         assert not frozen.training
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen.parameters())
-    trained = dict(parts.models.unet.named_parameters())
+    trained = script.name_trained_parameters(parts.accelerator, parts.models)
+    weights = dict(parts.models.unet.named_parameters())
+    expected = [name for name in weights if "lora_" in name] or list(weights)
+    assert set(trained) == {f"unet.{name}" for name in expected}
+    assert all(weight.grad is None for name, weight in weights.items() if f"unet.{name}" not in trained)
     assert parts.models.unet.training
     assert [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()] == []
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
@@ -288,6 +298,8 @@ def test_the_pipeline_knows_what_was_trained(script, tiny_model, image_folder, t
     losses = read_scalars(out, "train_loss")
     assert sorted(losses) == [1, 2, 3]
     assert all(math.isfinite(loss) for loss in losses.values())
+    if "lora" in script.__name__:  # whose user chooses the scheduler
+        return
     noise_scheduler = DiffusionPipeline.from_pretrained(out, safety_checker=None).scheduler
     assert noise_scheduler.config.prediction_type == prediction_type
     assert noise_scheduler.config.rescale_betas_zero_snr
@@ -304,8 +316,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(script, assemble):
     results = []
     for flag in (False, True):
         parts = assemble(TIMESTEPS, gradient_checkpointing=flag)
+        script.set_up_networks(parts.args, parts.models)
         assert parts.models.unet.is_gradient_checkpointing == flag
-        loss = script.compute_loss(parts.models.unet, parts.models, parts.objective, parts.batch)
+        loss = script.compute_loss(parts.models, parts.objective, parts.batch)
         loss.mean().backward()
         results.append((loss.detach(), get_steps(parts.models.unet)))
     torch.testing.assert_close(*(loss for loss, _ in results), rtol=0, atol=0)
@@ -317,9 +330,10 @@ def test_channels_last_gives_the_same_loss(script, assemble):
     losses = []
     for flag in (False, True):
         parts = assemble(TIMESTEPS, channels_last=flag)
+        script.set_up_networks(parts.args, parts.models)
         weight = parts.models.unet.conv_in.weight
         assert weight.is_contiguous(memory_format=torch.channels_last if flag else torch.contiguous_format)
-        losses.append(script.compute_loss(parts.models.unet, parts.models, parts.objective, parts.batch).detach())
+        losses.append(script.compute_loss(parts.models, parts.objective, parts.batch).detach())
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
 
 
@@ -332,7 +346,7 @@ def take(batch: dict, begin: int, end: int) -> dict:
 def test_accumulated_gradients_are_those_of_the_whole_batch(script, assemble, cuts):
     """Every sample of an update counts the same, however its micro steps are cut, and the parts of the loss add up."""
     parts = assemble(TIMESTEPS, gradient_accumulation_steps=3)
-    expected = script.compute_loss(parts.models.unet, parts.models, parts.objective, parts.batch).mean()
+    expected = script.compute_loss(parts.models, parts.objective, parts.batch).mean()
     expected.backward()
     whole = get_steps(parts.models.unet)
     parts.models.unet.zero_grad()
@@ -354,7 +368,7 @@ def test_a_sample_of_weight_0_does_not_count(script, assemble):
     found = script.train_step(parts.accelerator, parts.models, parts.objective, parts.batch, step)
     steps = get_steps(parts.models.unet)
     parts.models.unet.zero_grad()
-    expected = script.compute_loss(parts.models.unet, parts.models, parts.objective, take(parts.batch, 0, 1))[0]
+    expected = script.compute_loss(parts.models, parts.objective, take(parts.batch, 0, 1))[0]
     expected.backward()
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(steps, get_steps(parts.models.unet), rtol=1e-3, atol=1e-6)
@@ -364,23 +378,21 @@ def test_a_sample_of_weight_0_does_not_count(script, assemble):
 
 
 def test_the_optimizer_has_its_flags(script, assemble):
-    """AdamW with the rate, betas, epsilon and weight decay of the command line, over every weight once."""
+    """AdamW with the rate, betas, epsilon and weight decay of the command line, over every trained weight once."""
     parts = assemble(learning_rate=0.01, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, adam_weight_decay=0.1)
     script.prepare_training(parts.args, parts.accelerator, parts.models, 10)
     (group,) = parts.models.optimizer.param_groups
     assert isinstance(parts.models.optimizer.optimizer, torch.optim.AdamW)
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.01, (0.8, 0.95), 1e-6, 0.1)
-    assert {id(parameter) for parameter in group["params"]} == {id(part) for part in parts.models.unet.parameters()}
-
-
-def load_unet(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of a UNet."""
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
+    trained = [parameter for parameter in parts.models.unet.parameters() if parameter.requires_grad]
+    assert {id(parameter) for parameter in group["params"]} == {id(parameter) for parameter in trained}
+    assert len(group["params"]) == len(trained)
 
 
 def compute_step_sizes(tiny_model: Path, out: Path, step: int) -> float:
-    """Return the mean absolute change of the weights up to a checkpoint."""
-    before, after = load_unet(tiny_model / "unet"), load_unet(out / f"checkpoint-{step}" / "unet")
+    """Return the mean absolute change up to a checkpoint, of an adapter's B: it starts at 0, A without a gradient."""
+    before, after = read_trained(tiny_model), read_trained(out / f"checkpoint-{step}")
+    before = {name: torch.zeros_like(tensor) for name, tensor in after.items() if ".up." in name} or before
     return float(torch.cat([(after[name] - before[name]).abs().flatten() for name in before]).mean())
 
 
@@ -405,9 +417,9 @@ def test_overfitting_lowers_the_loss(script, tiny_model, tmp_path, prediction_ty
     data, losses = make_image_folder(tmp_path / "data", 2), {}
     for steps in (1, num_updates):
         out = tmp_path / str(steps)
-        run(script, make_args(tiny_model, data, out, max_train_steps=steps, learning_rate=2e-3, center_crop=True,
+        run(script, make_args(tiny_model, data, out, max_train_steps=steps, center_crop=True, report_to="tensorboard",
                               prediction_type=prediction_type, validation_data_dir=data, validation_epochs=1000,
-                              report_to="tensorboard"))
+                              **list_fast_flags(script)))
         losses[steps] = read_scalars(out, "validation_loss")[steps]
     assert losses[1] / losses[num_updates] > factor
     trained = list(read_scalars(tmp_path / str(num_updates), "train_loss").values())
@@ -415,20 +427,25 @@ def test_overfitting_lowers_the_loss(script, tiny_model, tmp_path, prediction_ty
     assert np.mean(trained[:5]) / np.mean(trained[-5:]) > factor
 
 
-def test_bf16_keeps_what_is_trained_in_float32(script, tiny_model, image_folder, tmp_path):
-    """Under --mixed_precision bf16 weights, averages and moments are float32; frozen parts are exported in bf16."""
+def test_bf16_keeps_what_is_trained_in_float32(script, assemble, tiny_model, image_folder, tmp_path):
+    """Under --mixed_precision bf16 what is trained, its averages and moments are float32; frozen parts are bf16."""
     out = tmp_path / "out"
     run(script, make_args(tiny_model, image_folder, out, mixed_precision="bf16", use_ema=True, report_to="tensorboard",
                           gradient_accumulation_steps=2))
     assert all(math.isfinite(loss) for loss in read_scalars(out, "train_loss").values())
-    for folder in ("unet", "checkpoint-2/unet", "checkpoint-2/unet_ema"):
-        assert {weight.dtype for weight in load_unet(out / folder).values()} == {torch.float32}
+    found = read_trained(out), read_trained(out / "checkpoint-2"), read_trained(out / "checkpoint-2", averaged=True)
+    assert {weight.dtype for weights in found for weight in weights.values()} == {torch.float32}
     state = torch.load(out / "checkpoint-2" / "optimizer.bin", weights_only=True)["state"]
     moments = [moment for entry in state.values() for name, moment in entry.items() if name != "step"]
     assert {moment.dtype for moment in moments} == {torch.float32}
-    assert len(moments) == 2 * len(load_unet(out / "unet"))
-    for file in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        assert {weight.dtype for weight in load_file(out / file).values()} == {torch.bfloat16}
+    assert len(moments) == 2 * len(read_trained(out))
+    models = assemble(mixed_precision="bf16").models
+    for network in (models.unet, models.text_encoder, models.vae):
+        for parameter in network.parameters():
+            assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    if "lora" not in script.__name__:
+        for file in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+            assert {weight.dtype for weight in load_file(out / file).values()} == {torch.bfloat16}
 
 
 def test_bf16_is_used(script, tiny_model, image_folder, tmp_path):
@@ -443,7 +460,7 @@ def test_bf16_is_used(script, tiny_model, image_folder, tmp_path):
 
 
 def test_a_variant_is_loaded(script, tiny_model, image_folder, tmp_path):
-    """--variant reads the files of that name, of all parts, and the UNet is trained in float32 all the same."""
+    """--variant reads the files of that name, of all parts, and what is trained is float32 all the same."""
     model = tmp_path / "model"
     pipeline = DiffusionPipeline.from_pretrained(tiny_model, torch_dtype=torch.float16, safety_checker=None)
     pipeline.save_pretrained(model, variant="fp16")
@@ -451,14 +468,15 @@ def test_a_variant_is_loaded(script, tiny_model, image_folder, tmp_path):
     with pytest.raises(OSError, match="variant|no file named|not found"):
         run(script, make_args(model, image_folder, tmp_path / "failed"))
     run(script, make_args(model, image_folder, tmp_path / "out", variant="fp16", max_train_steps=1))
-    assert {weight.dtype for weight in load_unet(tmp_path / "out" / "unet").values()} == {torch.float32}
+    assert {weight.dtype for weight in read_trained(tmp_path / "out").values()} == {torch.float32}
     assert compute_step_sizes(tiny_model, tmp_path / "out", 1) == pytest.approx(1e-3, rel=0.1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_8_bit_adam_trains(script, tiny_model, image_folder, tmp_path):
     """--use_8bit_adam keeps the moments of all large weights in bytes, trains, and goes on from its checkpoint."""
-    argv = {"use_8bit_adam": True, "report_to": "tensorboard", "gradient_accumulation_steps": 2}
+    argv = {"use_8bit_adam": True, "report_to": "tensorboard", "gradient_accumulation_steps": 2,
+            **list_adapter_flags(script, rank=64)}  # so that A and B are large enough
     out = tmp_path / "out"
     run(script, make_args(tiny_model, image_folder, out, **argv))
     state = torch.load(out / "checkpoint-2" / "optimizer.bin", weights_only=True)["state"]
@@ -473,11 +491,15 @@ def test_8_bit_adam_trains(script, tiny_model, image_folder, tmp_path):
 
 def test_compiling_keeps_names_and_files(script, assemble, tmp_path):
     """--torch_compile, before the first step compiles anything, leaves a UNet that saves under its plain names."""
-    parts = assemble(torch_compile=True)
-    script.prepare_training(parts.args, parts.accelerator, parts.models, 10)
+    for name in ("plain", "compiled"):
+        parts = assemble(torch_compile=name == "compiled")
+        script.prepare_training(parts.args, parts.accelerator, parts.models, 10)
+        (tmp_path / name).mkdir()
+        script.write_trained(parts.accelerator, parts.models, tmp_path / name)
+    assert parts.models.unet._compiled_call_impl is not None
+    assert read_trained(tmp_path / "compiled").keys() == read_trained(tmp_path / "plain").keys()
     unet = script.unwrap_model(parts.accelerator, parts.models.unet)
-    unet.save_pretrained(tmp_path / "unet")
-    assert load_unet(tmp_path / "unet").keys() == assemble().models.unet.state_dict().keys()
+    assert unet.state_dict().keys() == assemble().models.unet.state_dict().keys()
     assert not any("_orig_mod" in name for name in unet.state_dict())
 
 
@@ -487,6 +509,7 @@ def test_runs_repeat_themselves(script, tiny_model, image_folder, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         out = tmp_path / name
         run(script, make_args(tiny_model, image_folder, out, seed=seed, random_flip=True, noise_offset=0.1))
-        weights.append(load_unet(out / "unet"))
+        weights.append(read_trained(out))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert not any(torch.equal(weights[0][key], weights[2][key]) for key in ("conv_in.weight", "conv_out.weight"))
+    moved = [key for key in weights[0] if key in ("conv_in.weight", "conv_out.weight") or ".lora." in key]
+    assert moved and not any(torch.equal(weights[0][key], weights[2][key]) for key in moved)

@@ -19,6 +19,7 @@ from runs import (
     assert_same_checkpoint,
     assert_same_files,
     get_command,
+    list_exported,
     list_names,
     read_record,
     recorded,
@@ -87,14 +88,14 @@ def never_stopped(tmp_path_factory):
 
 
 def assert_same_run(folder: Path, whole: Path, num_updates: int = NUM_UPDATES) -> None:
-    """Fail unless two runs logged the same for every update, and left the same checkpoint and pipeline."""
+    """Fail unless two runs logged the same for every update, and left the same checkpoint and export."""
     for tag in ("train_loss", "lr", "grad_norm", "epoch"):
         logged = read_scalars(folder, tag)
         assert list(logged) == list(range(1, num_updates + 1)), tag
         assert logged == read_scalars(whole, tag), tag
     assert_same_checkpoint(folder / f"checkpoint-{num_updates}", whole / f"checkpoint-{num_updates}")
-    exported = [path.name for path in whole.iterdir() if path.is_dir() and not path.name.startswith("checkpoint-")]
-    for name in set(exported) - {"logs"}:
+    assert list_exported(folder) == list_exported(whole) != set()
+    for name in list_exported(whole):
         assert_same_files(folder / name, whole / name)
 
 
@@ -132,7 +133,7 @@ def test_number_of_loader_workers_may_change(script, args, never_stopped, worker
 def test_run_that_validates_is_resumed_exactly(script, args, image_folder, tmp_path):
     """Pictures and held-out losses, too, are those of the uninterrupted run, also right after the stop."""
     flags = {"validation_prompts": ["a", "b"], "validation_steps": 2, "validation_inference_steps": 2,
-             "validation_data_dir": image_folder}
+             "validation_epochs": 100, "validation_data_dir": image_folder}
     run(script, args(tmp_path / "whole", **flags))
     watch(script, args(tmp_path / "out", **flags), stop_in=3)
     run(script, args(tmp_path / "out", **flags, resume_from_checkpoint="latest"))
@@ -226,7 +227,7 @@ def test_signal_to_all_processes_of_a_run_saves_too(script, args, number, tmp_pa
 def test_second_ctrl_c_stops_at_once(script, args, tmp_path):
     """Who cannot wait for the end of an update asks again, and the process is gone without a checkpoint."""
     out, log = tmp_path / "out", tmp_path / "log"
-    argv = args(out, resolution=256, train_batch_size=10, gradient_accumulation_steps=1)
+    argv = args(out, resolution=128, train_batch_size=10, gradient_accumulation_steps=1)
     with Run(script, argv, log) as child:
         child.wait_until(lambda: log.exists() and " 1/6 " in log.read_text())
         child.kill(signal.SIGINT)
@@ -240,13 +241,12 @@ def test_second_ctrl_c_stops_at_once(script, args, tmp_path):
 
 
 def test_finished_run_trains_no_further_and_exports(script, args, never_stopped, tmp_path):
-    """Resuming a run that has reached --max_train_steps writes the pipeline again and leaves its checkpoints alone."""
+    """Resuming a run that has reached --max_train_steps exports it again and leaves its checkpoints alone."""
     whole, _ = never_stopped(script, args, checkpointing_steps=3)
     out = tmp_path / "out"
     shutil.copytree(whole, out)
-    exported = [path for path in out.iterdir() if path.is_dir() and path.name not in ("logs", *list_names(out))]
-    for path in exported:
-        shutil.rmtree(path)
+    for name in list_exported(out):
+        script.remove(out / name)
     assert watch(script, args(out, resume_from_checkpoint="latest", report_to="none")) == []
     assert_same_run(out, whole)
     assert list_names(out) == {"checkpoint-3", "checkpoint-6"}

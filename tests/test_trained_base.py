@@ -1,0 +1,66 @@
+"""What a network with random weights cannot show, on the trained one that the quickstart starts from."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_args, read_scalars
+from PIL import Image
+from runs import run
+
+BASE, IMAGES, HELD_OUT = (ROOT / "quickstart" / name for name in ("base", "images", "validation_images"))
+FLAGS = {"resolution": 64, "train_batch_size": 8, "max_train_samples": 64, "validation_data_dir": HELD_OUT,
+         "report_to": "tensorboard", "checkpointing_steps": 1000}
+
+
+def fine_tune(script, out: Path, **flags) -> Path:
+    """Run a script on the quickstart's pictures; LoRA at a rate ten times that of full fine-tuning."""
+    factor = 10 if "lora" in script.__name__ else 1
+    flags["learning_rate"] = factor * flags["learning_rate"]
+    run(script, make_args(BASE, IMAGES, out, **{**FLAGS, **flags}))
+    return out
+
+
+def get_held_out_loss(out: Path) -> float:
+    """Return the held-out loss at the end of a run."""
+    return list(read_scalars(out, "validation_loss").values())[-1]
+
+
+@pytest.fixture
+def first_loss(script, tmp_path) -> float:
+    """The held-out loss of the base, before anything is learned."""
+    return get_held_out_loss(fine_tune(script, tmp_path / "first", learning_rate=0, max_train_steps=1))
+
+
+def test_the_base_has_learned_to_draw(first_loss):
+    """The base predicts noise in pictures of another style far better than by predicting none, whose loss is 1."""
+    assert first_loss < 0.35
+
+
+def test_fine_tuning_lowers_the_held_out_loss(script, tmp_path, first_loss):
+    """Pictures that were not trained on are predicted better after a few updates in their style."""
+    out = fine_tune(script, tmp_path / "out", learning_rate=3e-4, max_train_steps=25, use_ema=True, ema_decay=0.9)
+    assert get_held_out_loss(out) < 0.9 * first_loss
+
+
+def test_averaged_weights_are_better_than_raw_ones(script, tmp_path):
+    """At a rate that is too high for the raw weights, their average predicts better."""
+    flags = {"learning_rate": 3e-3, "max_train_steps": 25, "train_batch_size": 2}
+    raw = get_held_out_loss(fine_tune(script, tmp_path / "raw", **flags))
+    averaged = get_held_out_loss(fine_tune(script, tmp_path / "averaged", **flags, use_ema=True, ema_decay=0.95))
+    assert math.isfinite(raw) and averaged < raw
+
+
+def test_fine_tuning_changes_the_pictures(script, tmp_path):
+    """The same noise and prompt give another picture after training, and still a picture on a light ground."""
+    drawing = {"validation_prompts": ["a red apple"], "validation_guidance_scale": 3}
+    before, after = (
+        np.asarray(Image.open(fine_tune(script, tmp_path / name, **flags, **drawing) / "validation" / f"step-{step}" /
+                              "00.png")).astype(int)
+        for name, step, flags in (("before", 1, {"learning_rate": 0, "max_train_steps": 1}),
+                                  ("after", 25, {"learning_rate": 3e-4, "max_train_steps": 25})))
+    assert np.abs(before - after).mean() > 4
+    for picture in (before, after):
+        corners = picture[[2, 2, -3, -3], [2, -3, 2, -3]]
+        assert np.median(corners) > 200 and picture.std() > 20

@@ -1,0 +1,2144 @@
+#!/usr/bin/env python
+# Copyright 2026 The text-to-image fine-tuning authors. Licensed under the Apache License, Version 2.0.
+"""Fine-tune Stable Diffusion 1.x or 2.x on captioned images with LoRA: small adapters beside frozen weights.
+
+The objective, for an image x with caption c, its VAE latents z = scaling_factor * VAE(x), Gaussian noise e and a
+uniform timestep t (Ho et al. 2020, arXiv:2006.11239, eq. 14; Rombach et al. 2022, arXiv:2112.10752, eq. 3):
+
+    z_t  = alpha_t z + sigma_t e,            alpha_t^2 + sigma_t^2 = 1
+    loss = mean over samples of  w_t ||UNet(z_t, t, text(c)) - target||^2 / number of latent values
+    target = e (epsilon), alpha_t e - sigma_t z (v_prediction) or z (sample);  w_t = 1, or Min-SNR
+
+Of each chosen layer only A and B are trained, of rank r (Hu et al. 2021, arXiv:2106.09685, eq. 3); B starts at 0:
+
+    W = W_0 + (lora_alpha / r) B A
+
+A and B are float32 whatever the precision of the run, which holds for the forward pass and everything frozen.
+
+One GPU, several GPUs, and after a crash or Ctrl-C:
+
+    accelerate launch --mixed_precision fp16 train_text_to_image_lora.py --pretrained_model_name_or_path MODEL \\
+        --train_data_dir FOLDER --rank 16 --validation_prompt "a red apple" --output_dir out
+    accelerate launch --multi_gpu --mixed_precision fp16 train_text_to_image_lora.py ...
+    accelerate launch train_text_to_image_lora.py ... --resume_from_checkpoint latest
+
+What stands in --output_dir afterwards:
+
+    pytorch_lora_weights.safetensors         the adapter: pipeline.load_lora_weights(folder)
+    pytorch_lora_weights_kohya.safetensors   with --save_kohya_format: the same for ComfyUI, AUTOMATIC1111 and kohya
+    checkpoint-N/            everything needed to go on after update N, the adapter among it
+    validation/step-N/       the pictures drawn after update N, and grid.png
+    logs/                    TensorBoard;  README.md: the model card
+
+Every random draw is a function of (seed, purpose, epoch, sample) and travels with the sample, so that a resumed run,
+another number of loader workers or another number of processes repeats the same training. Rooms meant to be edited:
+`Data` (your data set: `CaptionedImages`) and `Objective` (`compute_loss`). The others should rarely need it.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import glob
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import accelerate
+import datasets
+import huggingface_hub
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
+from peft import LoraConfig
+from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import diffusers
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import SchedulerType, get_scheduler
+
+# ---- Names and types ------------------------------------------------------------------------------------------------
+
+logger = get_logger(__name__)
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+LONGEST_WAIT = timedelta(hours=2)  # of one process for another, as for the first one to download the data
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
+LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType)
+INTERPOLATION_MODES = tuple(mode.value.replace("-", "_") for mode in InterpolationMode)
+MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TRACKERS = tuple("tensorboard wandb comet_ml mlflow aim clearml dvclive swanlab trackio all none".split())
+POSITIVE_FLAGS = (
+    "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
+    "lr_num_cycles lr_power snr_gamma adam_epsilon max_grad_norm checkpointing_steps logging_steps "
+    "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
+    "rank lora_alpha"
+).split()
+NONNEGATIVE_FLAGS = (
+    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay noise_offset input_perturbation "
+    "dream_detail_preservation dataloader_num_workers num_validation_images validation_guidance_scale "
+    "timestep_bias_begin"
+).split()
+FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
+# Flags that decide which tensors a checkpoint holds, and cannot change when one is resumed.
+FIXED_FLAGS = "use_8bit_adam train_text_encoder rank lora_alpha lora_target use_dora use_rslora".split()
+EMA_FOLDER = "lora_ema"  # in a checkpoint: the averaged weights and, in config.json, the state of the averaging
+# Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
+INCONSEQUENTIAL_FLAGS = frozenset(
+    "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
+    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
+    "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
+    "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
+    "validation_inference_steps save_kohya_format".split()
+)
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+# Layers of the UNet, and of a text encoder, by the names that --lora_target knows.
+LORA_TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    "convolution": ("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),
+}
+TEXT_LORA_TARGETS = {"attention": ("q_proj", "k_proj", "v_proj", "out_proj"), "feed_forward": ("fc1", "fc2")}
+# What stands in a name of a LoRA file, ours or the reference's, for what PEFT calls it.
+LORA_NAMES = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.", ".lora_linear_layer.down.": ".lora_A.",
+              ".lora_linear_layer.up.": ".lora_B.", "magnitude_vector.weight": "magnitude_vector"}
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the seed, all that decides what the next update trains on."""
+
+    global_step: int = 0  # optimizer updates so far
+    epoch: int = 0  # passes over the data that were begun before this one
+    samples_seen: int = 0  # samples of this epoch used so far, over all processes
+
+    def advance(self, step: "MicroStep") -> None:
+        """Count the update that `step` has ended."""
+        self.global_step, self.epoch, self.samples_seen = self.global_step + 1, step.epoch, step.last
+
+
+class Visit(NamedTuple):
+    """One use of one sample: the key that a loader hands to `Samples`."""
+
+    epoch: int
+    index: int  # position in the data set
+    weight: float = 1.0  # 0 for a sample that only keeps a process busy in a batch too small to share
+
+
+class MicroStep(NamedTuple):
+    """One forward and backward pass on all processes: samples first to last (exclusive) in the order of an epoch."""
+
+    epoch: int
+    first: int
+    last: int
+    window_size: int  # samples in the whole update that this micro step belongs to
+    ends_update: bool
+    ends_epoch: bool
+
+
+class Data(NamedTuple):
+    """What a run trains on, and what it only measures."""
+
+    train: "Samples"
+    held_out: "Samples | None"
+
+
+@dataclass
+class Models:
+    """The networks of a run and what trains them."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: torch.nn.Module  # weight_dtype; with an adapter, as the UNet, with --train_text_encoder
+    vae: AutoencoderKL  # weight_dtype
+    unet: torch.nn.Module  # weight_dtype, its adapter float32; after `prepare` whatever accelerate wraps it in
+    scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
+    trained: tuple[str, ...]  # the names above of what has an adapter: unet, perhaps text_encoder
+    metadata: dict[str, str]  # of the adapter's file: what it was trained on, rank, scale and layers
+    ema: "EmaWeights | None" = None
+    optimizer: torch.optim.Optimizer | None = None  # this and the next are made by `prepare_training`
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Return the flags of the command line (or of `argv`), refusing impossible ones with exit status 2."""
+    parser = ArgumentParser(
+        description="Fine-tune Stable Diffusion 1.x or 2.x on captioned images with LoRA.",
+        usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER [flags]",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    add_model_args(parser)
+    add_lora_args(parser)
+    add_data_args(parser)
+    add_objective_args(parser)
+    add_length_args(parser)
+    add_optimizer_args(parser)
+    add_ema_args(parser)
+    add_precision_and_memory_args(parser)
+    add_validation_args(parser)
+    add_checkpoint_and_output_args(parser)
+    add_tracking_and_hub_args(parser)
+    parser.set_defaults(output_dir="sd-model-finetuned-lora", resolution=512, validation_epochs=1)
+    args = read_args(parser, argv)
+    args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    return args
+
+
+def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Return what the parser makes of the command line, with ~ in its paths expanded, once it is checked."""
+    args = parser.parse_args(argv)
+    for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir",
+                 "output_dir", "cache_dir", "resume_from_checkpoint"):
+        if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+    check_values(parser, args)
+    check_args(parser, args)
+    return args
+
+
+def add_model_args(parser: ArgumentParser) -> None:
+    """Add the flags that say which model to start from."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", type=str, required=True,
+                       help="Model to start from: a folder in diffusers layout or a name on the hub.")
+    group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
+    group.add_argument("--variant", type=str, help="Weight files to read, fp16 for *.fp16.safetensors.")
+    group.add_argument("--cache_dir", type=str, help="Where downloaded models and data are kept.")
+    group.add_argument("--train_text_encoder", action="store_true",
+                       help="Train the text encoder as well as the UNet, and in the same way.")
+
+
+def add_lora_args(parser: ArgumentParser) -> None:
+    """Add the flags that shape the adapter."""
+    group = parser.add_argument_group("adapter")
+    group.add_argument("--rank", type=int, default=4,
+                       help="Rank of the adapter: its capacity, and the size of its file.")
+    group.add_argument("--lora_alpha", type=float,
+                       help="Scale: what the adapter adds is multiplied by lora_alpha / rank; left out, the rank.")
+    group.add_argument("--lora_dropout", type=float, default=0.0,
+                       help="Share of the adapter's inputs that is set to 0 while training.")
+    group.add_argument("--lora_target", type=str, nargs="+", default=["attention"],
+                       help=f"Layers to adapt: any of {', '.join(LORA_TARGETS)}, or ends of the names of linear and "
+                       "convolution layers in the UNet, such as attn2.to_k.")
+    group.add_argument("--use_dora", action="store_true",
+                       help="Train the norm of each output's weights as well (DoRA, arXiv:2402.09353).")
+    group.add_argument("--use_rslora", action="store_true",
+                       help="Scale by lora_alpha / sqrt(rank), which suits high ranks (arXiv:2312.03732).")
+    group.add_argument("--save_kohya_format", action="store_true",
+                       help=f"Also write {KOHYA_FILE}, for ComfyUI, AUTOMATIC1111 and kohya's tools.")
+
+
+def add_data_args(parser: ArgumentParser) -> None:
+    """Add the flags that say which images and captions to train on, and how they are prepared."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_name", type=str,
+                       help="Data set on the hub, or a local folder that `datasets` can load or has saved.")
+    group.add_argument("--dataset_config_name", type=str, help="Configuration of --dataset_name.")
+    group.add_argument("--train_data_dir", type=str,
+                       help="Folder of images with captions in metadata.jsonl, .csv or .parquet (columns file_name "
+                       "and --caption_column), or in one .txt beside each. With --dataset_name: its data_dir.")
+    group.add_argument("--image_column", type=str, default="image", help="Column with the images.")
+    group.add_argument("--caption_column", type=str, default="text",
+                       help="Column with the captions: a string, or a list of strings of which each visit draws one.")
+    group.add_argument("--max_train_samples", type=int, help="Train on at most this many samples, drawn by the seed.")
+    group.add_argument("--resolution", type=int,
+                       help="Side of the training images in pixels: the shorter side is resized to it, then cropped.")
+    group.add_argument("--image_interpolation_mode", type=str, default="lanczos", choices=INTERPOLATION_MODES,
+                       help="Filter for resizing images.")
+    group.add_argument("--center_crop", action="store_true", help="Crop the centre rather than a random part.")
+    group.add_argument("--random_flip", action="store_true", help="Mirror half of the images left to right.")
+    group.add_argument("--proportion_empty_prompts", type=float, default=0,
+                       help="Share of visits that train without the caption, from 0 to 1, drawn anew each time; 0.1 "
+                       "keeps classifier-free guidance healthy in long runs (arXiv:2207.12598).")
+    group.add_argument("--skip_broken_images", action="store_true",
+                       help="Use the next readable image in place of one that cannot be read, and count it.")
+    group.add_argument("--dataloader_num_workers", type=int, default=0,
+                       help="Processes that load data. 0 loads in threads of the training process, which suits most "
+                       "runs; raise it when `data_wait` in the logs exceeds a few percent.")
+
+
+def add_objective_args(parser: ArgumentParser) -> None:
+    """Add the flags that change what is learned."""
+    group = parser.add_argument_group("objective")
+    group.add_argument("--prediction_type", type=str,
+                       help="What the UNet predicts: epsilon, v_prediction or sample; left out, the model's own.")
+    group.add_argument("--snr_gamma", type=float,
+                       help="Weigh the loss by Min-SNR with this gamma; 5.0 is usual (arXiv:2303.09556).")
+    group.add_argument("--noise_offset", type=float, default=0,
+                       help="Size of the noise added to whole channels; 0.1 helps dark and bright pictures.")
+    group.add_argument("--input_perturbation", type=float, default=0,
+                       help="Size of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
+    group.add_argument("--dream_training", action="store_true",
+                       help="Correct input and target by the UNet's own estimate: slower steps, fewer needed "
+                       "(DREAM, arXiv:2312.00210).")
+    group.add_argument("--dream_detail_preservation", type=float, default=1.0,
+                       help="The exponent p of DREAM: larger keeps more detail, smaller converges faster.")
+    group.add_argument("--timestep_bias_strategy", type=str, default="none",
+                       choices=("earlier", "later", "range", "none"),
+                       help="Draw some timesteps more often: the least noisy, the most noisy, or a range.")
+    group.add_argument("--timestep_bias_multiplier", type=float, default=1.0,
+                       help="How many times as often the chosen timesteps are drawn.")
+    group.add_argument("--timestep_bias_portion", type=float, default=0.25,
+                       help="Share of all timesteps that `earlier` and `later` choose.")
+    group.add_argument("--timestep_bias_begin", type=int, default=0, help="First timestep that `range` chooses.")
+    group.add_argument("--timestep_bias_end", type=int, default=1000, help="End of `range`, itself not chosen.")
+    group.add_argument("--rescale_betas_zero_snr", action="store_true",
+                       help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction "
+                       "or sample. The saved scheduler is set to match.")
+
+
+def add_length_args(parser: ArgumentParser) -> None:
+    """Add the flags that say how long to train and from which seed."""
+    group = parser.add_argument_group("length and batch")
+    group.add_argument("--train_batch_size", type=int, default=16, help="Images per device and forward pass.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1,
+                       help="Forward passes per optimizer update: batches larger than memory holds.")
+    group.add_argument("--num_train_epochs", type=int, default=100, help="Passes over the data.")
+    group.add_argument("--max_train_steps", type=int, help="Optimizer updates; overrides --num_train_epochs.")
+    group.add_argument("--seed", type=int, help="Seed of every random draw; left out, one is drawn and logged.")
+
+
+def add_optimizer_args(parser: ArgumentParser) -> None:
+    """Add the flags of the optimizer and of the learning-rate schedule."""
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
+    group.add_argument("--text_encoder_lr", type=float,
+                       help="Peak rate of the text encoder with --train_text_encoder; left out, --learning_rate.")
+    group.add_argument("--scale_lr", action="store_true",
+                       help="Multiply the rates by batch size, accumulation steps and number of processes.")
+    group.add_argument("--lr_scheduler", type=str, default="constant",
+                       help=f"Course of the rate over the updates: {', '.join(LR_SCHEDULERS)}.")
+    group.add_argument("--lr_warmup_steps", type=int, default=500,
+                       help="Updates in which the rate rises from 0; `constant` has no such rise.")
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    group.add_argument("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    group.add_argument("--lr_step_rules", type=str,
+                       help="For piecewise_constant: `1:1000,0.1:2000,0.01` is the rate up to update 1000, a tenth of "
+                       "it up to 2000, then a hundredth.")
+    group.add_argument("--use_8bit_adam", action="store_true", help="Keep AdamW's moments in 8 bits (bitsandbytes).")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of squared gradients.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-08, help="Term that keeps AdamW's division finite.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Norm that gradients are clipped to.")
+
+
+def add_ema_args(parser: ArgumentParser) -> None:
+    """Add the flags of the averaged weights."""
+    group = parser.add_argument_group("averaged weights")
+    group.add_argument("--use_ema", action="store_true",
+                       help="Keep an exponential moving average of the weights; validate with it and export it.")
+    group.add_argument("--ema_decay", type=float, default=0.9999,
+                       help="Share of the old average kept at each update, reached by a ramp of (1 + n) / (10 + n).")
+    group.add_argument("--offload_ema", action="store_true", help="Keep the average in host memory.")
+    group.add_argument("--foreach_ema", action="store_true",
+                       help="Average all tensors in one call. It is always done so; accepted for old commands.")
+
+
+def add_precision_and_memory_args(parser: ArgumentParser) -> None:
+    """Add the flags that trade exactness, memory and speed."""
+    group = parser.add_argument_group("precision and memory")
+    group.add_argument("--mixed_precision", type=str, choices=("no", "fp16", "bf16"),
+                       help="Number format of the forward pass; left out, what accelerate is configured for.")
+    group.add_argument("--allow_tf32", action="store_true",
+                       help="Multiply float32 matrices in TF32: faster on Ampere GPUs and later, slightly less exact.")
+    group.add_argument("--gradient_checkpointing", action="store_true",
+                       help="Compute activations again in the backward pass: less memory, slower updates.")
+    group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true",
+                       help="Use xformers' attention in place of PyTorch's own.")
+    group.add_argument("--torch_compile", action="store_true",
+                       help="Compile the UNet: minutes at the start for faster steps after.")
+    group.add_argument("--channels_last", action="store_true",
+                       help="Lay the UNet's weights out channels-last, which half-precision convolutions prefer.")
+    group.add_argument("--local_rank", type=int, default=-1, help="Set by launchers; accelerate reads it by itself.")
+
+
+def add_validation_args(parser: ArgumentParser) -> None:
+    """Add the flags that say what is drawn and measured while training."""
+    group = parser.add_argument_group("validation")
+    group.add_argument("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one picture each.")
+    group.add_argument("--validation_prompt", type=str, help="Prompt to draw --num_validation_images pictures of.")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Pictures of --validation_prompt.")
+    group.add_argument("--validation_epochs", type=int, help="Validate every this many epochs.")
+    group.add_argument("--validation_steps", type=int, help="Validate every this many updates as well.")
+    group.add_argument("--validation_data_dir", type=str,
+                       help="Held-out images with captions, laid out as --train_data_dir: their loss with fixed noise "
+                       "and timesteps, unweighted, is logged as validation_loss and can be compared between runs.")
+    group.add_argument("--validation_inference_steps", type=int, default=20, help="Denoising steps per picture.")
+    group.add_argument("--validation_guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
+
+
+def add_checkpoint_and_output_args(parser: ArgumentParser) -> None:
+    """Add the flags that say what is saved, where, and what to go on from."""
+    group = parser.add_argument_group("checkpoints and output")
+    group.add_argument("--output_dir", type=str, help="Where everything is saved.")
+    group.add_argument("--checkpointing_steps", type=int, default=500,
+                       help="Save a checkpoint every this many updates; the last update always leaves one.")
+    group.add_argument("--checkpoints_total_limit", type=int,
+                       help="Checkpoints to keep; the oldest goes once a newer one is complete.")
+    group.add_argument("--resume_from_checkpoint", type=str,
+                       help="Checkpoint to go on from: `latest`, a name in --output_dir, or a path.")
+
+
+def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
+    """Add the flags of logs, trackers and the hub."""
+    group = parser.add_argument_group("tracking and hub")
+    group.add_argument("--report_to", type=str, default="tensorboard",
+                       help=f"Where numbers and pictures go: {', '.join(TRACKERS)}; several with commas.")
+    group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
+    group.add_argument("--logging_steps", type=int, default=10,
+                       help="Read the numbers from the device every this many updates; each update's are logged.")
+    group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
+                       help="Name of the project in trackers.")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline and its card at the end.")
+    group.add_argument("--hub_model_id", type=str, help="Repository to upload to; left out, --output_dir's name.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
+    group.add_argument("--hub_token", type=str,
+                       help="Token for the upload; `hf auth login` or HF_TOKEN keep it off the command line.")
+
+
+def check_values(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse flags whose value alone is impossible."""
+    bounds = (
+        (POSITIVE_FLAGS, lambda value: 0 < value < math.inf, "must be positive"),
+        (NONNEGATIVE_FLAGS, lambda value: 0 <= value < math.inf, "must not be negative"),
+        (FRACTION_FLAGS, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
+        (("adam_beta1", "adam_beta2", "lora_dropout"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
+        (("seed",), lambda value: value < 2**32, f"must be below {2**32}"),
+    )
+    for names, is_possible, rule in bounds:
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not is_possible(value):
+                parser.error(f"--{name} {rule}, got {value}.")
+    args.report_to = ",".join(tracker.strip() for tracker in args.report_to.split(","))
+    trackers = args.report_to.split(",")
+    for name, given, accepted in (("lr_scheduler", [args.lr_scheduler], LR_SCHEDULERS),
+                                  ("prediction_type", [args.prediction_type], (None, *PREDICTION_TYPES)),
+                                  ("report_to", trackers, TRACKERS)):
+        for value in given:
+            if value not in accepted:
+                parser.error(f"--{name} {value} is unknown: choose from {', '.join(filter(None, accepted))}.")
+    packages = [(f"--report_to {name}", name) for name in trackers if name not in ("all", "none")]
+    packages += [("--use_8bit_adam", "bitsandbytes" if args.use_8bit_adam else None),
+                 ("--enable_xformers_memory_efficient_attention",
+                  "xformers" if args.enable_xformers_memory_efficient_attention else None)]
+    for flag, package in packages:
+        if package is not None and importlib.util.find_spec(package) is None:
+            parser.error(f"{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
+
+
+def check_args(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse combinations of flags, files and devices that cannot work."""
+    trackers = args.report_to.split(",")
+    found = [folder.name for folder in list_checkpoints(args.output_dir)]
+    refusals = (
+        (args.dataset_name is None and args.train_data_dir is None,
+         "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
+        (args.dataset_name is None and args.train_data_dir is not None and not Path(args.train_data_dir).is_dir(),
+         f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
+        (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
+         f"--validation_data_dir {args.validation_data_dir} is not a folder."),
+        (Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve() or not args.output_dir,
+         f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
+        (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
+        (found and args.resume_from_checkpoint is None,
+         f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would mix with: "
+         "add --resume_from_checkpoint latest to go on from there, or name another folder."),
+        (args.dream_training and args.input_perturbation > 0,
+         "--dream_training cannot be combined with --input_perturbation: DREAM corrects the input by the noise in it, "
+         "which perturbation changes. Drop one of them."),
+        (args.dream_training and args.prediction_type in ("v_prediction", "sample"),
+         f"--dream_training is defined for epsilon only, got --prediction_type {args.prediction_type}."),
+        (args.rescale_betas_zero_snr and args.prediction_type == "epsilon",
+         "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, got epsilon."),
+        (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
+         f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
+         f"{args.timestep_bias_end}."),
+        ((args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None),
+         "--lr_scheduler piecewise_constant and --lr_step_rules go together, such as --lr_step_rules 1:1000,0.1."),
+        (args.lr_step_rules is not None and not re.fullmatch(rf"({FACTOR}:\d+,)*{FACTOR}", args.lr_step_rules),
+         f"--lr_step_rules {args.lr_step_rules} is not of the form FACTOR:UPDATE,...,FACTOR, such as 1:1000,0.1."),
+        (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
+         f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that, got {args.learning_rate}."),
+        (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
+        (args.text_encoder_lr is not None and not args.train_text_encoder,
+         "--text_encoder_lr needs --train_text_encoder."),
+        ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
+        (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
+         f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
+         "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
+        (args.mixed_precision == "fp16" and not torch.accelerator.is_available(),
+         "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            parser.error(message)
+    try:
+        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# ---- Setup ----------------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(args: Namespace) -> Accelerator:
+    """Return the accelerator, with quiet libraries and logs on the main process."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    trackers = args.report_to.split(",")
+    logs = str(Path(args.output_dir, args.logging_dir))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if trackers == ["none"] else trackers,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logs),
+        step_scheduler_with_optimizer=False,  # the schedule counts updates, not updates times processes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+                         DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f"{accelerator.distributed_type.value} shards the weights, which this script can not yet "
+                         "average, save or draw with: use --multi_gpu, and for memory --gradient_checkpointing or "
+                         "--use_8bit_adam.")
+    if accelerator.mixed_precision != "no" and not accelerator.native_amp:
+        raise ValueError(f"precision {accelerator.mixed_precision}, from --mixed_precision or accelerate's "
+                         f"configuration, does not work on {accelerator.device.type}: use --mixed_precision no.")
+    for library in (datasets, diffusers, transformers):
+        level = logging.WARNING if accelerator.is_main_process else logging.ERROR
+        library.utils.logging.set_verbosity(level)
+        if library is not datasets or not accelerator.is_local_main_process:
+            library.utils.logging.disable_progress_bar()
+    for name in ("httpx", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils.other"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def open_output_dir(args: Namespace, accelerator: Accelerator):
+    """Create the output folder, cleared of what a killed run has left; return the lock that keeps other runs out.
+
+    The lock, a file among the temporary ones of this machine, is held until the process ends. Raises ValueError where
+    another run has it, perhaps one that was told to stop and is still saving.
+    """
+    lock, folder = None, Path(args.output_dir).resolve()
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".partial-probe").touch()  # cleared with the leftovers below
+        except OSError as error:
+            raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
+        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+        with contextlib.suppress(ImportError, PermissionError):  # no such locks on Windows, or another user's file
+            import fcntl
+
+            lock = open(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), "w")  # noqa: SIM115 - stays open
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
+                                 "saving: wait for its end, or name another folder.") from error
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
+    return lock
+
+
+def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None) -> int:
+    """Create the repository on the hub and the trackers; return the seed of the run.
+
+    The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
+    """
+    seed = args.seed
+    if accelerator.is_main_process:
+        if args.push_to_hub:
+            args.hub_model_id = huggingface_hub.create_repo(
+                args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None,
+                exist_ok=True, token=args.hub_token).repo_id
+        if seed is None:
+            seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
+    seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
+    set_seed(seed % 2**31, device_specific=True)  # only dropout, where a model has it, uses the global generators
+    config = {key: value if isinstance(value, bool | int | float) else str(value)
+              for key, value in get_public_args(args).items()}
+    accelerator.init_trackers(args.tracker_project_name, config)
+    return seed
+
+
+def get_public_args(args: Namespace) -> dict:
+    """Return the flags that may be written down: all that are set, but for the token."""
+    return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
+
+
+def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, captions_digest: str | None) -> dict:
+    """Return what a checkpoint keeps about the run that made it, ready for JSON."""
+    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, accelerate)}
+    return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
+            "captions_digest": captions_digest, "versions": versions, "flags": get_public_args(args)}
+
+
+def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
+                   seed: int) -> None:
+    """Log the facts that decide the run."""
+    trained = sum(parameter.numel() for parameter in name_trained_parameters(accelerator, models).values())
+    last_step = compute_last_step(args, num_samples, accelerator.num_processes)
+    logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
+                f"{args.resolution} px, seed {seed}")
+    logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_processes)} samples: "
+                f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
+                f"{accelerator.num_processes} processes on {accelerator.device}")
+    if args.lr_scheduler not in ("constant", "piecewise_constant") and args.lr_warmup_steps >= last_step:
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} is no shorter than the run of {last_step} updates")
+    logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
+                f"output in {args.output_dir}")
+
+
+class StopRequest:
+    """Turns SIGTERM or the first Ctrl-C into a wish to save and stop, on which all processes agree.
+
+    The agreement is one small all-reduce per update on the CPU, read one update late, so that nobody waits for it.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.signal_number = 0
+        self.pending = None
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def __enter__(self) -> "StopRequest":
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.pending is not None and error[0] is None:
+            self.pending[1].wait()
+
+    def receive(self, number: int, frame) -> None:
+        """Note the signal; a second one of the same kind ends the process at once."""
+        self.signal_number = number
+        signal.signal(number, self.previous[number])
+        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once",
+                       main_process_only=False)
+
+    def agreed(self) -> int:
+        """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
+        if self.group is None:
+            return self.signal_number
+        flag = torch.tensor([self.signal_number])
+        work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True)
+        previous, self.pending = self.pending, (flag, work)
+        if previous is None:
+            return 0
+        previous[1].wait()
+        return int(previous[0])
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
+class CaptionedImages(torch.utils.data.Dataset):
+    """Images with their captions: item i is a dict with `image` (RGB PIL picture) and `captions` (list of strings).
+
+    To train on data of your own, return such items from a class of your own and make it in `make_captioned_images`.
+    Nothing random belongs here: crops, flips and the choice of a caption are drawn in `Samples`.
+    """
+
+    def __init__(self, rows: datasets.Dataset, image_column: str, caption_column: str) -> None:
+        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self.image_column, self.caption_column = image_column, caption_column
+        captions = json.dumps(list(rows[caption_column])).encode()
+        self.captions_digest = hashlib.blake2b(captions, digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index]
+        captions = row[self.caption_column]
+        stored = row[self.image_column] or {"bytes": None, "path": None}
+        name = f"row {index} of the data ({stored['path'] or 'no file of its own'})"
+        return {"image": decode_image(stored, name),
+                "captions": [captions] if isinstance(captions, str) else list(captions)}
+
+
+def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
+    """Return the images of `folder`, or of --dataset_name where it is None."""
+    rows = load_image_folder(folder, args) if folder else load_rows(args)
+    source = folder or args.dataset_name
+    for flag, column in (("image", args.image_column), ("caption", args.caption_column)):
+        if column not in rows.column_names:
+            hint = " No captions were found: add metadata.jsonl with file_name and text, or a .txt beside each image."
+            raise ValueError(f"--{flag}_column {column} is not in {source}: its columns are "
+                             f"{', '.join(rows.column_names)}.{hint if folder and flag == 'caption' else ''}")
+    if len(rows) == 0:
+        raise ValueError(f"{source} has no images: a data set needs at least one.")
+    check_captions(rows[args.caption_column], source, args.caption_column)
+    return CaptionedImages(rows.select_columns([args.image_column, args.caption_column]), args.image_column,
+                           args.caption_column)
+
+
+def load_rows(args: Namespace) -> datasets.Dataset:
+    """Return the `train` rows of --dataset_name: from the hub, or from a local folder."""
+    name = args.dataset_name
+    if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(name)
+    else:
+        try:
+            loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir,
+                                           data_dir=args.train_data_dir)
+        except OSError as error:  # also what is not found, and a hub that is out of reach
+            raise ValueError(f"--dataset_name {name} is neither on the hub nor a local folder: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"--dataset_name {name} has no images that can be loaded: {error}") from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if "train" not in loaded:
+        raise ValueError(f"--dataset_name {name} has no split named train: its splits are {', '.join(loaded)}.")
+    return loaded["train"]
+
+
+def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
+    """Return the rows of a folder with a metadata file, or with a .txt beside each image."""
+    own = Path(args.output_dir).resolve()  # the run's own pictures are no training data
+    hides_own = own.is_relative_to(Path(folder).resolve())
+    paths = [path for path in sorted(Path(folder).rglob("*"))
+             if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+             and path.is_file() and not (hides_own and own in path.resolve().parents)]
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    has_archives = any(path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") for path in paths)
+    if not images and not has_archives:
+        raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
+    if has_archives or any(path.name in METADATA_NAMES for path in paths):
+        try:
+            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(folder)}/**"},
+                                         split="train", cache_dir=args.cache_dir)
+        except Exception as error:  # of `datasets` or Arrow, which name no file
+            raise ValueError(f"the metadata in {folder} cannot be read: {error}. Each row needs file_name and "
+                             f"{args.caption_column}, in one file of UTF-8 per folder.") from error
+        if len(rows) < len(images):
+            logger.warning(f"{len(images) - len(rows)} images in {folder} are not in its metadata and are left out")
+        return rows
+    missing = [path for path in images if not path.with_suffix(".txt").is_file()]
+    if missing:
+        raise ValueError(f"{folder} has no metadata file, and {len(missing)} of its {len(images)} images have no "
+                         f"caption: {missing[0]} needs {missing[0].with_suffix('.txt').name} beside it, or the folder "
+                         f"a metadata.jsonl with file_name and {args.caption_column}.")
+    captions = [read_caption(path.with_suffix(".txt")) for path in images]
+    return datasets.Dataset.from_dict({args.image_column: list(map(str, images)), args.caption_column: captions})
+
+
+def read_caption(path: Path) -> str:
+    """Return the text of a caption file."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+
+
+def check_captions(captions: list, source: str, column: str) -> None:
+    """Refuse captions that are neither a string nor a list with at least one string."""
+    for row, caption in enumerate(captions):
+        texts = [caption] if isinstance(caption, str) else caption
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"row {row} of {source} has {caption!r} in --caption_column {column}: a caption is a "
+                             "string or a list of at least one string. Mend or drop that row.")
+
+
+def decode_image(stored: dict, name: str) -> Image.Image:
+    """Return an image of a `datasets` row as RGB: upright as its EXIF says, transparency over white."""
+    try:
+        image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
+        image = ImageOps.exif_transpose(image)
+        if max(image.size) > MOST_ASPECT * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels are too thin a strip to crop from")
+        low, high = image.getextrema() if image.mode in ("I", "F") else (0, 0)
+        if image.mode == "F" or low < 0 or high > 65535:
+            raise ValueError(f"its values of type {image.mode} are not 8 or 16 bits per pixel")
+        if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
+            image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
+        message = f"{name} cannot be read as an image: {error}. Mend or remove it, or add --skip_broken_images."
+        raise ValueError(message) from error
+
+
+def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
+    """Return the generator of the one draw for `purpose` at `where`, such as (epoch, index).
+
+    Philox is counter-based (Salmon et al. 2011, doi:10.1145/2063384.2063405): keys that differ at all give independent
+    streams, so adding, leaving out or reordering draws changes no other.
+    """
+    digest = hashlib.blake2b(repr((seed, purpose, *where)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, portion: float, begin: int,
+                         end: int) -> np.ndarray:
+    """Return the cumulative probability of each timestep [num_timesteps], uniform but for the chosen ones."""
+    weights = np.ones(num_timesteps)
+    count = max(1, int(portion * num_timesteps))
+    chosen = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
+              "range": slice(begin, end)}[strategy]
+    weights[chosen] *= multiplier
+    cumulative = np.cumsum(weights)
+    return cumulative / cumulative[-1]
+
+
+def transform_image(image: Image.Image, resolution: int, interpolation: str, corner: tuple[float, float] | None,
+                    flip: bool) -> np.ndarray:
+    """Return the image as uint8 [3, resolution, resolution]: resized by its shorter side, mirrored, cropped.
+
+    `corner` is the crop's top left as fractions of the free way down and across; None crops the centre.
+    """
+    image = TF.resize(image, resolution, InterpolationMode(interpolation.replace("_", "-")))
+    image = TF.hflip(image) if flip else image
+    down, across = image.height - resolution, image.width - resolution
+    top, left = ((round(down / 2), round(across / 2)) if corner is None
+                 else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+class Samples(torch.utils.data.Dataset):
+    """What each visit to a sample trains on: its image, caption, and every random number that its loss needs."""
+
+    def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int,
+                 latent_shape: tuple[int, int, int], num_timesteps: int) -> None:
+        self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
+        self.timestep_cdf = compute_timestep_cdf(
+            num_timesteps, args.timestep_bias_strategy, args.timestep_bias_multiplier, args.timestep_bias_portion,
+            args.timestep_bias_begin, args.timestep_bias_end)
+        self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape}
+        if args.noise_offset:
+            self.noise_shapes["offset_noise"] = (latent_shape[0], 1, 1)
+        if args.input_perturbation:
+            self.noise_shapes["perturbation_noise"] = latent_shape
+        self.threads = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, visits: list[Visit]) -> list[dict]:
+        """Return several samples, read side by side in threads unless this is one of several loader processes."""
+        if torch.utils.data.get_worker_info() is not None:
+            return [self[visit] for visit in visits]
+        if self.threads is None:
+            self.threads = ThreadPoolExecutor(max_workers=count_cores_per_process())
+        return list(self.threads.map(self.__getitem__, visits))
+
+    def __getitem__(self, visit: Visit) -> dict:
+        """Return one sample: `images` uint8 [3, resolution, resolution], `caption`, `timesteps` and noises."""
+        rng = partial(make_rng, self.seed)
+        where, args = (visit.epoch, visit.index), self.args
+        item, num_skipped = self.read(visit.index)
+        corner = None if args.center_crop else tuple(rng("crop", *where).random(2))
+        flip = args.random_flip and rng("flip", *where).random() < 0.5
+        caption = item["captions"][rng("caption", *where).integers(len(item["captions"]))]
+        if rng("caption dropout", *where).random() < args.proportion_empty_prompts:
+            caption = ""
+        noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
+                  for purpose, shape in self.noise_shapes.items()}
+        timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
+        return {"images": transform_image(item["image"], args.resolution, args.image_interpolation_mode, corner, flip),
+                "caption": caption, "timesteps": np.int64(timestep), "weights": np.float32(visit.weight),
+                "num_skipped": np.int64(num_skipped), **noises}
+
+    def read(self, index: int) -> tuple[dict, int]:
+        """Return item `index` and 0, or with --skip_broken_images the next readable one and how many were skipped."""
+        for num_skipped in range(len(self.images)):
+            try:
+                return self.images[(index + num_skipped) % len(self.images)], num_skipped
+            except ValueError as error:
+                if not self.args.skip_broken_images:
+                    raise
+                logging.getLogger(__name__).warning(f"skipped: {error}")
+        raise ValueError(f"none of the {len(self.images)} images can be read.")
+
+
+def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
+    """Yield the micro steps of the next `num_updates` updates, from where `progress` stands.
+
+    `micro_batch_size` counts samples over all processes. An epoch ends with whatever is left: a smaller micro batch, a
+    smaller update. No sample is repeated or left out, also when a resumed run has another batch size.
+    """
+    epoch, first = progress.epoch, progress.samples_seen
+    for _ in range(num_updates):
+        if first >= num_samples:
+            epoch, first = epoch + 1, 0
+        end = min(first + micro_batch_size * accumulation, num_samples)
+        window_size = end - first
+        while first < end:
+            last = min(first + micro_batch_size, end)
+            yield MicroStep(epoch, first, last, window_size, ends_update=last == end, ends_epoch=last == num_samples)
+            first = last
+
+
+class VisitBatches:
+    """This process's share of each micro step as a list of visits: the batch sampler of a DataLoader."""
+
+    def __init__(self, steps, num_samples: int, seed: int, rank: int, num_processes: int) -> None:
+        self.steps, self.num_samples, self.seed = steps, num_samples, seed
+        self.rank, self.num_processes = rank, num_processes
+
+    def __iter__(self):
+        """Yield one list of visits per micro step: a contiguous part of it, so that processes make one large batch."""
+        epoch = None
+        for step in self.steps:
+            if step.epoch != epoch:
+                epoch = step.epoch
+                order = make_rng(self.seed, "order", epoch).permutation(self.num_samples)
+            count = step.last - step.first
+            begin = step.first + count * self.rank // self.num_processes
+            end = step.first + count * (self.rank + 1) // self.num_processes
+            idle = [Visit(epoch, int(order[step.first]), weight=0.0)]
+            yield [Visit(epoch, int(index)) for index in order[begin:end]] or idle
+
+
+def collate(samples: list[dict], tokenizer: CLIPTokenizer) -> dict[str, Tensor]:
+    """Return samples as one batch, with `input_ids` [b, s] in place of the captions."""
+    captions = [sample.pop("caption") for sample in samples]
+    batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
+    batch["input_ids"] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
+                                   max_length=tokenizer.model_max_length).input_ids
+    batch["num_long"] = (batch["input_ids"][:, -2] != tokenizer.pad_token_id).long()  # full: perhaps cut
+    return batch
+
+
+def make_dataloader(samples: Samples, steps, tokenizer: CLIPTokenizer, num_workers: int, accelerator: Accelerator):
+    """Return a loader of this process's batch of each micro step."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader processes
+    batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
+    own_tokenizer = copy.deepcopy(tokenizer)  # a tokenizer must not serve two threads, and validation uses the other
+    return torch.utils.data.DataLoader(
+        samples, batch_sampler=batches, num_workers=num_workers, collate_fn=partial(collate, tokenizer=own_tokenizer),
+        pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_signals,
+        generator=torch.Generator())  # its own, to leave the global one alone
+
+
+def ignore_signals(worker_id: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that trains: it ends its loaders."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
+              configs: dict[str, dict]) -> Data:
+    """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
+    side = args.resolution // compute_vae_factor(configs["vae"])
+    shapes = {"latent_shape": (configs["vae"]["latent_channels"], side, side),
+              "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
+    if args.max_train_samples is not None and args.max_train_samples < len(images):
+        chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
+        images = torch.utils.data.Subset(images, chosen.tolist())
+    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
+             "input_perturbation": 0, "timestep_bias_strategy": "none"}
+    plain_args = Namespace(**{**vars(args), **plain})
+    held_out = Samples(held_out_images, plain_args, seed=0, **shapes) if held_out_images is not None else None
+    return Data(Samples(images, args, seed=seed, **shapes), held_out)
+
+
+def iterate_ahead(batches):
+    """Yield what `batches` yields, with the next one being made in a thread while the caller uses this one.
+
+    Close it when leaving early: loader processes end with it, and would otherwise outlive an error.
+    """
+    iterator = iter(batches)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            pending = reader.submit(next, iterator, None)
+            while (batch := pending.result()) is not None:
+                pending = reader.submit(next, iterator, None)
+                yield batch
+    finally:
+        if hasattr(iterator, "_shutdown_workers"):  # a DataLoader ends its processes only when its last reference goes
+            iterator._shutdown_workers()
+
+
+def count_cores_per_process() -> int:
+    """Return how many threads may load data in one training process: its share of the cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+# ---- Models ---------------------------------------------------------------------------------------------------------
+
+
+def load_model_configs(args: Namespace) -> dict[str, dict]:
+    """Return the configurations of unet, vae and scheduler, refusing before any weights are read what cannot work."""
+    where, configs = args.pretrained_model_name_or_path, {}
+    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDPMScheduler)):
+        revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
+        try:
+            configs[part] = kind.load_config(where, subfolder=part, revision=revision, cache_dir=args.cache_dir)
+        except OSError as error:
+            raise ValueError(f"--pretrained_model_name_or_path {where} has no {part} to load: give a folder in "
+                             "diffusers layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) or a name on the "
+                             f"hub; for a gated one, run `hf auth login` first. {error}") from error
+    check_model_configs(args, configs)
+    return configs
+
+
+def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
+    """Refuse a model that this script cannot train with these flags."""
+    where, unet, factor = args.pretrained_model_name_or_path, configs["unet"], compute_vae_factor(configs["vae"])
+    latent_channels = configs["vae"]["latent_channels"]
+    prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
+    num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
+    refusals = (
+        (args.resolution % factor,
+         f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
+         f"try {max(1, args.resolution // factor) * factor}."),
+        (unet["in_channels"] != latent_channels,
+         f"the UNet of {where} takes {unet['in_channels']} channels and its VAE makes {latent_channels}: inpainting "
+         "and similar models cannot be trained here."),
+        (unet.get("addition_embed_type") is not None,
+         f"{where} is not a Stable Diffusion 1.x or 2.x model: its UNet wants {unet.get('addition_embed_type')} "
+         "conditions. For SDXL use the SDXL script."),
+        (args.dream_training and prediction_type != "epsilon",
+         f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
+        (args.rescale_betas_zero_snr and prediction_type == "epsilon",
+         f"--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, and {where} predicts epsilon."),
+        (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
+         f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            raise ValueError(message)
+
+
+def compute_vae_factor(vae_config: dict) -> int:
+    """Return how many pixels one latent value spans in each direction."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def make_scheduler_config(args: Namespace, config: dict) -> dict:
+    """Return the scheduler configuration to train with and to export."""
+    config = {**config, "prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
+    if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if args.rescale_betas_zero_snr or config["prediction_type"] == "sample":  # PNDM, the usual one, can do neither
+        config |= {"_class_name": "DDIMScheduler", "clip_sample": False}
+    return config
+
+
+def get_weight_dtype(mixed_precision: str) -> torch.dtype:
+    """Return the number format of the frozen parts."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+
+
+def load_models(args: Namespace, accelerator: Accelerator, scheduler_config: dict) -> Models:
+    """Load the networks, all frozen and in the run's precision, and give adapters to those that are trained."""
+    where, weight_dtype = args.pretrained_model_name_or_path, get_weight_dtype(accelerator.mixed_precision)
+    files = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    text_encoder = CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=weight_dtype, **files)
+    vae = AutoencoderKL.from_pretrained(where, subfolder="vae", torch_dtype=weight_dtype, **files)
+    unet = UNet2DConditionModel.from_pretrained(where, subfolder="unet", torch_dtype=weight_dtype, **files)
+    tokenizer = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", revision=args.revision,
+                                              cache_dir=args.cache_dir)
+    for network in (vae, text_encoder, unet):
+        network.requires_grad_(False).eval().to(accelerator.device)
+    configs = {"unet": make_lora_config(args, list_target_modules(args.lora_target))}
+    if args.train_text_encoder:
+        targets = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())]
+        configs["text_encoder"] = make_lora_config(args, targets or TEXT_LORA_TARGETS["attention"])
+    models = Models(tokenizer, text_encoder, vae, unet, scheduler_config, tuple(configs),
+                    make_lora_metadata(args, configs))
+    for part, config in configs.items():
+        add_adapter(getattr(models, part), config)
+    return models
+
+
+def list_target_modules(names: list[str]) -> list[str]:
+    """Return the ends of module names in the UNet that --lora_target stands for."""
+    return [module for name in names for module in LORA_TARGETS.get(name, (name,))]
+
+
+def check_lora_target(args: Namespace, unet_config: dict) -> None:
+    """Refuse names in --lora_target that stand for no layer of this UNet that can be adapted."""
+    with torch.device("meta"):  # the names without the weights
+        unet = UNet2DConditionModel.from_config(unet_config)
+    layers = [f".{name}" for name, module in unet.named_modules()
+              if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    for name in args.lora_target:
+        if name not in LORA_TARGETS and not any(layer.endswith(f".{name}") for layer in layers):
+            ends = sorted({re.sub(r".*\.(?=\D)", "", layer) for layer in layers})
+            raise ValueError(f"--lora_target {name} is no linear or convolution layer of the UNet: give "
+                             f"{', '.join(LORA_TARGETS)}, or ends of names such as {', '.join(ends)}.")
+
+
+def make_lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
+    """Return what PEFT is to add: A drawn with standard deviation 1 / rank, B 0."""
+    return LoraConfig(
+        r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=list(target_modules),
+        use_dora=args.use_dora, use_rslora=args.use_rslora, init_lora_weights="gaussian")
+
+
+def make_lora_metadata(args: Namespace, configs: dict[str, LoraConfig]) -> dict[str, str]:
+    """Return the metadata of the adapter's file: in diffusers' form what rebuilds it, and in words what it is for.
+
+    The dropout is left out: rebuilt with it, an adapter would drop inputs when drawing pictures.
+    """
+    names = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
+    facts = {f"{part}.{name}": sorted(value) if isinstance(value := getattr(config, name), set) else value
+             for part, config in configs.items() for name in names}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(facts, sort_keys=True),
+            "base_model": args.pretrained_model_name_or_path, "rank": str(args.rank),
+            "lora_alpha": str(args.lora_alpha), "lora_target": " ".join(args.lora_target)}
+
+
+def add_adapter(network: torch.nn.Module, config: LoraConfig) -> None:
+    """Add an adapter to a frozen network in place, in float32 whatever the network's own precision."""
+    network.add_adapter(config)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def set_up_networks(args: Namespace, models: Models) -> None:
+    """Apply the flags that trade memory and speed to what is trained, in place."""
+    for network in list_trained(models):
+        network.train()
+        if args.gradient_checkpointing and isinstance(network, UNet2DConditionModel):
+            network.enable_gradient_checkpointing()
+        elif args.gradient_checkpointing:  # transformers has renamed it
+            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+    if args.enable_xformers_memory_efficient_attention:
+        models.unet.enable_xformers_memory_efficient_attention()
+    if args.channels_last:
+        models.unet.to(memory_format=torch.channels_last)
+    if args.torch_compile:
+        models.unet.compile()  # in place, so that names and files stay those of the plain network
+
+
+def list_trained(models: Models) -> list[torch.nn.Module]:
+    """Return the networks that are trained, as accelerate has wrapped them."""
+    return [getattr(models, part) for part in models.trained]
+
+
+def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[str, torch.nn.Parameter]:
+    """Return what the optimizer moves by names such as unet.conv_in.weight.
+
+    Those of text encoders have no `text_model.` in front, which comes and goes with the version of transformers.
+    """
+    return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
+            for name, parameter in unwrap_model(accelerator, getattr(models, part)).named_parameters()
+            if parameter.requires_grad}
+
+
+def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+    """Return the plain network inside what accelerate and torch.compile made of it."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
+    """Return the models with the plain networks in place of the wrapped ones."""
+    return dataclasses.replace(
+        models, **{part: unwrap_model(accelerator, getattr(models, part)) for part in models.trained})
+
+
+class EmaWeights:
+    """Exponential moving average of trained weights: average += (1 - decay_n) (weights - average), in float32.
+
+    decay_n of the n-th update is 0 for n = 1, then n / (9 + n), until that exceeds `decay`: the ramp of diffusers'
+    EMAModel, whose files this reads and writes. `start_from` switches the ramp off, which would forget the start.
+    With `offload` the averages live in host memory and visit the device one tensor at a time.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, offload: bool = False) -> None:
+        self.parameters = parameters
+        self.decay, self.min_decay, self.num_updates, self.offload = decay, 0.0, 0, offload
+        self.averages = {name: self.place(parameter.detach().clone()) for name, parameter in parameters.items()}
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Return a new average where it is to live: on the device, or in host memory that is quick to copy from."""
+        if not self.offload:
+            return tensor.float()
+        tensor = tensor.float().cpu()
+        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+    def compute_decay(self) -> float:
+        """Return the share of the old average that the current update keeps."""
+        ramp = 0.0 if self.num_updates <= 1 else self.num_updates / (9 + self.num_updates)
+        return max(self.min_decay, min(self.decay, ramp))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take the weights of this update into the average, without a copy of all of them."""
+        self.num_updates += 1
+        share = 1 - self.compute_decay()
+        if not self.offload:
+            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
+            return
+        for name, parameter in self.parameters.items():
+            average = self.averages[name]
+            visitor = average.to(parameter.device, non_blocking=True, copy=True)
+            average.copy_(visitor.lerp_(parameter, share), non_blocking=True)
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        """Put the averages into the networks and, whatever happens inside, the trained weights back afterwards."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and weights, one tensor at a time."""
+        for name, parameter in self.parameters.items():
+            weights = parameter.detach().clone()
+            parameter.copy_(self.averages[name])
+            self.averages[name].copy_(weights)
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Set averages to other weights than the network's, and keep them from the first update on."""
+        places = {name: average for name, average in self.averages.items() if name in weights}
+        copy_weights(places, weights, "the model at --revision")
+        self.min_decay = self.decay
+
+    def save_state(self, config: Path) -> None:
+        """Write how far the averaging has come into a JSON file, among what stands there."""
+        state = {"decay": self.decay, "min_decay": self.min_decay, "optimization_step": self.num_updates,
+                 "update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
+        before = json.loads(config.read_text()) if config.is_file() else {}
+        config.write_text(json.dumps({**before, **state}, indent=2))
+
+    def load(self, weights: dict[str, Tensor], config: Path) -> None:
+        """Take averages and the state that `save_state`, or diffusers' EMAModel, has written."""
+        copy_weights(self.averages, weights, str(config.parent))
+        state = json.loads(config.read_text())
+        self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
+
+
+def averaged_weights(models: Models):
+    """Return a context in which what is trained holds the averaged weights, if the run keeps any."""
+    return models.ema.swapped_in() if models.ema is not None else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
+    """Copy weights into tensors of the same names and shapes; ValueError where they are others."""
+    odd = [name for name in sorted(places.keys() | weights.keys())
+           if name not in places or name not in weights or places[name].shape != weights[name].shape]
+    if odd:
+        raise ValueError(f"{source} does not fit this model: {len(odd)} tensors are missing, too many or of another "
+                         f"shape, {', '.join(odd[:3])} among them. Give the model and flags that it was made with.")
+    for name, place in places.items():
+        place.copy_(weights[name])
+
+
+# ---- Objective ------------------------------------------------------------------------------------------------------
+# b batch, c latent channels, h and w latent height and width, s caption tokens, d text width, T timesteps
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the noise schedule, as tables on the device, and the options of the loss."""
+
+    alpha: Tensor  # [T] float32: share of the latents at each timestep; alpha^2 + sigma^2 = 1
+    sigma: Tensor  # [T] float32: share of the noise
+    prediction_type: str
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    dream_detail_preservation: float | None = None  # None: no DREAM
+
+
+def make_objective(args: Namespace, scheduler_config: dict, device: torch.device) -> Objective:
+    """Return the objective that the flags ask for."""
+    alphas_cumprod = DDPMScheduler.from_config(scheduler_config).alphas_cumprod.to(device, torch.float32)
+    return Objective(
+        alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), scheduler_config["prediction_type"], args.snr_gamma,
+        args.noise_offset, args.input_perturbation, args.dream_detail_preservation if args.dream_training else None)
+
+
+def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
+    """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
+    unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
+    latents = encode_images(models.vae, batch["images"], batch["posterior_noise"])
+    encoder_hidden_states = encode_captions(models, batch["input_ids"])
+
+    # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
+    # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
+    if objective.noise_offset:
+        noise = noise + objective.noise_offset * batch["offset_noise"]
+    input_noise = noise
+    if objective.input_perturbation:
+        input_noise = noise + objective.input_perturbation * batch["perturbation_noise"]
+
+    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma would vanish at the first timesteps
+    alpha, sigma = objective.alpha[timesteps].view(-1, 1, 1, 1), objective.sigma[timesteps].view(-1, 1, 1, 1)
+    noisy_latents = alpha * latents + sigma * input_noise
+    target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
+    if objective.dream_detail_preservation is not None:
+        with torch.no_grad():
+            estimate = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0].float()
+        noisy_latents, target = apply_dream(noisy_latents, target, estimate, sigma,
+                                            objective.dream_detail_preservation)
+
+    model_pred = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
+    loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    if objective.snr_gamma is not None:
+        loss = loss * compute_snr_weights(alpha.flatten(), sigma.flatten(), objective.snr_gamma,
+                                          objective.prediction_type)
+    return loss
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, posterior_noise: Tensor) -> Tensor:
+    """Return latents [b, c, h, w] in float32: uint8 images [b, 3, H, W] encoded, sampled with this noise, scaled."""
+    pixel_values = images.float() / 127.5 - 1  # [-1, 1]
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    return (posterior.mean.float() + posterior.std.float() * posterior_noise) * vae.config.scaling_factor
+
+
+def encode_captions(models: Models, input_ids: Tensor) -> Tensor:
+    """Return text states [b, s, d] of input_ids [b, s], with gradients only where the text encoder is trained."""
+    with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
+        return models.text_encoder(input_ids, return_dict=False)[0]
+
+
+def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
+                   prediction_type: str) -> Tensor:
+    """Return what the UNet should predict [b, c, h, w]; v as in Salimans & Ho 2022, arXiv:2202.00512."""
+    if prediction_type == "epsilon":
+        return noise
+    return alpha * noise - sigma * latents if prediction_type == "v_prediction" else latents
+
+
+def apply_dream(noisy_latents: Tensor, target: Tensor, estimate: Tensor, sigma: Tensor,
+                detail_preservation: float) -> tuple[Tensor, Tensor]:
+    """Return noisy latents and noise target moved by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8).
+
+    With lambda = sigma^p, p the detail preservation, and delta = lambda (target - estimate).
+    """
+    delta = sigma**detail_preservation * (target - estimate)
+    return noisy_latents + sigma * delta, target + delta
+
+
+def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, prediction_type: str) -> Tensor:
+    """Return Min-SNR loss weights [b] (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+
+    With snr = alpha^2 / sigma^2: min(snr, gamma) / snr for epsilon, / (snr + 1) for v_prediction, / 1 for sample. Ours
+    is 1 where snr is 0, the end of a rescaled schedule: the formula gives 0/0 or never trains the first sampling step.
+    """
+    snr = (alpha / sigma) ** 2
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
+    return torch.where(snr > 0, snr.clamp(max=snr_gamma) / divisor, 1.0)
+
+
+# ---- Optimization ---------------------------------------------------------------------------------------------------
+
+
+def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int) -> None:
+    """Make optimizer, schedule and averages, wrap what is trained for the devices, and say how it is kept on disk."""
+    set_up_networks(args, models)
+    optimizer = make_optimizer(args, make_parameter_groups(args, accelerator, models))
+    lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, num_samples, accelerator.num_processes))
+    for part in models.trained:
+        setattr(models, part, accelerator.prepare(getattr(models, part)))
+    models.optimizer, models.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    if args.use_ema:  # only now: wrapping has made the weights the same on all processes
+        models.ema = EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay, offload=args.offload_ema)
+    register_checkpoint_hooks(accelerator, models)
+
+
+def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Models) -> list[dict]:
+    """Return what is trained in groups of one learning rate and one weight decay.
+
+    DoRA's magnitudes are the norms of the frozen weights, which decay would shrink: they have none.
+    """
+    parameters, groups = name_trained_parameters(accelerator, models), []
+    for part in models.trained:
+        own_rate = args.text_encoder_lr if part.startswith("text_encoder") else None
+        rate = args.learning_rate if own_rate is None else own_rate
+        for is_magnitude, weight_decay in ((False, args.adam_weight_decay), (True, 0.0)):
+            chosen = [parameter for name, parameter in parameters.items()
+                      if name.startswith(f"{part}.") and ("lora_magnitude_vector" in name) == is_magnitude]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": weight_decay,
+                               "lr": compute_learning_rate(args, rate, accelerator.num_processes)})
+    return groups
+
+
+def make_optimizer(args: Namespace, groups: list[dict]):
+    """Return AdamW over groups of parameters: fused where the device has it, or with 8-bit moments."""
+    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    device = groups[0]["params"][0].device.type
+    return torch.optim.AdamW(groups, **settings, fused=device in ("cuda", "cpu", "xpu", "mps"))
+
+
+def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
+    """Return the number of samples in a full update."""
+    return args.train_batch_size * args.gradient_accumulation_steps * num_processes
+
+
+def compute_learning_rate(args: Namespace, rate: float, num_processes: int) -> float:
+    """Return a peak learning rate, scaled by the batch if asked for."""
+    return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
+
+
+def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
+    """Return the schedule of the learning rate, counted in optimizer updates."""
+    decay_end = max(last_step, args.lr_warmup_steps + 1)  # a decay of no length at all would divide by 0
+    return get_scheduler(
+        args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=decay_end, num_cycles=args.lr_num_cycles, power=args.lr_power)
+
+
+def get_learning_rates(models: Models) -> dict[str, float]:
+    """Return the rates of the next update: `lr` of the UNet, `lr_text_encoder` of what else is trained."""
+    rates = models.lr_scheduler.get_last_lr()
+    return {"lr": rates[0], **({"lr_text_encoder": rates[-1]} if len(models.trained) > 1 else {})}
+
+
+def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
+    """Return the number of updates in the whole run: --max_train_steps, else --num_train_epochs of them."""
+    updates_per_epoch = math.ceil(num_samples / compute_total_batch_size(args, num_processes))
+    return args.max_train_steps or args.num_train_epochs * updates_per_epoch
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(output_dir: str) -> list[Path]:
+    """Return the complete checkpoints in a folder, oldest first; other files and folders are passed over."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*")
+             if CHECKPOINT_NAME.fullmatch(path.name) and is_complete_checkpoint(path)]
+    return sorted(found, key=get_checkpoint_step)
+
+
+def get_checkpoint_step(checkpoint: Path) -> int:
+    """Return the update after which a checkpoint was saved, from its record or else its name."""
+    named = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    return int(named[1]) if named else load_run_record(checkpoint)["progress"]["global_step"]
+
+
+def is_complete_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds a whole checkpoint: what is written last, by us or by the reference, is there."""
+    return (folder / RUN_RECORD).is_file() or (folder / "random_states_0.pkl").is_file()
+
+
+def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
+    """Return the checkpoint that --resume_from_checkpoint names; None for no name, or for `latest` where none is."""
+    complete = list_checkpoints(output_dir)
+    if name is None or name == "latest":
+        return complete[-1] if name and complete else None
+    is_bare_name = len(Path(name).parts) == 1
+    for folder in ([Path(output_dir, name)] if is_bare_name else []) + [Path(name)]:
+        is_named = CHECKPOINT_NAME.fullmatch(folder.name) or (folder / RUN_RECORD).is_file()
+        if folder.is_dir() and is_complete_checkpoint(folder) and is_named:
+            return folder
+    holds = ", ".join(folder.name for folder in complete) or "no checkpoint"
+    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint; {output_dir} holds {holds}.")
+
+
+def load_run_record(checkpoint: Path | None) -> dict:
+    """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
+    path = checkpoint / RUN_RECORD if checkpoint else None
+    return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+
+
+def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
+    """Refuse to resume from a checkpoint that does not hold what these flags train."""
+    if checkpoint is None:
+        return
+    if list(checkpoint.glob("*_ema")) and not args.use_ema:
+        raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
+                         f"flag, or remove {EMA_FOLDER}/ from the checkpoint.")
+    before = load_run_record(checkpoint).get("flags", {})
+    for name in FIXED_FLAGS:
+        if name in args and name in before and before[name] != getattr(args, name):
+            raise ValueError(f"{checkpoint} was made with --{name} {before[name]}, and what it holds fits no other "
+                             f"than that: got {getattr(args, name)}. Give the command as it was.")
+
+
+def check_base_model(args: Namespace, checkpoint: Path | None) -> None:
+    """Refuse to resume an adapter on another base model; the folder that holds the model may have moved."""
+    before = load_run_record(checkpoint).get("flags", {}).get("pretrained_model_name_or_path")
+    if before is not None and Path(before).name != Path(args.pretrained_model_name_or_path).name:
+        raise ValueError(f"{checkpoint} holds an adapter for --pretrained_model_name_or_path {before}, which fits no "
+                         f"other: got {args.pretrained_model_name_or_path}. Give the command as it was.")
+
+
+def write_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
+    """Write the adapter as a file that load_lora_weights reads, to lora_ema/ while averages are in place."""
+    folder = folder / EMA_FOLDER if averaged else folder
+    folder.mkdir(exist_ok=True)
+    weights = {make_lora_name(name): parameter.detach().contiguous()
+               for name, parameter in name_trained_parameters(accelerator, models).items()}
+    save_file(weights, folder / LORA_FILE, metadata=models.metadata)
+
+
+def read_trained(models: Models, folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
+    """Return what `write_trained`, or the reference in either of its namings, has written.
+
+    The names are those of `name_trained_parameters`.
+    """
+    path, weights = (folder / EMA_FOLDER if averaged else folder) / LORA_FILE, {}
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {LORA_FILE}, so it holds no adapter: name another checkpoint.")
+    for name, tensor in load_file(path).items():
+        part, _, name = name.partition(".")
+        for found, meant in LORA_NAMES.items():
+            name = name.replace(found, meant)
+        name = name.removeprefix("text_model.").replace("magnitude_vector", "magnitude_vector.weight")
+        stem, _, end = name.rpartition(".")
+        weights[f"{part}.{stem}.default.{end}"] = tensor
+    return weights
+
+
+def make_lora_name(name: str) -> str:
+    """Return the name in a LoRA file of what PEFT calls `name`; text encoders keep an old form, with text_model."""
+    part, _, rest = name.replace(".default", "").partition(".")
+    if part == "unet":
+        rest = rest.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
+        return f"{part}.{rest.replace('magnitude_vector.weight', 'magnitude_vector')}"
+    rest = rest.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
+    return f"{part}.text_model.{rest}"
+
+
+def register_checkpoint_hooks(accelerator: Accelerator, models: Models) -> None:
+    """Make accelerate keep what is trained, and its average, in files that diffusers can load."""
+
+    def save(networks: list, weights: list, folder: str) -> None:
+        if accelerator.is_main_process:
+            write_trained(accelerator, models, Path(folder))
+            if models.ema is not None:
+                with models.ema.swapped_in():
+                    write_trained(accelerator, models, Path(folder), averaged=True)
+                models.ema.save_state(Path(folder, EMA_FOLDER, "config.json"))
+        weights.clear()
+
+    def load(networks: list, folder: str) -> None:
+        parameters, averages = name_trained_parameters(accelerator, models), Path(folder, EMA_FOLDER)
+        copy_weights(parameters, read_trained(models, Path(folder)), folder)
+        if models.ema is not None and averages.is_dir():
+            models.ema.load(read_trained(models, Path(folder), averaged=True), averages / "config.json")
+        elif models.ema is not None:
+            logger.warning(f"{folder} has no averaged weights: averaging starts from the trained ones.")
+            models.ema = EmaWeights(parameters, models.ema.decay, offload=models.ema.offload)
+        networks.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progress, record: dict) -> None:
+    """Save everything that the next update depends on: aside, then renamed; only then are old checkpoints removed."""
+    name = f"checkpoint-{progress.global_step}"
+    aside = Path(args.output_dir, f".partial-{progress.global_step}")
+    try:
+        accelerator.save_state(str(aside))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
+            replace_folder(aside, Path(args.output_dir, name))
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "none"
+        message = (f"{name} could not be written to {args.output_dir}: {error}. Earlier checkpoints are untouched: "
+                   f"{kept}. Make room or mend the cause, then add --resume_from_checkpoint latest.")
+        raise RuntimeError(message) from error
+    if accelerator.is_main_process:
+        others = [folder for folder in list_checkpoints(args.output_dir) if folder.name != name]
+        surplus = others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize))]
+        for old in surplus:  # renamed first: a checkpoint that is half removed must not look like one
+            remove(old.rename(old.with_name(f".partial-removed-{old.name}")))
+        removed = f" (removed {', '.join(old.name for old in surplus)})" if surplus else ""
+        logger.info(f"saved {Path(args.output_dir, name)}{removed}")
+    accelerator.wait_for_everyone()
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Move a finished file or folder to its place by renaming, once its files are on disk; remove what was there."""
+    umask = os.umask(0)  # to be read, it must be set
+    os.umask(umask)
+    for file in (path for path in [new, *new.rglob("*")] if path.is_file()):
+        with open(file, "r+b") as stream:
+            os.fsync(stream.fileno())
+        file.chmod(0o666 & ~umask)  # safetensors lets nobody else read its files
+    old = place.with_name(f".partial-old-{place.name}")
+    if os.path.lexists(place):
+        place.rename(old)
+    new.rename(place)
+    if os.path.lexists(old):
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link without what it points to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear away what a process that was killed while saving has left, putting back what it had moved aside."""
+    for leftover in folder.glob(".partial-*"):
+        place = folder / leftover.name.removeprefix(".partial-old-")
+        if leftover.name.startswith(".partial-old-") and not place.exists():
+            leftover.rename(place)
+        else:
+            remove(leftover)
+
+
+def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint: Path, record: dict,
+           num_samples: int) -> Progress:
+    """Load a checkpoint and return where it stands; the learning rate and AdamW's settings are the command line's."""
+    groups = models.optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    accelerator.load_state(str(checkpoint))
+    step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
+    for parameter, state in models.optimizer.state.items():  # the reference, not fused, counts on the CPU
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].to(parameter.device)
+    schedule = models.lr_scheduler.scheduler
+    schedule.last_epoch, schedule.base_lrs = step, [setting["initial_lr"] for setting in settings]
+    for group, setting, factor in zip(models.optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
+        group.update(setting, lr=setting["initial_lr"] * factor(step))
+    schedule._last_lr = [group["lr"] for group in models.optimizer.param_groups]
+    ahead = [other.name for other in list_checkpoints(args.output_dir) if get_checkpoint_step(other) > step]
+    if ahead:
+        logger.warning(f"{', '.join(ahead)} in {args.output_dir} lie ahead of {checkpoint}, and `latest` still means "
+                       "the last of them: move away what is not wanted")
+    log_changes(checkpoint, saved, record)
+    if saved:
+        progress = Progress(**saved["progress"])
+        return progress if progress.samples_seen <= num_samples else Progress(step, progress.epoch + 1, 0)
+    samples_per_update = compute_total_batch_size(args, accelerator.num_processes)
+    epoch, update = divmod(step, math.ceil(num_samples / samples_per_update))
+    return Progress(step, epoch, update * samples_per_update)
+
+
+def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
+    """Warn of all that matters in which a resumed run differs from the one that made its checkpoint."""
+    if not saved:
+        logger.warning(f"{checkpoint} has no {RUN_RECORD}: the run goes on from it, with another order of the data.")
+        return
+    before, now = ({**facts["flags"], **{key: fact for key, fact in facts.items() if key not in ("flags", "progress")}}
+                   for facts in (saved, record))
+    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and key not in INCONSEQUENTIAL_FLAGS]
+    if now["lr_scheduler"] in ("constant", "constant_with_warmup"):  # no update depends on the length of the run
+        changed = [change for change in changed if not change.startswith(("max_train_steps ", "num_train_epochs "))]
+    if changed:
+        logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. The run goes on with the new values, and is no "
+                       "longer the one that would have followed without the stop.")
+    else:
+        logger.info(f"going on from {checkpoint} with the same data, noise and settings")
+
+
+# ---- Validation and export ------------------------------------------------------------------------------------------
+
+
+def make_pipeline(accelerator: Accelerator, models: Models, **extras) -> StableDiffusionPipeline:
+    """Return the pipeline of the networks in memory; `extras` are a safety checker and the like."""
+    config, plain = models.scheduler_config, unwrap_models(accelerator, models)
+    noise_scheduler = getattr(diffusers, config.get("_class_name", "PNDMScheduler")).from_config(config)
+    parts = {"safety_checker": None, "feature_extractor": None, **extras}
+    return StableDiffusionPipeline(
+        vae=plain.vae, text_encoder=plain.text_encoder, tokenizer=plain.tokenizer, unet=plain.unet,
+        scheduler=noise_scheduler, **parts, requires_safety_checker=parts["safety_checker"] is not None)
+
+
+def get_validation_prompts(args: Namespace) -> list[str]:
+    """Return the prompts to draw, one picture each."""
+    repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt is not None else []
+    return (args.validation_prompts or []) + repeated
+
+
+def is_validation_due(args: Namespace, progress: Progress, step: MicroStep) -> bool:
+    """Return whether the update that `step` ends is one to validate after."""
+    if not get_validation_prompts(args) and args.validation_data_dir is None:
+        return False
+    by_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
+    return by_epoch or (args.validation_steps is not None and progress.global_step % args.validation_steps == 0)
+
+
+def validate(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
+             progress: Progress) -> list[Image.Image]:
+    """Draw the prompts and measure the held-out loss, with averaged weights if there are any; return the pictures."""
+    prompts, images = get_validation_prompts(args), []
+    if not prompts and data.held_out is None:
+        return images
+    for network in list_trained(models):
+        network.eval()
+    with averaged_weights(models):
+        if prompts:
+            images = draw_images(args, accelerator, models, prompts, data.train.seed)
+        if data.held_out is not None:
+            loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
+            accelerator.log({"validation_loss": loss}, step=progress.global_step)
+            logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
+    for network in list_trained(models):
+        network.train()
+    if images and accelerator.is_main_process:
+        with log_failure("saving the validation pictures"):
+            save_images(images, prompts, Path(args.output_dir, "validation", f"step-{progress.global_step}"))
+            log_images(accelerator, "validation", images, prompts, progress.global_step)
+    return images
+
+
+@contextlib.contextmanager
+def log_failure(what: str):
+    """Log an exception in place of raising it: looking at a run must not end one that trains well."""
+    try:
+        yield
+    except Exception:  # whatever it is, from out of memory to a full disk
+        logger.exception(f"{what} failed; the run goes on", main_process_only=False)
+
+
+def draw_images(args: Namespace, accelerator: Accelerator, models: Models, prompts: list[str],
+                seed: int) -> list[Image.Image]:
+    """Return one picture per prompt on every process, from the same noise at every call; none where drawing failed.
+
+    Each process draws its share of the prompts.
+    """
+    drawn = []
+    with log_failure("drawing validation pictures"):
+        pipeline = make_pipeline(accelerator, models)
+        pipeline.set_progress_bar_config(disable=True)
+        for index in range(accelerator.process_index, len(prompts), accelerator.num_processes):
+            generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
+            with accelerator.autocast():
+                image = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
+                                 num_inference_steps=args.validation_inference_steps,
+                                 guidance_scale=args.validation_guidance_scale).images[0]
+            drawn.append((index, image))
+    drawn = gather_object(drawn) if accelerator.num_processes > 1 else drawn
+    return [image for _, image in sorted(drawn, key=lambda pair: pair[0])] if len(drawn) == len(prompts) else []
+
+
+@torch.no_grad()
+def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
+                          held_out: Samples) -> float:
+    """Return the mean unweighted loss over the held-out samples, whose draws are the same in every run.
+
+    It is nan where a process failed to compute its part.
+    """
+    plain = Objective(objective.alpha, objective.sigma, objective.prediction_type)
+    steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_processes,
+                             len(held_out))
+    loader = make_dataloader(held_out, steps, models.tokenizer, 0, accelerator)
+    networks, losses = unwrap_models(accelerator, models), [torch.full((1,), math.nan, device=accelerator.device)]
+    with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(loader)) as batches:
+        for batch in batches:
+            batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+            losses.append(compute_loss(networks, plain, batch) * batch["weights"])
+        losses[0].zero_()
+    return accelerator.reduce(torch.cat(losses).sum(), "sum").item() / len(held_out)
+
+
+def save_images(images: list[Image.Image], prompts: list[str], folder: Path) -> None:
+    """Save pictures as 00.png, 01.png, ... and together as grid.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images):
+        image.save(folder / f"{index:02d}.png")
+    make_labeled_grid(images, prompts).save(folder / "grid.png")
+    logger.info(f"saved {len(images)} pictures and grid.png in {folder}")
+
+
+def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
+    """Return the pictures side by side, at most four in a row, each with its label below."""
+    columns, line = min(4, len(images)), 14  # pixels per line of PIL's own font, about 6 per character
+    width, height = max(128, images[0].width), max(128, images[0].height)
+    texts = [textwrap.wrap(label, width // 6)[:3] for label in labels]
+    cell = height + line * max(map(len, texts), default=1) + 6
+    grid = Image.new("RGB", (columns * (width + 4), math.ceil(len(images) / columns) * cell), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
+        left, top = index % columns * (width + 4), index // columns * cell
+        grid.paste(image.resize((width, height)) if image.size != (width, height) else image, (left, top))
+        for row, text in enumerate(lines):
+            draw.text((left + 2, top + height + 2 + row * line), text, fill="black")
+    return grid
+
+
+def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+    """Send pictures to every tracker that shows pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images(tag, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
+            tracker.log({tag: captioned}, step=step)
+        elif tracker.name == "comet_ml":
+            for i, image in enumerate(images):
+                tracker.writer.log_image(image, name=f"{tag}-{i}: {prompts[i]}", step=step)
+        else:
+            logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
+
+
+def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+    """Write the adapter to --output_dir, aside first, so that a failure leaves what was there before."""
+    aside = Path(args.output_dir, ".partial-export")
+    aside.mkdir(exist_ok=True)
+    with averaged_weights(models):
+        write_trained(accelerator, models, aside)
+        if args.save_kohya_format or Path(args.output_dir, KOHYA_FILE).is_file():  # an old one would be out of date
+            save_kohya_file(args, accelerator, models, aside / KOHYA_FILE)
+    for file in sorted(aside.iterdir()):
+        replace_folder(file, Path(args.output_dir, file.name))
+    aside.rmdir()
+    logger.info(f"saved the adapter: pipeline.load_lora_weights({args.output_dir!r}) loads it")
+
+
+def save_kohya_file(args: Namespace, accelerator: Accelerator, models: Models, path: Path) -> None:
+    """Write the adapter with the names, the alphas and the metadata of kohya's sd-scripts, which most tools read.
+
+    Their scale is alpha / rank in every layer, so with --use_rslora alpha grows by sqrt(rank).
+    """
+    alpha = args.lora_alpha * (math.sqrt(args.rank) if args.use_rslora else 1)
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+    weights = {}
+    for name, parameter in name_trained_parameters(accelerator, models).items():
+        part, _, rest = name.replace(".default", "").partition(".")
+        layer, _, kind = rest.partition(".lora_")
+        layer = prefixes[part] + layer.replace(".", "_")
+        kind = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(kind, "dora_scale")
+        weights[f"{layer}.{kind}"] = parameter.detach().contiguous()
+        weights[f"{layer}.alpha"] = torch.tensor(float(alpha))
+        if kind == "dora_scale":  # one norm per output, as a column beside the weights of that output
+            dimensions = weights[f"{layer}.lora_down.weight"].ndim
+            weights[f"{layer}.{kind}"] = parameter.detach().reshape(-1, *[1] * (dimensions - 1)).contiguous()
+    version = "v2" if unwrap_model(accelerator, models.unet).config.cross_attention_dim == 1024 else "v1"
+    save_file(weights, path, metadata={
+        "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(args.rank),
+        "ss_network_alpha": str(alpha), "ss_base_model_version": f"sd_{version}", "ss_v2": str(version == "v2"),
+        "ss_sd_model_name": args.pretrained_model_name_or_path, "ss_resolution": str(args.resolution),
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"stable-diffusion-{version}/lora",
+        "modelspec.title": Path(args.output_dir).name, "modelspec.prediction_type":
+            {"v_prediction": "v"}.get(models.scheduler_config["prediction_type"], "epsilon")})
+
+
+def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
+    """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
+    code = (
+        "from diffusers import StableDiffusionPipeline\n\n"
+        f'pipeline = StableDiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}")\n'
+        f'pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}")\n'
+    )
+    schedule = {name: value for name, value in (("prediction_type", args.prediction_type), (
+        "rescale_betas_zero_snr", args.rescale_betas_zero_snr)) if value}
+    if schedule:  # an adapter brings no schedule along
+        schedule |= {"clip_sample": False, "timestep_spacing": "trailing"}
+        code += (f"# It was trained with another noise schedule than that of its base.\n"
+                 f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **{schedule})\n")
+        code = code.replace("import ", "import DDIMScheduler, ", 1)
+    code += f"image = pipeline({prompt!r}).images[0]"
+    tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training",
+            "lora"]
+    return f"LoRA adapters of the {trained}", code, tags
+
+
+def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progress: Progress) -> None:
+    """Write README.md, the model card, with a grid of the last pictures."""
+    prompts, folder, base = get_validation_prompts(args), Path(args.output_dir), args.pretrained_model_name_or_path
+    prompt = prompts[0] if prompts else "a prompt like the captions it was trained on"
+    trained, code, tags = describe_model(args, prompt)
+    text = f"# Fine-tuned {base}\n\n{trained} were trained on {args.dataset_name or 'images in a local folder'}.\n"
+    if images:
+        make_labeled_grid(images, prompts).save(folder / "val_imgs_grid.png")
+        text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
+    text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
+    names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
+             "mixed_precision", "use_ema", "snr_gamma", "noise_offset", "prediction_type", "rank", "lora_alpha")
+    facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
+    text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
+    header = huggingface_hub.ModelCardData(license="creativeml-openrail-m", library_name="diffusers", tags=tags,
+                                           base_model=None if Path(base).exists() else base, inference=True)
+    readme = folder / "README.md"
+    if readme.is_file() and "diffusers-training" not in readme.read_text(encoding="utf-8", errors="replace"):
+        readme = folder / "MODEL_CARD.md"
+        logger.warning(f"{folder / 'README.md'} is not a model card and stays as it is; the card is {readme}")
+    readme.write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def push_to_hub(args: Namespace) -> None:
+    """Upload --output_dir but for checkpoints and logs; what fails here is said with the command that repeats it."""
+    logs = os.path.relpath(Path(args.output_dir, args.logging_dir, args.tracker_project_name), args.output_dir)
+    ignored = ["checkpoint-*/**", ".partial-*/**", f"{logs.split(os.sep)[0]}/**"]
+    try:
+        huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
+                                      commit_message="End of training", ignore_patterns=[*ignored])
+    except Exception as error:
+        excluded = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
+        message = (f"the upload to {args.hub_model_id} failed: {error}. Nothing is lost: {args.output_dir} holds the "
+                   f"model. Try: hf upload {args.hub_model_id} {args.output_dir} . {excluded}")
+        raise RuntimeError(message) from error
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Collects each update's numbers where they are computed and reads them in batches, so that no update waits.
+
+    Logs `train_loss`, `lr`, `grad_norm` and `epoch` of every update with its own step; once per batch of updates
+    `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and counts from the
+    start of the run: `skipped_images`, `long_captions`.
+    """
+
+    def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
+        self.accelerator, self.logging_steps = accelerator, args.logging_steps
+        self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
+        self.loss, self.updates = 0.0, []
+        self.counts = torch.zeros(2, dtype=torch.int64)  # skipped images, long captions: of this process
+        self.restart_clock()
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.close()
+
+    def restart_clock(self) -> None:
+        """Begin to measure speed: after a pause that is not training, such as drawing pictures."""
+        self.started, self.waited, self.num_images = time.perf_counter(), 0.0, 0
+
+    def iterate(self, steps, batches):
+        """Yield each micro step with its batch on the device, measuring how long the batch was waited for."""
+        for step in steps:
+            began = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - began
+            self.counts += torch.stack([batch.pop("num_skipped").sum(), batch.pop("num_long").sum()])
+            self.num_images += step.last - step.first
+            yield step, {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add one micro step's part of the loss of an update, 0-d and still on the device."""
+        self.loss = self.loss + loss
+
+    def end_update(self, global_step: int, numbers: dict[str, float], grad_norm) -> None:
+        """Close an update; every --logging_steps of them, read and log what has gathered."""
+        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=self.accelerator.device)
+        self.updates.append((global_step, numbers, self.loss, norm))
+        self.loss = 0.0
+        with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not cost the run
+            self.bar.update(1)
+        if len(self.updates) >= self.logging_steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the gathered numbers from the device and log them; raise RuntimeError at a loss that is not finite."""
+        if not self.updates:
+            return
+        losses = torch.stack([loss for _, _, loss, _ in self.updates]).float()
+        summed = self.accelerator.reduce(torch.cat([losses, self.counts.to(losses.device, torch.float32)]), "sum")
+        norms = torch.stack([norm.float() for _, _, _, norm in self.updates])
+        *losses, skipped, long = summed.tolist()  # the one place where the loop waits for the device
+        seconds = time.perf_counter() - self.started
+        rows = [(step, {"train_loss": loss, "grad_norm": norm, **numbers})
+                for (step, numbers, _, _), loss, norm in zip(self.updates, losses, norms.tolist(), strict=True)]
+        rows[-1][1].update(images_per_second=self.num_images / seconds, data_wait=self.waited / seconds,
+                           peak_memory_gib=get_peak_memory(self.accelerator.device), skipped_images=skipped,
+                           long_captions=long)
+        log_rows(self.accelerator, rows)
+        latest = rows[-1][1]
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix_str(f"loss {latest['train_loss']:.4f}, lr {latest['lr']:.2e}, "
+                                     f"{latest['images_per_second']:.2f} images/s")
+        self.updates.clear()
+        self.restart_clock()
+        for step, numbers in rows:
+            if not math.isfinite(numbers["train_loss"]):
+                raise RuntimeError(
+                    f"the loss is {numbers['train_loss']} at step {step} (lr {numbers['lr']:.0e}, precision "
+                    f"{self.accelerator.mixed_precision}). Usual causes: too high a learning rate, or fp16 with this "
+                    "model; try --mixed_precision bf16 or a lower rate. Earlier checkpoints are untouched.")
+
+
+def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
+    """Send the numbers of several updates to the trackers, each with its own step."""
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":
+            for step, numbers in rows:
+                tracker.log(numbers, step=step)
+            continue
+        for step, name, number in ((step, *item) for step, numbers in rows for item in numbers.items()):
+            tracker.writer.add_scalar(name, number, step)
+        tracker.writer.flush()  # once: the tracker's own `log` does so at every row
+
+
+def get_peak_memory(device: torch.device) -> float:
+    """Return the most memory used so far in GiB: of a GPU by its tensors, without one by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not there on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def train_step(accelerator: Accelerator, models: Models, objective: Objective, batch: dict[str, Tensor],
+               step: MicroStep) -> Tensor:
+    """Add one micro step's gradients and return its part of the loss of the update, 0-d.
+
+    Every sample of an update counts the same, however they fall into processes and micro steps. Accelerate divides by
+    the accumulation steps and averages over the processes, which the scale undoes.
+    """
+    accelerator.sync_gradients = step.ends_update
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    with contextlib.ExitStack() as unsynchronized:
+        for network in [] if step.ends_update else list_trained(models):
+            unsynchronized.enter_context(accelerator.no_sync(network))
+        losses = compute_loss(models, objective, batch)
+        loss = (losses * batch["weights"]).sum() / step.window_size
+        accelerator.backward(loss * scale)
+    return loss.detach()
+
+
+def train(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
+          progress: Progress, record: dict) -> int:
+    """Train until the last update, moving `progress` along; return the signal that stopped it early, or 0."""
+    last_step = compute_last_step(args, len(data.train), accelerator.num_processes)
+    if progress.global_step > last_step:
+        logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
+        last_step = progress.global_step + 1
+    plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
+                   args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
+    loader = make_dataloader(data.train, plan(), models.tokenizer, args.dataloader_num_workers, accelerator)
+    parameters = list(name_trained_parameters(accelerator, models).values())
+    meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
+
+    ahead = contextlib.closing(iterate_ahead(loader))
+    with StopRequest(accelerator) as stop_request, meter, logging_redirect_tqdm(), ahead as batches:
+        for step, batch in meter.iterate(plan(), batches):
+            meter.add_loss(train_step(accelerator, models, objective, batch, step))
+            if not step.ends_update:
+                continue
+            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            numbers = {"epoch": step.epoch, **get_learning_rates(models)}
+            models.optimizer.step()
+            models.lr_scheduler.step()
+            models.optimizer.zero_grad()
+            if models.ema is not None:
+                models.ema.step()
+                numbers["ema_decay"] = models.ema.compute_decay()
+            progress.advance(step)
+            meter.end_update(progress.global_step, numbers, grad_norm)
+
+            signal_number = stop_request.agreed()
+            ends_run = progress.global_step == last_step or signal_number
+            if ends_run or progress.global_step % args.checkpointing_steps == 0:
+                meter.flush()
+                save_checkpoint(args, accelerator, progress, record)
+                meter.restart_clock()
+            if ends_run:
+                break
+            if is_validation_due(args, progress, step):
+                meter.flush()
+                validate(args, accelerator, models, objective, data, progress)
+                meter.restart_clock()
+    return signal_number
+
+
+def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
+           progress: Progress) -> None:
+    """Export what was trained with its card, send the last pictures to the trackers, and upload."""
+    if accelerator.is_main_process:
+        export_model(args, accelerator, models)
+        save_model_card(args, images, seed, progress)
+        if images:
+            with log_failure("sending the last pictures to the trackers"):
+                log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
+    accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:  # after the barrier: the others need not wait for an upload
+        push_to_hub(args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train adapters as the flags say."""
+    args = parse_args(argv)
+    accelerator = make_accelerator(args)
+    configs = load_model_configs(args)
+    check_lora_target(args, configs["unet"])
+    lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    check_checkpoint(args, checkpoint)
+    check_base_model(args, checkpoint)
+    with accelerator.main_process_first():
+        images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
+        held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
+    seed = start_run(args, accelerator, checkpoint)
+    data = make_data(args, images, held_out_images, seed, configs)
+
+    models = load_models(args, accelerator, make_scheduler_config(args, configs["scheduler"]))
+    objective = make_objective(args, models.scheduler_config, accelerator.device)
+    prepare_training(args, accelerator, models, len(data.train))
+    record = make_run_record(args, accelerator, seed, getattr(images, "captions_digest", None))
+    progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
+
+    log_run_header(args, accelerator, models, len(data.train), seed)
+    if args.resume_from_checkpoint and checkpoint is None:
+        logger.warning(f"{args.output_dir} holds no checkpoint yet: starting from the beginning")
+    signal_number = train(args, accelerator, models, objective, data, progress, record)
+    if not signal_number:
+        last_images = validate(args, accelerator, models, objective, data, progress)
+        finish(args, accelerator, models, last_images, seed, progress)
+    accelerator.end_training()
+    if signal_number:
+        logger.warning(f"stopped by {signal.Signals(signal_number).name} after update {progress.global_step}, which "
+                       "is saved. Give the same command with --resume_from_checkpoint latest to go on, or name "
+                       f"checkpoint-{progress.global_step}.")
+        sys.exit(128 + signal_number)
+
+
+if __name__ == "__main__":
+    main()
