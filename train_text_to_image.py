@@ -114,7 +114,8 @@ NONNEGATIVE_FLAGS = (
     "timestep_bias_begin"
 ).split()
 FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
-# Flags that decide which tensors a checkpoint holds, and cannot change when one is resumed.
+# Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
+# those above are the same in every script, which has some of these flags.
 FIXED_FLAGS = "use_8bit_adam train_text_encoder rank lora_alpha lora_target use_dora use_rslora".split()
 EMA_FOLDER = "unet_ema"  # in a checkpoint: the averaged weights and, in config.json, the state of the averaging
 # Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
@@ -192,7 +193,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
     add_model_args(parser)
-    add_start_args(parser)
+    add_raw_weights_args(parser)
     add_data_args(parser)
     add_objective_args(parser)
     add_length_args(parser)
@@ -209,7 +210,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """Return what the parser makes of the command line, with ~ in its paths expanded, once it is checked."""
+    """Return the checked flags of the command line, with ~ in their paths expanded."""
     args = parser.parse_args(argv)
     for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir",
                  "output_dir", "cache_dir", "resume_from_checkpoint"):
@@ -232,7 +233,7 @@ def add_model_args(parser: ArgumentParser) -> None:
                        help="Train the text encoder as well as the UNet, and in the same way.")
 
 
-def add_start_args(parser: ArgumentParser) -> None:
+def add_raw_weights_args(parser: ArgumentParser) -> None:
     """Add the flag for models that are published with raw and averaged weights."""
     group = parser.add_argument_group("raw weights")
     group.add_argument("--non_ema_revision", type=str,
@@ -402,7 +403,7 @@ def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
                        help="Read the numbers from the device every this many updates; each update's are logged.")
     group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
                        help="Name of the project in trackers.")
-    group.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline and its card at the end.")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
     group.add_argument("--hub_model_id", type=str, help="Repository to upload to; left out, --output_dir's name.")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
     group.add_argument("--hub_token", type=str,
@@ -569,7 +570,7 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
         if seed is None:
             seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
     seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
-    set_seed(seed % 2**31, device_specific=True)  # only dropout, where a model has it, uses the global generators
+    set_seed(seed % 2**31, device_specific=True)  # adapters start from the global generators, and dropout uses them
     config = {key: value if isinstance(value, bool | int | float) else str(value)
               for key, value in get_public_args(args).items()}
     accelerator.init_trackers(args.tracker_project_name, config)
@@ -1062,12 +1063,16 @@ def load_models(args: Namespace, accelerator: Accelerator, scheduler_config: dic
 
 
 def start_averages(args: Namespace, models: Models) -> None:
-    """Begin the averages of --use_ema with the weights at --revision where others are trained."""
-    if models.ema is not None and args.non_ema_revision != args.revision:
-        source = UNet2DConditionModel.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32, revision=args.revision,
-            variant=args.variant, cache_dir=args.cache_dir)
-        models.ema.start_from({f"unet.{name}": tensor for name, tensor in source.state_dict().items()})
+    """Begin the averages of --use_ema with the weights at --revision where others are trained, and keep them."""
+    if models.ema is None or args.non_ema_revision == args.revision:
+        return
+    source = UNet2DConditionModel.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32, revision=args.revision,
+        variant=args.variant, cache_dir=args.cache_dir)
+    averages = {name: average for name, average in models.ema.averages.items() if name.startswith("unet.")}
+    copy_weights(averages, {f"unet.{name}": tensor for name, tensor in source.state_dict().items()},
+                 f"the UNet at --revision {args.revision}")
+    models.ema.min_decay = models.ema.decay  # the ramp would forget them
 
 
 def set_up_networks(args: Namespace, models: Models) -> None:
@@ -1117,7 +1122,7 @@ class EmaWeights:
     """Exponential moving average of trained weights: average += (1 - decay_n) (weights - average), in float32.
 
     decay_n of the n-th update is 0 for n = 1, then n / (9 + n), until that exceeds `decay`: the ramp of diffusers'
-    EMAModel, whose files this reads and writes. `start_from` switches the ramp off, which would forget the start.
+    EMAModel, in whose form this keeps its state. `min_decay` is a floor, for averages that come with a model.
     With `offload` the averages live in host memory and visit the device one tensor at a time.
     """
 
@@ -1168,12 +1173,6 @@ class EmaWeights:
             parameter.copy_(self.averages[name])
             self.averages[name].copy_(weights)
 
-    def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Set averages to other weights than the network's, and keep them from the first update on."""
-        places = {name: average for name, average in self.averages.items() if name in weights}
-        copy_weights(places, weights, "the model at --revision")
-        self.min_decay = self.decay
-
     def save_state(self, config: Path) -> None:
         """Write how far the averaging has come into a JSON file, among what stands there."""
         state = {"decay": self.decay, "min_decay": self.min_decay, "optimization_step": self.num_updates,
@@ -1182,7 +1181,7 @@ class EmaWeights:
         config.write_text(json.dumps({**before, **state}, indent=2))
 
     def load(self, weights: dict[str, Tensor], config: Path) -> None:
-        """Take averages and the state that `save_state`, or diffusers' EMAModel, has written."""
+        """Take averages, and the state that `save_state` or diffusers' EMAModel has written."""
         copy_weights(self.averages, weights, str(config.parent))
         state = json.loads(config.read_text())
         self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
@@ -1199,8 +1198,9 @@ def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: 
     odd = [name for name in sorted(places.keys() | weights.keys())
            if name not in places or name not in weights or places[name].shape != weights[name].shape]
     if odd:
-        raise ValueError(f"{source} does not fit this model: {len(odd)} tensors are missing, too many or of another "
-                         f"shape, {', '.join(odd[:3])} among them. Give the model and flags that it was made with.")
+        found = {name: tuple(weights[name].shape) if name in weights else "missing" for name in odd[:3]}
+        raise ValueError(f"{source} does not fit this model and these flags: {len(odd)} tensors are missing, too many "
+                         f"or of another shape, among them {found}. Give the command as it was.")
     for name, place in places.items():
         place.copy_(weights[name])
 
@@ -1349,7 +1349,7 @@ def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Mod
 
 def make_optimizer(args: Namespace, groups: list[dict]):
     """Return AdamW over groups of parameters: fused where the device has it, or with 8-bit moments."""
-    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    settings = {"lr": groups[0]["lr"], "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         import bitsandbytes
 
@@ -1433,25 +1433,26 @@ def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
     """Refuse to resume from a checkpoint that does not hold what these flags train."""
     if checkpoint is None:
         return
-    if list(checkpoint.glob("*_ema")) and not args.use_ema:
+    averages = sorted(path.name for path in checkpoint.glob("*_ema"))
+    if averages and not args.use_ema:
         raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
-                         f"flag, or remove {EMA_FOLDER}/ from the checkpoint.")
+                         f"flag, or remove {' and '.join(averages)} from the checkpoint.")
     before = load_run_record(checkpoint).get("flags", {})
     for name in FIXED_FLAGS:
         if name in args and name in before and before[name] != getattr(args, name):
-            raise ValueError(f"{checkpoint} was made with --{name} {before[name]}, and what it holds fits no other "
-                             f"than that: got {getattr(args, name)}. Give the command as it was.")
+            raise ValueError(f"--{name} is {getattr(args, name)} here and was {before[name]} when {checkpoint} was "
+                             "made, which fits no other: give the command as it was.")
 
 
-def write_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
-    """Write what is trained as model folders, unet/ or while averages are in place unet_ema/, that diffusers loads."""
+def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
+    """Write what is trained as model folders that diffusers loads: unet/, or unet_ema/ if these are averages."""
     for part in models.trained:
         network = unwrap_model(accelerator, getattr(models, part))
         network.save_pretrained(folder / f"{part}{'_ema' if averaged else ''}")
 
 
-def read_trained(models: Models, folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
-    """Return what `write_trained` has written, named as by `name_trained_parameters`."""
+def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
+    """Return what `save_trained` has written, named as by `name_trained_parameters`."""
     return {f"{part}.{name.removeprefix('text_model.')}": tensor for part in models.trained
             for name, tensor in load_weights(folder / f"{part}{'_ema' if averaged else ''}").items()}
 
@@ -1461,18 +1462,18 @@ def register_checkpoint_hooks(accelerator: Accelerator, models: Models) -> None:
 
     def save(networks: list, weights: list, folder: str) -> None:
         if accelerator.is_main_process:
-            write_trained(accelerator, models, Path(folder))
+            save_trained(accelerator, models, Path(folder))
             if models.ema is not None:
                 with models.ema.swapped_in():
-                    write_trained(accelerator, models, Path(folder), averaged=True)
+                    save_trained(accelerator, models, Path(folder), averaged=True)
                 models.ema.save_state(Path(folder, EMA_FOLDER, "config.json"))
         weights.clear()
 
     def load(networks: list, folder: str) -> None:
         parameters, averages = name_trained_parameters(accelerator, models), Path(folder, EMA_FOLDER)
-        copy_weights(parameters, read_trained(models, Path(folder)), folder)
+        copy_weights(parameters, load_trained(models, Path(folder)), folder)
         if models.ema is not None and averages.is_dir():
-            models.ema.load(read_trained(models, Path(folder), averaged=True), averages / "config.json")
+            models.ema.load(load_trained(models, Path(folder), averaged=True), averages / "config.json")
         elif models.ema is not None:
             logger.warning(f"{folder} has no averaged weights: averaging starts from the trained ones.")
             models.ema = EmaWeights(parameters, models.ema.decay, offload=models.ema.offload)
@@ -1510,7 +1511,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progres
 
 def replace_folder(new: Path, place: Path) -> None:
     """Move a finished file or folder to its place by renaming, once its files are on disk; remove what was there."""
-    umask = os.umask(0)  # to be read, it must be set
+    umask = os.umask(0)  # which can only be read by setting it
     os.umask(umask)
     for file in (path for path in [new, *new.rglob("*")] if path.is_file()):
         with open(file, "r+b") as stream:

@@ -13,7 +13,7 @@ Of each chosen layer only A and B are trained, of rank r (Hu et al. 2021, arXiv:
 
     W = W_0 + (lora_alpha / r) B A
 
-A and B are float32 whatever the precision of the run, which holds for the forward pass and everything frozen.
+A and B are kept in float32. The forward pass and everything frozen are in the precision of the run.
 
 One GPU, several GPUs, and after a crash or Ctrl-C:
 
@@ -28,11 +28,12 @@ What stands in --output_dir afterwards:
     pytorch_lora_weights_kohya.safetensors   with --save_kohya_format: the same for ComfyUI, AUTOMATIC1111 and kohya
     checkpoint-N/            everything needed to go on after update N, the adapter among it
     validation/step-N/       the pictures drawn after update N, and grid.png
-    logs/                    TensorBoard;  README.md: the model card
+    logs/                    TensorBoard;  README.md: the model card, with val_imgs_grid.png
 
-Every random draw is a function of (seed, purpose, epoch, sample) and travels with the sample, so that a resumed run,
-another number of loader workers or another number of processes repeats the same training. Rooms meant to be edited:
-`Data` (your data set: `CaptionedImages`) and `Objective` (`compute_loss`). The others should rarely need it.
+Every random draw but that of --lora_dropout is a function of (seed, purpose, epoch, sample) and travels with the
+sample, so that a resumed run, another number of loader workers or another number of processes repeats the same
+training. Rooms meant to be edited: `Data` (your data set: `CaptionedImages`) and `Objective` (`compute_loss`). The
+others should rarely need it.
 """
 
 import contextlib
@@ -120,7 +121,8 @@ NONNEGATIVE_FLAGS = (
     "timestep_bias_begin"
 ).split()
 FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
-# Flags that decide which tensors a checkpoint holds, and cannot change when one is resumed.
+# Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
+# those above are the same in every script, which has some of these flags.
 FIXED_FLAGS = "use_8bit_adam train_text_encoder rank lora_alpha lora_target use_dora use_rslora".split()
 EMA_FOLDER = "lora_ema"  # in a checkpoint: the averaged weights and, in config.json, the state of the averaging
 # Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
@@ -133,16 +135,16 @@ INCONSEQUENTIAL_FLAGS = frozenset(
 )
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
-# Layers of the UNet, and of a text encoder, by the names that --lora_target knows.
+# What the names that --lora_target knows stand for in the UNet, and in a text encoder: ends of the names of layers.
 LORA_TARGETS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "feed_forward": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-    "convolution": ("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),  # and what leads in and out of transformers
+    "convolution": ("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),  # all of the residual blocks
 }
 TEXT_LORA_TARGETS = {"attention": ("q_proj", "k_proj", "v_proj", "out_proj"), "feed_forward": ("fc1", "fc2")}
-# What stands in a name of a LoRA file, ours or the reference's, for what PEFT calls it.
-LORA_NAMES = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.", ".lora_linear_layer.down.": ".lora_A.",
-              ".lora_linear_layer.up.": ".lora_B.", "magnitude_vector.weight": "magnitude_vector"}
+# Parts of names in LoRA files, ours and the reference's, and what PEFT calls them.
+LORA_NAMES = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.",
+              ".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
 
 
 @dataclass
@@ -189,7 +191,7 @@ class Models:
     """The networks of a run and what trains them."""
 
     tokenizer: CLIPTokenizer
-    text_encoder: torch.nn.Module  # weight_dtype; with an adapter, as the UNet, with --train_text_encoder
+    text_encoder: torch.nn.Module  # weight_dtype; with --train_text_encoder it has a float32 adapter as the UNet has
     vae: AutoencoderKL  # weight_dtype
     unet: torch.nn.Module  # weight_dtype, its adapter float32; after `prepare` whatever accelerate wraps it in
     scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
@@ -224,11 +226,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.set_defaults(output_dir="sd-model-finetuned-lora", resolution=512, validation_epochs=1)
     args = read_args(parser, argv)
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    args.lora_target = sorted(set(args.lora_target))
     return args
 
 
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """Return what the parser makes of the command line, with ~ in its paths expanded, once it is checked."""
+    """Return the checked flags of the command line, with ~ in their paths expanded."""
     args = parser.parse_args(argv)
     for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir",
                  "output_dir", "cache_dir", "resume_from_checkpoint"):
@@ -261,8 +264,9 @@ def add_lora_args(parser: ArgumentParser) -> None:
     group.add_argument("--lora_dropout", type=float, default=0.0,
                        help="Share of the adapter's inputs that is set to 0 while training.")
     group.add_argument("--lora_target", type=str, nargs="+", default=["attention"],
-                       help=f"Layers to adapt: any of {', '.join(LORA_TARGETS)}, or ends of the names of linear and "
-                       "convolution layers in the UNet, such as attn2.to_k.")
+                       help=f"Layers of the UNet to adapt: any of {', '.join(LORA_TARGETS)}, or ends of the names of "
+                       "linear and convolution layers, such as attn2.to_k. With --train_text_encoder, attention and "
+                       "feed_forward mean its layers too, and it gets attention where neither is given.")
     group.add_argument("--use_dora", action="store_true",
                        help="Train the norm of each output's weights as well (DoRA, arXiv:2402.09353).")
     group.add_argument("--use_rslora", action="store_true",
@@ -433,7 +437,7 @@ def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
                        help="Read the numbers from the device every this many updates; each update's are logged.")
     group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
                        help="Name of the project in trackers.")
-    group.add_argument("--push_to_hub", action="store_true", help="Upload the pipeline and its card at the end.")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
     group.add_argument("--hub_model_id", type=str, help="Repository to upload to; left out, --output_dir's name.")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
     group.add_argument("--hub_token", type=str,
@@ -600,7 +604,7 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
         if seed is None:
             seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
     seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
-    set_seed(seed % 2**31, device_specific=True)  # only dropout, where a model has it, uses the global generators
+    set_seed(seed % 2**31, device_specific=True)  # adapters start from the global generators, and dropout uses them
     config = {key: value if isinstance(value, bool | int | float) else str(value)
               for key, value in get_public_args(args).items()}
     accelerator.init_trackers(args.tracker_project_name, config)
@@ -1083,7 +1087,8 @@ def load_models(args: Namespace, accelerator: Accelerator, scheduler_config: dic
                                               cache_dir=args.cache_dir)
     for network in (vae, text_encoder, unet):
         network.requires_grad_(False).eval().to(accelerator.device)
-    configs = {"unet": make_lora_config(args, list_target_modules(args.lora_target))}
+    configs = {"unet": make_lora_config(args, [
+        module for name in args.lora_target for module in LORA_TARGETS.get(name, (name,))])}
     if args.train_text_encoder:
         targets = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())]
         configs["text_encoder"] = make_lora_config(args, targets or TEXT_LORA_TARGETS["attention"])
@@ -1094,11 +1099,6 @@ def load_models(args: Namespace, accelerator: Accelerator, scheduler_config: dic
     return models
 
 
-def list_target_modules(names: list[str]) -> list[str]:
-    """Return the ends of module names in the UNet that --lora_target stands for."""
-    return [module for name in names for module in LORA_TARGETS.get(name, (name,))]
-
-
 def check_lora_target(args: Namespace, unet_config: dict) -> None:
     """Refuse names in --lora_target that stand for no layer of this UNet that can be adapted."""
     with torch.device("meta"):  # the names without the weights
@@ -1107,7 +1107,7 @@ def check_lora_target(args: Namespace, unet_config: dict) -> None:
               if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
     for name in args.lora_target:
         if name not in LORA_TARGETS and not any(layer.endswith(f".{name}") for layer in layers):
-            ends = sorted({re.sub(r".*\.(?=\D)", "", layer) for layer in layers})
+            ends = sorted({re.sub(r".*\.(?=\D)", "", layer) for layer in layers})  # the last word and its number
             raise ValueError(f"--lora_target {name} is no linear or convolution layer of the UNet: give "
                              f"{', '.join(LORA_TARGETS)}, or ends of names such as {', '.join(ends)}.")
 
@@ -1125,9 +1125,8 @@ def make_lora_metadata(args: Namespace, configs: dict[str, LoraConfig]) -> dict[
     The dropout is left out: rebuilt with it, an adapter would drop inputs when drawing pictures.
     """
     names = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
-    facts = {f"{part}.{name}": sorted(value) if isinstance(value := getattr(config, name), set) else value
-             for part, config in configs.items() for name in names}
-    return {"format": "pt", "lora_adapter_metadata": json.dumps(facts, sort_keys=True),
+    facts = {f"{part}.{name}": getattr(config, name) for part, config in configs.items() for name in names}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(facts, default=sorted),  # of PEFT's set of modules
             "base_model": args.pretrained_model_name_or_path, "rank": str(args.rank),
             "lora_alpha": str(args.lora_alpha), "lora_target": " ".join(args.lora_target)}
 
@@ -1138,6 +1137,10 @@ def add_adapter(network: torch.nn.Module, config: LoraConfig) -> None:
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in network.modules():  # the norms that DoRA starts from, which PEFT takes in the network's precision
+        for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
+            norms = module.get_base_layer().weight.float().flatten(1).norm(dim=1)
+            magnitude.weight.data = norms.view_as(magnitude.weight)
 
 
 def set_up_networks(args: Namespace, models: Models) -> None:
@@ -1187,7 +1190,7 @@ class EmaWeights:
     """Exponential moving average of trained weights: average += (1 - decay_n) (weights - average), in float32.
 
     decay_n of the n-th update is 0 for n = 1, then n / (9 + n), until that exceeds `decay`: the ramp of diffusers'
-    EMAModel, whose files this reads and writes. `start_from` switches the ramp off, which would forget the start.
+    EMAModel, in whose form this keeps its state. `min_decay` is a floor, for averages that come with a model.
     With `offload` the averages live in host memory and visit the device one tensor at a time.
     """
 
@@ -1238,12 +1241,6 @@ class EmaWeights:
             parameter.copy_(self.averages[name])
             self.averages[name].copy_(weights)
 
-    def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Set averages to other weights than the network's, and keep them from the first update on."""
-        places = {name: average for name, average in self.averages.items() if name in weights}
-        copy_weights(places, weights, "the model at --revision")
-        self.min_decay = self.decay
-
     def save_state(self, config: Path) -> None:
         """Write how far the averaging has come into a JSON file, among what stands there."""
         state = {"decay": self.decay, "min_decay": self.min_decay, "optimization_step": self.num_updates,
@@ -1252,7 +1249,7 @@ class EmaWeights:
         config.write_text(json.dumps({**before, **state}, indent=2))
 
     def load(self, weights: dict[str, Tensor], config: Path) -> None:
-        """Take averages and the state that `save_state`, or diffusers' EMAModel, has written."""
+        """Take averages, and the state that `save_state` or diffusers' EMAModel has written."""
         copy_weights(self.averages, weights, str(config.parent))
         state = json.loads(config.read_text())
         self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
@@ -1269,8 +1266,9 @@ def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: 
     odd = [name for name in sorted(places.keys() | weights.keys())
            if name not in places or name not in weights or places[name].shape != weights[name].shape]
     if odd:
-        raise ValueError(f"{source} does not fit this model: {len(odd)} tensors are missing, too many or of another "
-                         f"shape, {', '.join(odd[:3])} among them. Give the model and flags that it was made with.")
+        found = {name: tuple(weights[name].shape) if name in weights else "missing" for name in odd[:3]}
+        raise ValueError(f"{source} does not fit this model and these flags: {len(odd)} tensors are missing, too many "
+                         f"or of another shape, among them {found}. Give the command as it was.")
     for name, place in places.items():
         place.copy_(weights[name])
 
@@ -1411,7 +1409,7 @@ def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Mod
 
 def make_optimizer(args: Namespace, groups: list[dict]):
     """Return AdamW over groups of parameters: fused where the device has it, or with 8-bit moments."""
-    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    settings = {"lr": groups[0]["lr"], "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         import bitsandbytes
 
@@ -1495,26 +1493,33 @@ def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
     """Refuse to resume from a checkpoint that does not hold what these flags train."""
     if checkpoint is None:
         return
-    if list(checkpoint.glob("*_ema")) and not args.use_ema:
+    averages = sorted(path.name for path in checkpoint.glob("*_ema"))
+    if averages and not args.use_ema:
         raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
-                         f"flag, or remove {EMA_FOLDER}/ from the checkpoint.")
+                         f"flag, or remove {' and '.join(averages)} from the checkpoint.")
     before = load_run_record(checkpoint).get("flags", {})
     for name in FIXED_FLAGS:
         if name in args and name in before and before[name] != getattr(args, name):
-            raise ValueError(f"{checkpoint} was made with --{name} {before[name]}, and what it holds fits no other "
-                             f"than that: got {getattr(args, name)}. Give the command as it was.")
+            raise ValueError(f"--{name} is {getattr(args, name)} here and was {before[name]} when {checkpoint} was "
+                             "made, which fits no other: give the command as it was.")
 
 
 def check_base_model(args: Namespace, checkpoint: Path | None) -> None:
-    """Refuse to resume an adapter on another base model; the folder that holds the model may have moved."""
-    before = load_run_record(checkpoint).get("flags", {}).get("pretrained_model_name_or_path")
+    """Refuse to resume an adapter on a base model of another name; the folder that holds the model may have moved."""
+    if checkpoint is None:
+        return
+    record = load_run_record(checkpoint)
+    if not record and (args.lora_alpha != args.rank or args.use_rslora or args.use_dora):
+        raise ValueError(f"{checkpoint} has no {RUN_RECORD}, so it is the reference's, which knows no --lora_alpha, "
+                         "--use_rslora and --use_dora: leave them out.")
+    before = record.get("flags", {}).get("pretrained_model_name_or_path")
     if before is not None and Path(before).name != Path(args.pretrained_model_name_or_path).name:
         raise ValueError(f"{checkpoint} holds an adapter for --pretrained_model_name_or_path {before}, which fits no "
                          f"other: got {args.pretrained_model_name_or_path}. Give the command as it was.")
 
 
-def write_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
-    """Write the adapter as a file that load_lora_weights reads, to lora_ema/ while averages are in place."""
+def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
+    """Write the adapter as a file that load_lora_weights reads, in lora_ema/ if these are averages."""
     folder = folder / EMA_FOLDER if averaged else folder
     folder.mkdir(exist_ok=True)
     weights = {make_lora_name(name): parameter.detach().contiguous()
@@ -1522,8 +1527,8 @@ def write_trained(accelerator: Accelerator, models: Models, folder: Path, *, ave
     save_file(weights, folder / LORA_FILE, metadata=models.metadata)
 
 
-def read_trained(models: Models, folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
-    """Return what `write_trained`, or the reference in either of its namings, has written.
+def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
+    """Return what `save_trained`, or the reference in either of its namings, has written.
 
     The names are those of `name_trained_parameters`.
     """
@@ -1531,17 +1536,21 @@ def read_trained(models: Models, folder: Path, *, averaged: bool = False) -> dic
     if not path.is_file():
         raise ValueError(f"{folder} has no {LORA_FILE}, so it holds no adapter: name another checkpoint.")
     for name, tensor in load_file(path).items():
-        part, _, name = name.partition(".")
+        part, _, rest = name.partition(".")
         for found, meant in LORA_NAMES.items():
-            name = name.replace(found, meant)
-        name = name.removeprefix("text_model.").replace("magnitude_vector", "magnitude_vector.weight")
-        stem, _, end = name.rpartition(".")
+            rest = rest.replace(found, meant)
+        rest = rest.removeprefix("text_model.") + (".weight" if rest.endswith("magnitude_vector") else "")
+        stem, _, end = rest.rpartition(".")
         weights[f"{part}.{stem}.default.{end}"] = tensor
     return weights
 
 
 def make_lora_name(name: str) -> str:
-    """Return the name in a LoRA file of what PEFT calls `name`; text encoders keep an old form, with text_model."""
+    """Return the name in a LoRA file of what PEFT calls `name`.
+
+    Text encoders keep an older form, with text_model in front, and their magnitudes the .weight at the end: diffusers
+    loads them so.
+    """
     part, _, rest = name.replace(".default", "").partition(".")
     if part == "unet":
         rest = rest.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
@@ -1555,18 +1564,18 @@ def register_checkpoint_hooks(accelerator: Accelerator, models: Models) -> None:
 
     def save(networks: list, weights: list, folder: str) -> None:
         if accelerator.is_main_process:
-            write_trained(accelerator, models, Path(folder))
+            save_trained(accelerator, models, Path(folder))
             if models.ema is not None:
                 with models.ema.swapped_in():
-                    write_trained(accelerator, models, Path(folder), averaged=True)
+                    save_trained(accelerator, models, Path(folder), averaged=True)
                 models.ema.save_state(Path(folder, EMA_FOLDER, "config.json"))
         weights.clear()
 
     def load(networks: list, folder: str) -> None:
         parameters, averages = name_trained_parameters(accelerator, models), Path(folder, EMA_FOLDER)
-        copy_weights(parameters, read_trained(models, Path(folder)), folder)
+        copy_weights(parameters, load_trained(models, Path(folder)), folder)
         if models.ema is not None and averages.is_dir():
-            models.ema.load(read_trained(models, Path(folder), averaged=True), averages / "config.json")
+            models.ema.load(load_trained(models, Path(folder), averaged=True), averages / "config.json")
         elif models.ema is not None:
             logger.warning(f"{folder} has no averaged weights: averaging starts from the trained ones.")
             models.ema = EmaWeights(parameters, models.ema.decay, offload=models.ema.offload)
@@ -1604,7 +1613,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progres
 
 def replace_folder(new: Path, place: Path) -> None:
     """Move a finished file or folder to its place by renaming, once its files are on disk; remove what was there."""
-    umask = os.umask(0)  # to be read, it must be set
+    umask = os.umask(0)  # which can only be read by setting it
     os.umask(umask)
     for file in (path for path in [new, *new.rglob("*")] if path.is_file()):
         with open(file, "r+b") as stream:
@@ -1827,7 +1836,7 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
     aside = Path(args.output_dir, ".partial-export")
     aside.mkdir(exist_ok=True)
     with averaged_weights(models):
-        write_trained(accelerator, models, aside)
+        save_trained(accelerator, models, aside)
         if args.save_kohya_format or Path(args.output_dir, KOHYA_FILE).is_file():  # an old one would be out of date
             save_kohya_file(args, accelerator, models, aside / KOHYA_FILE)
     for file in sorted(aside.iterdir()):
@@ -1854,32 +1863,31 @@ def save_kohya_file(args: Namespace, accelerator: Accelerator, models: Models, p
         if kind == "dora_scale":  # one norm per output, as a column beside the weights of that output
             dimensions = weights[f"{layer}.lora_down.weight"].ndim
             weights[f"{layer}.{kind}"] = parameter.detach().reshape(-1, *[1] * (dimensions - 1)).contiguous()
-    version = "v2" if unwrap_model(accelerator, models.unet).config.cross_attention_dim == 1024 else "v1"
+    is_v2 = unwrap_model(accelerator, models.unet).config.cross_attention_dim == 1024
+    prediction_type = models.scheduler_config["prediction_type"].removesuffix("_prediction")  # as there: v
+    kind = f"v2-{'768-v' if prediction_type == 'v' else '512'}" if is_v2 else "v1"
     save_file(weights, path, metadata={
         "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(args.rank),
-        "ss_network_alpha": str(alpha), "ss_base_model_version": f"sd_{version}", "ss_v2": str(version == "v2"),
-        "ss_sd_model_name": args.pretrained_model_name_or_path, "ss_resolution": str(args.resolution),
-        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"stable-diffusion-{version}/lora",
-        "modelspec.title": Path(args.output_dir).name, "modelspec.prediction_type":
-            {"v_prediction": "v"}.get(models.scheduler_config["prediction_type"], "epsilon")})
+        "ss_network_alpha": str(alpha), "ss_base_model_version": "sd_v2" if is_v2 else "sd_v1", "ss_v2": str(is_v2),
+        "ss_sd_model_name": Path(args.pretrained_model_name_or_path).name, "ss_resolution": str(args.resolution),
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"stable-diffusion-{kind}/lora",
+        "modelspec.title": Path(args.output_dir).name, "modelspec.prediction_type": prediction_type})
 
 
 def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
     trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
-    code = (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        f'pipeline = StableDiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}")\n'
-        f'pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}")\n'
-    )
-    schedule = {name: value for name, value in (("prediction_type", args.prediction_type), (
-        "rescale_betas_zero_snr", args.rescale_betas_zero_snr)) if value}
-    if schedule:  # an adapter brings no schedule along
-        schedule |= {"clip_sample": False, "timestep_spacing": "trailing"}
-        code += (f"# It was trained with another noise schedule than that of its base.\n"
-                 f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **{schedule})\n")
-        code = code.replace("import ", "import DDIMScheduler, ", 1)
-    code += f"image = pipeline({prompt!r}).images[0]"
+    schedule = {"prediction_type": args.prediction_type} if args.prediction_type else {}
+    if args.rescale_betas_zero_snr:
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    names = "DDIMScheduler, StableDiffusionPipeline" if schedule else "StableDiffusionPipeline"
+    lines = [f"from diffusers import {names}", "",
+             f'pipeline = StableDiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}")',
+             f'pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}")']
+    if schedule:  # an adapter brings none along
+        arguments = ", ".join(f"{name}={value!r}" for name, value in {**schedule, "clip_sample": False}.items())
+        lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {arguments})")
+    code = "\n".join([*lines, f"image = pipeline({prompt!r}).images[0]"])
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training",
             "lora"]
     return f"LoRA adapters of the {trained}", code, tags

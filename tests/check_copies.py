@@ -28,10 +28,10 @@ OWN = {
     "describe_model",
     "export_model",
     "load_models",
+    "load_trained",
     "main",
     "parse_args",
-    "read_trained",
-    "write_trained",
+    "save_trained",
 }
 BANNER = re.compile(r"# -+ .+ -+")
 CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")

@@ -115,20 +115,6 @@ def test_swapping_in_restores_everything(script, offload, fails):
     assert [parameter.data_ptr() for parameter in network.parameters()] == buffers  # the optimizer's
 
 
-def test_other_weights_to_start_from_are_kept(script):
-    """`start_from` begins with the weights given, at full decay from the first update on."""
-    network, start = make_network(), make_network(1)
-    averages = make_averages(script, network, 0.9)
-    averages.start_from(start.state_dict())
-    assert_equal(averages.averages.values(), start.parameters())
-    expected = copy_of(start.parameters())
-    for _ in range(3):
-        walk(network, averages.step)
-        expected = [0.9 * average + 0.1 * weight
-                    for average, weight in zip(expected, copy_of(network.parameters()), strict=True)]
-    torch.testing.assert_close(list(averages.averages.values()), expected, rtol=1e-5, atol=1e-6)
-
-
 def average_unet(script, tiny_model: Path):
     """Return an accelerator, and models of which the UNet is trained and averaged."""
     unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")

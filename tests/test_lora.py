@@ -111,7 +111,8 @@ def test_kohya_file_has_the_names_of_the_converter(script, train, tiny_model):
     out = train(**EVERYTHING, lora_alpha=6, rank=3, save_kohya_format=True)
     found = load_file(out / KOHYA_FILE)
     unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
-    unet.add_adapter(LoraConfig(r=3, target_modules=script.list_target_modules(EVERYTHING["lora_target"])))
+    targets = [module for name in EVERYTHING["lora_target"] for module in script.LORA_TARGETS[name]]
+    unet.add_adapter(LoraConfig(r=3, target_modules=targets))
     expected = convert_state_dict_to_kohya(
         {f"unet.{name}": tensor for name, tensor in get_peft_model_state_dict(unet).items()})
     of_unet = {name: tensor for name, tensor in found.items() if name.startswith("lora_unet_")}
@@ -124,7 +125,8 @@ def test_kohya_file_has_the_names_of_the_converter(script, train, tiny_model):
     metadata = read_metadata(out / KOHYA_FILE)
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"], metadata["ss_network_module"]) == (
         "3", "6.0", "networks.lora")
-    assert metadata["ss_base_model_version"] == "sd_v1" and metadata["modelspec.architecture"].endswith("/lora")
+    assert metadata["ss_base_model_version"] == "sd_v1" and metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
 
 
 def test_kohya_file_of_dora_has_a_norm_per_output(train):
@@ -203,6 +205,37 @@ def test_precision_from_the_launcher_leaves_adapters_in_float32(script, train, m
         dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in network.parameters()}
         assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     assert {tensor.dtype for tensor in load_file(out / FILE).values()} == {torch.float32}
+
+
+def test_dora_starts_from_the_norms_of_the_base(script, tiny_model, tmp_path, image_folder):
+    """The magnitudes are the float32 norms of the frozen weights also where those are in half precision."""
+    args = script.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", use_dora=True,
+                                       mixed_precision="bf16", lora_target=["attention", "convolution"]))
+    config = script.load_model_configs(args)["scheduler"]
+    unet = script.load_models(args, script.make_accelerator(args), script.make_scheduler_config(args, config)).unet
+    found = 0
+    for module in unet.modules():
+        for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
+            expected = module.base_layer.weight.double().flatten(1).norm(dim=1)
+            torch.testing.assert_close(magnitude.weight.flatten().double(), expected, rtol=1e-6, atol=0)
+            found += 1
+    assert found > 10
+
+
+def test_a_checkpoint_of_the_reference_has_its_scale(train):
+    """Where no record tells, alpha was the rank: another one is refused, with what to leave out."""
+    out = train(max_train_steps=1)
+    (out / "checkpoint-1" / "run_record.json").unlink()
+    for flags in ({"lora_alpha": 8}, {"use_rslora": True}):
+        with pytest.raises(ValueError, match="reference.*--lora_alpha"):
+            train(max_train_steps=2, resume_from_checkpoint="latest", **flags)
+    train(max_train_steps=2, resume_from_checkpoint="latest")
+
+
+def test_the_order_of_targets_does_not_matter(train):
+    """The same layers in another order are the same adapter."""
+    train(max_train_steps=1, lora_target=["attention", "feed_forward"])
+    train(max_train_steps=2, lora_target=["feed_forward", "attention", "attention"], resume_from_checkpoint="latest")
 
 
 def test_only_the_adapter_is_saved(train):
@@ -324,8 +357,8 @@ def test_the_card_tells_how_to_load_it(train, tiny_model):
 def test_the_card_draws_with_the_schedule_that_was_trained(train):
     """An adapter brings no schedule along, so the card's code sets one where it is not the base's."""
     card = (train("other", prediction_type="v_prediction", rescale_betas_zero_snr=True) / "README.md").read_text()
-    assert "DDIMScheduler.from_config(pipeline.scheduler.config, **{'prediction_type': 'v_prediction'" in card
-    assert "'rescale_betas_zero_snr': True" in card and "import DDIMScheduler, StableDiffusionPipeline" in card
+    assert "DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type='v_prediction', " in card
+    assert "rescale_betas_zero_snr=True" in card and "import DDIMScheduler, StableDiffusionPipeline" in card
     assert "scheduler" not in (train("same") / "README.md").read_text().replace("lr_scheduler", "")
 
 

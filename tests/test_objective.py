@@ -495,7 +495,7 @@ def test_compiling_keeps_names_and_files(script, assemble, tmp_path):
         parts = assemble(torch_compile=name == "compiled")
         script.prepare_training(parts.args, parts.accelerator, parts.models, 10)
         (tmp_path / name).mkdir()
-        script.write_trained(parts.accelerator, parts.models, tmp_path / name)
+        script.save_trained(parts.accelerator, parts.models, tmp_path / name)
     assert parts.models.unet._compiled_call_impl is not None
     assert read_trained(tmp_path / "compiled").keys() == read_trained(tmp_path / "plain").keys()
     unet = script.unwrap_model(parts.accelerator, parts.models.unet)

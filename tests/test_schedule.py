@@ -9,7 +9,7 @@ from runs import run
 
 from diffusers.optimization import get_scheduler
 
-RATE, WARMUP, UPDATES = 1e-3, 2, 6
+RATE, WARMUP, UPDATES = 2e-3, 2, 6
 
 
 def get_progress(update: int) -> float:
