@@ -117,6 +117,8 @@ FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".spli
 # Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
 # those above are the same in every script, which has some of these flags.
 FIXED_FLAGS = "use_8bit_adam train_text_encoder rank lora_alpha lora_target use_dora use_rslora".split()
+RESULT = "model_index.json"  # in --output_dir: the sign of a finished run
+TRAINED = "unet"  # in a checkpoint: the sign that this script made it
 EMA_FOLDER = "unet_ema"  # in a checkpoint: the averaged weights and, in config.json, the state of the averaging
 # Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
 INCONSEQUENTIAL_FLAGS = frozenset(
@@ -445,6 +447,7 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse combinations of flags, files and devices that cannot work."""
     trackers = args.report_to.split(",")
     found = [folder.name for folder in list_checkpoints(args.output_dir)]
+    found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
     refusals = (
         (args.dataset_name is None and args.train_data_dir is None,
          "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
@@ -456,7 +459,7 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
         (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
         (found and args.resume_from_checkpoint is None,
-         f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would mix with: "
+         f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
          "add --resume_from_checkpoint latest to go on from there, or name another folder."),
         (args.dream_training and args.input_perturbation > 0,
          "--dream_training cannot be combined with --input_perturbation: DREAM corrects the input by the noise in it, "
@@ -564,9 +567,13 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
     seed = args.seed
     if accelerator.is_main_process:
         if args.push_to_hub:
-            args.hub_model_id = huggingface_hub.create_repo(
-                args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None,
-                exist_ok=True, token=args.hub_token).repo_id
+            name = args.hub_model_id or Path(args.output_dir).resolve().name
+            try:
+                args.hub_model_id = huggingface_hub.create_repo(
+                    name, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token).repo_id
+            except Exception as error:  # no network, no login, no right to that name
+                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Mend that, or drop the flag and give "
+                                 "`hf upload` the output folder afterwards.") from error
         if seed is None:
             seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
     seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
@@ -982,10 +989,17 @@ def count_cores_per_process() -> int:
 def load_model_configs(args: Namespace) -> dict[str, dict]:
     """Return the configurations of unet, vae and scheduler, refusing before any weights are read what cannot work."""
     where, configs = args.pretrained_model_name_or_path, {}
-    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDPMScheduler)):
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
+    for part in (*kinds, "text_encoder", "tokenizer"):
         revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
         try:
-            configs[part] = kind.load_config(where, subfolder=part, revision=revision, cache_dir=args.cache_dir)
+            if part in kinds:
+                configs[part] = kinds[part].load_config(where, subfolder=part, revision=revision,
+                                                        cache_dir=args.cache_dir)
+            else:
+                name = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+                transformers.utils.cached_file(where, name, subfolder=part, revision=revision,
+                                               cache_dir=args.cache_dir)
         except OSError as error:
             raise ValueError(f"--pretrained_model_name_or_path {where} has no {part} to load: give a folder in "
                              "diffusers layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) or a name on the "
@@ -1040,6 +1054,16 @@ def make_scheduler_config(args: Namespace, config: dict) -> dict:
 def get_weight_dtype(mixed_precision: str) -> torch.dtype:
     """Return the number format of the frozen parts."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+
+
+@contextlib.contextmanager
+def explained_load(args: Namespace):
+    """Say of files that cannot be loaded which flag has named them."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: "
+                         f"{error} For weights that are named *.fp16.safetensors, add --variant fp16.") from error
 
 
 def load_models(args: Namespace, accelerator: Accelerator, scheduler_config: dict) -> Models:
@@ -1426,13 +1450,21 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
 def load_run_record(checkpoint: Path | None) -> dict:
     """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
     path = checkpoint / RUN_RECORD if checkpoint else None
-    return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Name another checkpoint.") from error
 
 
 def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
     """Refuse to resume from a checkpoint that does not hold what these flags train."""
     if checkpoint is None:
         return
+    missing = [name for name in (TRAINED, "optimizer.bin", "scheduler.bin", "random_states_0.pkl")
+               if not (checkpoint / name).exists()]
+    if missing:
+        raise ValueError(f"{checkpoint} has no {', '.join(missing)}: another script made it, or it is damaged. Name "
+                         "another checkpoint.")
     averages = sorted(path.name for path in checkpoint.glob("*_ema"))
     if averages and not args.use_ema:
         raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
@@ -1545,11 +1577,19 @@ def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint
     """Load a checkpoint and return where it stands; the learning rate and AdamW's settings are the command line's."""
     groups = models.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    accelerator.load_state(str(checkpoint))
+    try:
+        accelerator.load_state(str(checkpoint))
+    except ValueError:
+        raise
+    except Exception as error:  # of several libraries, about files that are cut short
+        raise ValueError(f"{checkpoint} is damaged: {error}. Name another checkpoint.") from error
     step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
-    for parameter, state in models.optimizer.state.items():  # the reference, not fused, counts on the CPU
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].to(parameter.device)
+    for parameter, state in models.optimizer.state.items():
+        for name, value in state.items():
+            if name == "step" and isinstance(value, Tensor):  # the reference, not fused, counts on the CPU
+                state[name] = value.to(parameter.device)
+            elif isinstance(value, Tensor) and value.shape == parameter.shape:  # laid out as --channels_last says now
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     schedule = models.lr_scheduler.scheduler
     schedule.last_epoch, schedule.base_lrs = step, [setting["initial_lr"] for setting in settings]
     for group, setting, factor in zip(models.optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
@@ -1757,7 +1797,7 @@ def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
     code = (
         "from diffusers import StableDiffusionPipeline\n\n"
-        f'pipeline = StableDiffusionPipeline.from_pretrained("{args.hub_model_id or args.output_dir}")\n'
+        f"pipeline = StableDiffusionPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
         f"image = pipeline({prompt!r}).images[0]"
     )
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
@@ -1996,7 +2036,8 @@ def main(argv: list[str] | None = None) -> None:
     seed = start_run(args, accelerator, checkpoint)
     data = make_data(args, images, held_out_images, seed, configs)
 
-    models = load_models(args, accelerator, make_scheduler_config(args, configs["scheduler"]))
+    with explained_load(args):
+        models = load_models(args, accelerator, make_scheduler_config(args, configs["scheduler"]))
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))
     start_averages(args, models)

@@ -134,6 +134,8 @@ INCONSEQUENTIAL_FLAGS = frozenset(
     "validation_inference_steps save_kohya_format".split()
 )
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+RESULT = LORA_FILE  # in --output_dir: the sign of a finished run
+TRAINED = LORA_FILE  # in a checkpoint: the sign that this script made it
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 # What the names that --lora_target knows stand for in the UNet, and in a text encoder: ends of the names of layers.
 LORA_TARGETS = {
@@ -227,6 +229,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = read_args(parser, argv)
     args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
     args.lora_target = sorted(set(args.lora_target))
+    if args.use_dora and args.channels_last:
+        parser.error("--use_dora cannot be combined with --channels_last, a layout that PEFT's DoRA cannot read: drop "
+                     "one of them.")
     return args
 
 
@@ -479,6 +484,7 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse combinations of flags, files and devices that cannot work."""
     trackers = args.report_to.split(",")
     found = [folder.name for folder in list_checkpoints(args.output_dir)]
+    found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
     refusals = (
         (args.dataset_name is None and args.train_data_dir is None,
          "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
@@ -490,7 +496,7 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
         (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
         (found and args.resume_from_checkpoint is None,
-         f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would mix with: "
+         f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
          "add --resume_from_checkpoint latest to go on from there, or name another folder."),
         (args.dream_training and args.input_perturbation > 0,
          "--dream_training cannot be combined with --input_perturbation: DREAM corrects the input by the noise in it, "
@@ -598,9 +604,13 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
     seed = args.seed
     if accelerator.is_main_process:
         if args.push_to_hub:
-            args.hub_model_id = huggingface_hub.create_repo(
-                args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None,
-                exist_ok=True, token=args.hub_token).repo_id
+            name = args.hub_model_id or Path(args.output_dir).resolve().name
+            try:
+                args.hub_model_id = huggingface_hub.create_repo(
+                    name, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token).repo_id
+            except Exception as error:  # no network, no login, no right to that name
+                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Mend that, or drop the flag and give "
+                                 "`hf upload` the output folder afterwards.") from error
         if seed is None:
             seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
     seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
@@ -1016,10 +1026,17 @@ def count_cores_per_process() -> int:
 def load_model_configs(args: Namespace) -> dict[str, dict]:
     """Return the configurations of unet, vae and scheduler, refusing before any weights are read what cannot work."""
     where, configs = args.pretrained_model_name_or_path, {}
-    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("scheduler", DDPMScheduler)):
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
+    for part in (*kinds, "text_encoder", "tokenizer"):
         revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
         try:
-            configs[part] = kind.load_config(where, subfolder=part, revision=revision, cache_dir=args.cache_dir)
+            if part in kinds:
+                configs[part] = kinds[part].load_config(where, subfolder=part, revision=revision,
+                                                        cache_dir=args.cache_dir)
+            else:
+                name = "tokenizer_config.json" if part == "tokenizer" else "config.json"
+                transformers.utils.cached_file(where, name, subfolder=part, revision=revision,
+                                               cache_dir=args.cache_dir)
         except OSError as error:
             raise ValueError(f"--pretrained_model_name_or_path {where} has no {part} to load: give a folder in "
                              "diffusers layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) or a name on the "
@@ -1076,6 +1093,16 @@ def get_weight_dtype(mixed_precision: str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
+@contextlib.contextmanager
+def explained_load(args: Namespace):
+    """Say of files that cannot be loaded which flag has named them."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: "
+                         f"{error} For weights that are named *.fp16.safetensors, add --variant fp16.") from error
+
+
 def load_models(args: Namespace, accelerator: Accelerator, scheduler_config: dict) -> Models:
     """Load the networks, all frozen and in the run's precision, and give adapters to those that are trained."""
     where, weight_dtype = args.pretrained_model_name_or_path, get_weight_dtype(accelerator.mixed_precision)
@@ -1103,13 +1130,15 @@ def check_lora_target(args: Namespace, unet_config: dict) -> None:
     """Refuse names in --lora_target that stand for no layer of this UNet that can be adapted."""
     with torch.device("meta"):  # the names without the weights
         unet = UNet2DConditionModel.from_config(unet_config)
-    layers = [f".{name}" for name, module in unet.named_modules()
-              if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    can_adapt = {f".{name}": isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+                 for name, module in unet.named_modules()}
     for name in args.lora_target:
-        if name not in LORA_TARGETS and not any(layer.endswith(f".{name}") for layer in layers):
-            ends = sorted({re.sub(r".*\.(?=\D)", "", layer) for layer in layers})  # the last word and its number
-            raise ValueError(f"--lora_target {name} is no linear or convolution layer of the UNet: give "
-                             f"{', '.join(LORA_TARGETS)}, or ends of names such as {', '.join(ends)}.")
+        matched = [can for layer, can in can_adapt.items() if layer.endswith(f".{name}")]
+        if name not in LORA_TARGETS and not (matched and all(matched)):
+            ends = sorted({re.sub(r".*\.(?=\D)", "", layer) for layer, can in can_adapt.items() if can})
+            raise ValueError(f"--lora_target {name} is no linear or convolution layer of the UNet, or not only such: "
+                             f"give some of {', '.join(LORA_TARGETS)}, with spaces, or ends of names such as "
+                             f"{', '.join(ends)}.")
 
 
 def make_lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
@@ -1486,13 +1515,21 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
 def load_run_record(checkpoint: Path | None) -> dict:
     """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
     path = checkpoint / RUN_RECORD if checkpoint else None
-    return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Name another checkpoint.") from error
 
 
 def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
     """Refuse to resume from a checkpoint that does not hold what these flags train."""
     if checkpoint is None:
         return
+    missing = [name for name in (TRAINED, "optimizer.bin", "scheduler.bin", "random_states_0.pkl")
+               if not (checkpoint / name).exists()]
+    if missing:
+        raise ValueError(f"{checkpoint} has no {', '.join(missing)}: another script made it, or it is damaged. Name "
+                         "another checkpoint.")
     averages = sorted(path.name for path in checkpoint.glob("*_ema"))
     if averages and not args.use_ema:
         raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
@@ -1515,7 +1552,8 @@ def check_base_model(args: Namespace, checkpoint: Path | None) -> None:
     before = record.get("flags", {}).get("pretrained_model_name_or_path")
     if before is not None and Path(before).name != Path(args.pretrained_model_name_or_path).name:
         raise ValueError(f"{checkpoint} holds an adapter for --pretrained_model_name_or_path {before}, which fits no "
-                         f"other: got {args.pretrained_model_name_or_path}. Give the command as it was.")
+                         f"other: got {args.pretrained_model_name_or_path}. If that is the same model, make a link of "
+                         "the former name to it.")
 
 
 def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
@@ -1536,7 +1574,7 @@ def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> dic
     if not path.is_file():
         raise ValueError(f"{folder} has no {LORA_FILE}, so it holds no adapter: name another checkpoint.")
     for name, tensor in load_file(path).items():
-        part, _, rest = name.partition(".")
+        part, _, rest = name.replace(".base_model.model.", ".").partition(".")
         for found, meant in LORA_NAMES.items():
             rest = rest.replace(found, meant)
         rest = rest.removeprefix("text_model.") + (".weight" if rest.endswith("magnitude_vector") else "")
@@ -1647,11 +1685,19 @@ def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint
     """Load a checkpoint and return where it stands; the learning rate and AdamW's settings are the command line's."""
     groups = models.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    accelerator.load_state(str(checkpoint))
+    try:
+        accelerator.load_state(str(checkpoint))
+    except ValueError:
+        raise
+    except Exception as error:  # of several libraries, about files that are cut short
+        raise ValueError(f"{checkpoint} is damaged: {error}. Name another checkpoint.") from error
     step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
-    for parameter, state in models.optimizer.state.items():  # the reference, not fused, counts on the CPU
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].to(parameter.device)
+    for parameter, state in models.optimizer.state.items():
+        for name, value in state.items():
+            if name == "step" and isinstance(value, Tensor):  # the reference, not fused, counts on the CPU
+                state[name] = value.to(parameter.device)
+            elif isinstance(value, Tensor) and value.shape == parameter.shape:  # laid out as --channels_last says now
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     schedule = models.lr_scheduler.scheduler
     schedule.last_epoch, schedule.base_lrs = step, [setting["initial_lr"] for setting in settings]
     for group, setting, factor in zip(models.optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
@@ -1880,10 +1926,12 @@ def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     schedule = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     if args.rescale_betas_zero_snr:
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    base = [repr(args.pretrained_model_name_or_path)]
+    base += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
     names = "DDIMScheduler, StableDiffusionPipeline" if schedule else "StableDiffusionPipeline"
     lines = [f"from diffusers import {names}", "",
-             f'pipeline = StableDiffusionPipeline.from_pretrained("{args.pretrained_model_name_or_path}")',
-             f'pipeline.load_lora_weights("{args.hub_model_id or args.output_dir}")']
+             f"pipeline = StableDiffusionPipeline.from_pretrained({', '.join(base)})",
+             f"pipeline.load_lora_weights({args.hub_model_id or args.output_dir!r})"]
     if schedule:  # an adapter brings none along
         arguments = ", ".join(f"{name}={value!r}" for name, value in {**schedule, "clip_sample": False}.items())
         lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {arguments})")
@@ -2127,7 +2175,8 @@ def main(argv: list[str] | None = None) -> None:
     seed = start_run(args, accelerator, checkpoint)
     data = make_data(args, images, held_out_images, seed, configs)
 
-    models = load_models(args, accelerator, make_scheduler_config(args, configs["scheduler"]))
+    with explained_load(args):
+        models = load_models(args, accelerator, make_scheduler_config(args, configs["scheduler"]))
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))
     record = make_run_record(args, accelerator, seed, getattr(images, "captions_digest", None))

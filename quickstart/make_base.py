@@ -90,15 +90,23 @@ def save_start(work: Path) -> None:
     pipeline.save_pretrained(work / "start")
 
 
-def export(pipeline_folder: Path, folder: Path) -> None:
-    """Write the pipeline in half precision, as plain file names."""
-    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None).to(torch.float16)
+def export(pipeline_folder: Path, tokenizer_folder: Path, folder: Path) -> None:
+    """Write the pipeline in half precision, without the names of the folders that it was made in."""
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)  # not the one that drawing has left its padding in
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None, tokenizer=tokenizer)
     shutil.rmtree(folder, ignore_errors=True)
-    pipeline.save_pretrained(folder)
+    pipeline.to(torch.float16).save_pretrained(folder)
+    for path in [folder / "model_index.json", *folder.rglob("*config.json")]:
+        path.write_text(json.dumps(drop_places(json.loads(path.read_text())), indent=2) + "\n")
     # transformers reads weights in the type that the config names: without this a pipeline asked for no type in
     # particular gets a text encoder in float16 beside a UNet in float32.
     config = folder / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+
+
+def drop_places(config: dict) -> dict:
+    """Return a configuration without what tells where it was loaded from."""
+    return {name: value for name, value in config.items() if name not in ("_name_or_path", "local_files_only")}
 
 
 def run(*command: object) -> None:
@@ -157,7 +165,7 @@ def main() -> None:
     save_start(work)
     if args.num_unet_steps:
         train_unet(args)
-    export(work / ("trained" if args.num_unet_steps else "start"), args.output_dir)
+    export(work / ("trained" if args.num_unet_steps else "start"), work / "tokenizer", args.output_dir)
     size = sum(path.stat().st_size for path in args.output_dir.rglob("*") if path.is_file())
     print(f"saved {args.output_dir} ({size / 1e6:.1f} MB)")
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 OWN = {
     "EMA_FOLDER",
     "Models",
+    "RESULT",
+    "TRAINED",
     "describe_model",
     "export_model",
     "load_models",

@@ -350,7 +350,7 @@ def test_the_card_tells_how_to_load_it(train, tiny_model):
     """The model card loads the base and the adapter, and says what was trained."""
     card = (train(train_text_encoder=True, validation_prompt="a cat", num_validation_images=1,
                   validation_inference_steps=2) / "README.md").read_text()
-    assert f'from_pretrained("{tiny_model}")' in card and "load_lora_weights(" in card
+    assert f"from_pretrained({str(tiny_model)!r})" in card and "load_lora_weights(" in card
     assert "LoRA adapters of the UNet and the text encoder" in card and "- lora" in card and "rank: 4" in card
 
 
@@ -371,3 +371,19 @@ def test_a_file_for_kohya_is_kept_up_to_date(train):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert sorted(tensor.sum().item() for name, tensor in after.items() if not name.endswith(".alpha")) == sorted(
         tensor.sum().item() for tensor in adapter.values())
+
+
+def test_a_finished_adapter_is_not_overwritten(script, train, capsys):
+    """Where the checkpoints of a run are gone, its result still keeps a fresh run out."""
+    out = train(max_train_steps=1)
+    (out / "checkpoint-1").rename(out.parent / "away")
+    with pytest.raises(SystemExit):
+        train(max_train_steps=1)
+    assert FILE in capsys.readouterr().err
+
+
+def test_dora_in_a_layout_that_it_cannot_read_is_refused(train, capsys):
+    """--use_dora with --channels_last is refused on the command line, where PEFT would fail at the first update."""
+    with pytest.raises(SystemExit):
+        train(use_dora=True, channels_last=True)
+    assert "--use_dora cannot be combined with --channels_last" in capsys.readouterr().err

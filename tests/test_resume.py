@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import make_args, make_image_folder, read_scalars
+from conftest import list_adapter_flags, make_args, make_image_folder, read_scalars
 from runs import (
     Run,
     assert_same_checkpoint,
@@ -22,6 +22,7 @@ from runs import (
     list_exported,
     list_names,
     read_record,
+    read_trained,
     recorded,
     run,
 )
@@ -368,3 +369,37 @@ def test_interrupt_that_also_closes_the_output_still_saves(script, tiny_model, i
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 128 + signal.SIGINT
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
+
+
+def test_another_layout_of_the_weights_keeps_the_moments(script, args, tmp_path):
+    """Resumed with --channels_last, or without it, AdamW's moments belong to the weights that they belonged to."""
+    flags = {"learning_rate": 1e-3, **list_adapter_flags(script, lora_target="convolution")}
+    weights = {}
+    for name, first, then in (("plain", False, False), ("toggled", False, True), ("back", True, False)):
+        out = tmp_path / name
+        run(script, args(out, max_train_steps=3, channels_last=first, **flags))
+        run(script, args(out, max_train_steps=5, channels_last=then, resume_from_checkpoint="latest", **flags))
+        weights[name] = read_trained(out / "checkpoint-5")
+    for name in ("toggled", "back"):
+        for key, expected in weights["plain"].items():
+            assert (weights[name][key] - expected).abs().max() < 1e-3 * 0.3, (name, key)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "scheduler.bin", "random_states_0.pkl", "run_record.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_checkpoints_are_told(script, args, tmp_path, name, damage):
+    """A file that is cut short or gone is said to be so, with the checkpoint's name; the record may be missing."""
+    out = tmp_path / "out"
+    run(script, args(out, max_train_steps=2))
+    path = out / "checkpoint-2" / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if (name, damage) == ("run_record.json", "gone"):
+        run(script, args(out, max_train_steps=3, resume_from_checkpoint="checkpoint-2"))
+        return
+    if (name, damage) == ("random_states_0.pkl", "cut"):
+        return  # accelerate passes it over; only dropout depends on it
+    with pytest.raises(ValueError, match="checkpoint-2.*Name another checkpoint"):
+        run(script, args(out, max_train_steps=3, resume_from_checkpoint="checkpoint-2"))
