@@ -75,6 +75,8 @@ from accelerate.utils import (
     set_seed,
 )
 from PIL import Image, ImageDraw, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -101,12 +103,13 @@ INTERPOLATION_MODES = tuple(mode.value.replace("-", "_") for mode in Interpolati
 MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: bytes in a file, and how many files
 TRACKERS = tuple("tensorboard wandb comet_ml mlflow aim clearml dvclive swanlab trackio all none".split())
 POSITIVE_FLAGS = (
     "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
     "lr_num_cycles lr_power snr_gamma adam_epsilon max_grad_norm checkpointing_steps logging_steps "
     "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
-    "rank lora_alpha"
+    "rank lora_alpha cache_crops"
 ).split()
 NONNEGATIVE_FLAGS = (
     "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay noise_offset input_perturbation "
@@ -126,7 +129,7 @@ INCONSEQUENTIAL_FLAGS = frozenset(
     "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
     "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
     "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format".split()
+    "validation_inference_steps save_kohya_format encoded_dir".split()
 )
 
 
@@ -197,6 +200,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_model_args(parser)
     add_raw_weights_args(parser)
     add_data_args(parser)
+    add_cache_args(parser)
     add_objective_args(parser)
     add_length_args(parser)
     add_optimizer_args(parser)
@@ -215,7 +219,7 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     """Return the checked flags of the command line, with ~ in their paths expanded."""
     args = parser.parse_args(argv)
     for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir",
-                 "output_dir", "cache_dir", "resume_from_checkpoint"):
+                 "output_dir", "cache_dir", "encoded_dir", "resume_from_checkpoint"):
         if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     check_values(parser, args)
@@ -270,6 +274,27 @@ def add_data_args(parser: ArgumentParser) -> None:
     group.add_argument("--dataloader_num_workers", type=int, default=0,
                        help="Processes that load data. 0 loads in threads of the training process, which suits most "
                        "runs; raise it when `data_wait` in the logs exceeds a few percent.")
+
+
+def add_cache_args(parser: ArgumentParser) -> None:
+    """Add the flags of encodings that are made once and kept on disk."""
+    group = parser.add_argument_group("cache")
+    group.add_argument("--cache_latents", action="store_true",
+                       help="Encode every image once, before training, and keep what the VAE makes of it on disk.")
+    group.add_argument("--no_cache_latents", dest="cache_latents", action="store_false",
+                       help="Encode images at each visit.")
+    group.add_argument("--cache_text_embeddings", action="store_true",
+                       help="Encode every caption once, before training, and keep its text states on disk.")
+    group.add_argument("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
+                       help="Encode captions at each visit.")
+    group.add_argument("--cache_crops", type=int,
+                       help="Random crops of each image that are kept, of which each visit draws one; left out, 4, or "
+                       "1 with --center_crop. --random_flip keeps each mirrored as well.")
+    group.add_argument("--cache_dtype", type=str, default="fp16", choices=("fp16", "fp32"),
+                       help="Number format on disk.")
+    group.add_argument("--encoded_dir", type=str,
+                       help="Where it is kept, for all runs with the same data and model; left out, in --cache_dir or "
+                       "the hub's cache.")
 
 
 def add_objective_args(parser: ArgumentParser) -> None:
@@ -480,6 +505,11 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
         (args.text_encoder_lr is not None and not args.train_text_encoder,
          "--text_encoder_lr needs --train_text_encoder."),
+        (args.cache_text_embeddings and args.train_text_encoder,
+         "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: drop one."),
+        (args.cache_crops is not None and not args.cache_latents, "--cache_crops needs --cache_latents."),
+        (args.center_crop and (args.cache_crops or 1) > 1,
+         f"--cache_crops {args.cache_crops} of --center_crop would all be the same: drop one of them."),
         ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
         (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
@@ -665,20 +695,43 @@ class CaptionedImages(torch.utils.data.Dataset):
 
     def __init__(self, rows: datasets.Dataset, image_column: str, caption_column: str) -> None:
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self.captions = rows.select_columns([caption_column])  # to be read without the images
         self.image_column, self.caption_column = image_column, caption_column
-        captions = json.dumps(list(rows[caption_column])).encode()
-        self.captions_digest = hashlib.blake2b(captions, digest_size=8).hexdigest()
+        self.captions_digest = hashlib.blake2b(
+            json.dumps(list(rows[caption_column])).encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        captions = row[self.caption_column]
-        stored = row[self.image_column] or {"bytes": None, "path": None}
-        name = f"row {index} of the data ({stored['path'] or 'no file of its own'})"
-        return {"image": decode_image(stored, name),
-                "captions": [captions] if isinstance(captions, str) else list(captions)}
+        stored = self.read_stored(index)
+        return {"image": decode_image(stored, make_row_name(index, stored)), "captions": self.read_captions(index)}
+
+    def read_stored(self, index: int) -> dict:
+        """Return an item's image as `datasets` stores it: `bytes`, or the `path` of its file."""
+        return self.rows[index][self.image_column] or {"bytes": None, "path": None}
+
+    def select(self, indices: np.ndarray) -> "CaptionedImages":
+        """Return some of the items."""
+        return CaptionedImages(self.rows.select(indices), self.image_column, self.caption_column)
+
+    def read_captions(self, index: int) -> list[str]:
+        """Return the captions of an item; --cache_latents and --cache_text_embeddings need no more at a visit."""
+        captions = self.captions[index][self.caption_column]
+        return [captions] if isinstance(captions, str) else list(captions)
+
+    def read_content(self, index: int) -> bytes:
+        """Return what tells an item's image from any other, without decoding it: for --cache_latents."""
+        stored = self.read_stored(index)
+        try:
+            return stored["bytes"] or Path(stored["path"] or "").read_bytes()
+        except OSError:  # reading the image will say so, or pass it over
+            return b""
+
+
+def make_row_name(index: int, stored: dict) -> str:
+    """Return what to call an item of the data in a message."""
+    return f"row {index} of the data ({stored['path'] or 'no file of its own'})"
 
 
 def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
@@ -808,8 +861,10 @@ def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, p
 
 
 def transform_image(image: Image.Image, resolution: int, interpolation: str, corner: tuple[float, float] | None,
-                    flip: bool) -> np.ndarray:
+                    flip: bool) -> tuple[np.ndarray, tuple[int, int]]:
     """Return the image as uint8 [3, resolution, resolution]: resized by its shorter side, mirrored, cropped.
+
+    With it come the crop's top and left, in pixels of the resized and mirrored image.
 
     `corner` is the crop's top left as fractions of the free way down and across; None crops the centre.
     """
@@ -819,7 +874,7 @@ def transform_image(image: Image.Image, resolution: int, interpolation: str, cor
     top, left = ((round(down / 2), round(across / 2)) if corner is None
                  else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
     image = image.crop((left, top, left + resolution, top + resolution))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), (top, left)
 
 
 class Samples(torch.utils.data.Dataset):
@@ -831,6 +886,9 @@ class Samples(torch.utils.data.Dataset):
         self.timestep_cdf = compute_timestep_cdf(
             num_timesteps, args.timestep_bias_strategy, args.timestep_bias_multiplier, args.timestep_bias_portion,
             args.timestep_bias_begin, args.timestep_bias_end)
+        self.latents: EncodedRows | None = None  # with --cache_latents
+        self.text_states: EncodedRows | None = None  # with --cache_text_embeddings, in the order of these:
+        self.caption_digests: np.ndarray | None = None
         self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape}
         if args.noise_offset:
             self.noise_shapes["offset_noise"] = (latent_shape[0], 1, 1)
@@ -845,26 +903,80 @@ class Samples(torch.utils.data.Dataset):
         """Return several samples, read side by side in threads unless this is one of several loader processes."""
         if torch.utils.data.get_worker_info() is not None:
             return [self[visit] for visit in visits]
+        return self.map_in_threads(self.__getitem__, visits)
+
+    def map_in_threads(self, function, things) -> list:
+        """Return the results of a function for several things at once."""
         if self.threads is None:
             self.threads = ThreadPoolExecutor(max_workers=count_cores_per_process())
-        return list(self.threads.map(self.__getitem__, visits))
+        return list(self.threads.map(function, things))
 
     def __getitem__(self, visit: Visit) -> dict:
-        """Return one sample: `images` uint8 [3, resolution, resolution], `caption`, `timesteps` and noises."""
-        rng = partial(make_rng, self.seed)
-        where, args = (visit.epoch, visit.index), self.args
-        item, num_skipped = self.read(visit.index)
-        corner = None if args.center_crop else tuple(rng("crop", *where).random(2))
-        flip = args.random_flip and rng("flip", *where).random() < 0.5
-        caption = item["captions"][rng("caption", *where).integers(len(item["captions"]))]
-        if rng("caption dropout", *where).random() < args.proportion_empty_prompts:
+        """Return one sample: image and caption, or what is cached of them, `timesteps` and noises."""
+        rng, where = partial(make_rng, self.seed), (visit.epoch, visit.index)
+        corner, flip = rng("crop", *where).random(2), rng("flip", *where).random() < 0.5
+        image, captions, num_skipped = self.get_image(visit.index, corner, self.args.random_flip and flip)
+        caption = captions[rng("caption", *where).integers(len(captions))]
+        if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
             caption = ""
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes.items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        return {"images": transform_image(item["image"], args.resolution, args.image_interpolation_mode, corner, flip),
-                "caption": caption, "timesteps": np.int64(timestep), "weights": np.float32(visit.weight),
-                "num_skipped": np.int64(num_skipped), **noises}
+        return {**image, **self.get_text(caption), "timesteps": np.int64(timestep),
+                "weights": np.float32(visit.weight), "num_skipped": np.int64(num_skipped), **noises}
+
+    def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
+        """Return an image, its captions, and how many broken ones were passed over to find it.
+
+        It is `images` uint8 [3, resolution, resolution] or, cached, the `moments` [2c, h, w] of the crop that `corner`
+        stands for; either way with its `time_ids` [6].
+        """
+        if self.latents is None:
+            item, num_skipped = self.read(index)
+            return self.transform(item["image"], corner, flip), item["captions"], num_skipped
+        crop = int(corner[0] * self.count_crops())
+        variant = 2 * crop + flip if self.args.random_flip else crop
+        cached = self.latents.read(index * self.count_variants() + variant)
+        source = int(cached["sources"])
+        image = {"moments": cached["moments"], "time_ids": cached["time_ids"]}
+        return image, self.images.read_captions(source), (source - index) % len(self)
+
+    def get_text(self, caption: str) -> dict:
+        """Return the caption, or what is cached of it."""
+        if self.text_states is None:
+            return {"caption": caption}
+        return self.text_states.read(int(np.searchsorted(self.caption_digests, digest_caption(caption))))
+
+    def transform(self, image: Image.Image, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
+        """Return the image as the flags ask for, and its `time_ids`, which SDXL is conditioned on.
+
+        They are original height and width, top and left of the crop, and the crop's height and width (Podell et al.
+        2023, arXiv:2307.01952, section 2.2).
+        """
+        resolution = self.args.resolution
+        images, place = transform_image(image, resolution, self.args.image_interpolation_mode,
+                                        None if self.args.center_crop else tuple(corner), flip)
+        return {"images": images,
+                "time_ids": np.array([image.height, image.width, *place, resolution, resolution], np.float32)}
+
+    def count_crops(self) -> int:
+        """Return how many crops of an image are cached."""
+        return self.args.cache_crops or (1 if self.args.center_crop else 4)
+
+    def count_variants(self) -> int:
+        """Return how many rows an image has in the cache: its crops, each perhaps mirrored as well."""
+        return self.count_crops() * (2 if self.args.random_flip else 1)
+
+    def make_variants(self, index: int) -> list[dict[str, np.ndarray]]:
+        """Return the variants of an image that are cached, each with `sources`: the item that it was found in.
+
+        The crops are the same whatever the seed of the run.
+        """
+        (item, num_skipped), flips = self.read(index), (False, True) if self.args.random_flip else (False,)
+        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.count_crops())]
+        source = np.int64((index + num_skipped) % len(self))
+        return [{**self.transform(item["image"], corner, flip), "sources": source}
+                for corner in corners for flip in flips]
 
     def read(self, index: int) -> tuple[dict, int]:
         """Return item `index` and 0, or with --skip_broken_images the next readable one and how many were skipped."""
@@ -917,23 +1029,27 @@ class VisitBatches:
             yield [Visit(epoch, int(index)) for index in order[begin:end]] or idle
 
 
-def collate(samples: list[dict], tokenizer: CLIPTokenizer) -> dict[str, Tensor]:
-    """Return samples as one batch, with `input_ids` [b, s] in place of the captions."""
-    captions = [sample.pop("caption") for sample in samples]
+def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, Tensor]:
+    """Return samples as one batch; for captions that are not cached `input_ids` [b, s], for a second tokenizer _2."""
+    captions = [sample.pop("caption") for sample in samples if "caption" in sample]
     batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
-    batch["input_ids"] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
-                                   max_length=tokenizer.model_max_length).input_ids
-    batch["num_long"] = (batch["input_ids"][:, -2] != tokenizer.pad_token_id).long()  # full: perhaps cut
+    if not captions:
+        return batch
+    for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
+        batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
+                                max_length=tokenizer.model_max_length).input_ids
+    batch["num_long"] = (batch["input_ids"][:, -2] != tokenizers[0].pad_token_id).long()  # full: perhaps cut
+    batch["is_empty"] = torch.tensor([not caption for caption in captions])
     return batch
 
 
-def make_dataloader(samples: Samples, steps, tokenizer: CLIPTokenizer, num_workers: int, accelerator: Accelerator):
+def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator):
     """Return a loader of this process's batch of each micro step."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader processes
     batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
-    own_tokenizer = copy.deepcopy(tokenizer)  # a tokenizer must not serve two threads, and validation uses the other
+    tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
     return torch.utils.data.DataLoader(
-        samples, batch_sampler=batches, num_workers=num_workers, collate_fn=partial(collate, tokenizer=own_tokenizer),
+        samples, batch_sampler=batches, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
         pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_signals,
         generator=torch.Generator())  # its own, to leave the global one alone
 
@@ -952,12 +1068,94 @@ def make_data(args: Namespace, images: CaptionedImages, held_out_images: Caption
               "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
     if args.max_train_samples is not None and args.max_train_samples < len(images):
         chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
-        images = torch.utils.data.Subset(images, chosen.tolist())
+        images = images.select(chosen)
     plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
              "input_perturbation": 0, "timestep_bias_strategy": "none"}
     plain_args = Namespace(**{**vars(args), **plain})
     held_out = Samples(held_out_images, plain_args, seed=0, **shapes) if held_out_images is not None else None
     return Data(Samples(images, args, seed=seed, **shapes), held_out)
+
+
+class EncodedRows:
+    """Arrays with a row per caption, or per crop of an image, in the .safetensors files of a folder.
+
+    They are read through memory maps; a loader process that is handed one opens the files itself.
+    """
+
+    def __init__(self, folder: Path, num_things: int, thing_size: int, rows_per_thing: int = 1) -> None:
+        per_file = max(1, min(SHARD_SIZE // thing_size, math.ceil(num_things / LEAST_SHARDS)))
+        self.rows_per_file, self.num_rows = per_file * rows_per_thing, num_things * rows_per_thing
+        self.folder, self.files = folder, {}
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "files": {}}
+
+    def get_path(self, number: int) -> Path:
+        """Return the place of a file."""
+        return self.folder / f"{number:06d}.safetensors"
+
+    def read(self, row: int) -> dict[str, np.ndarray]:
+        """Return one row of every array."""
+        number, row = divmod(row, self.rows_per_file)
+        if len(self.files) > 256:  # each open file takes one of the process's descriptors
+            self.files = {}
+        file = self.files.get(number) or safe_open(self.get_path(number), framework="numpy")
+        self.files[number] = file
+        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118 - no dict
+
+    def fill(self, accelerator: Accelerator, encode) -> None:
+        """Write the files that are not there: `encode(first, last)` returns the rows from first to last, exclusive.
+
+        The processes share the work. A file is renamed when it is whole: a run that was killed goes on with the next,
+        and two runs that want the same do each other no harm.
+        """
+        numbers = range(math.ceil(self.num_rows / self.rows_per_file))
+        missing = [number for number in numbers if not self.get_path(number).is_file()]
+        accelerator.wait_for_everyone()  # until every process has seen what is missing
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for number in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
+                first, aside = number * self.rows_per_file, self.folder / f".partial-{os.getpid()}-{number}"
+                rows = encode(first, min(first + self.rows_per_file, self.num_rows))
+                save_arrays({name: np.ascontiguousarray(array) for name, array in rows.items()}, aside)
+                replace_folder(aside, self.get_path(number))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.folder} cannot be written: {error}. Make room, name another --encoded_dir, or "
+                             "ask for fewer --cache_crops; what is there already is kept.") from error
+        accelerator.wait_for_everyone()
+        logger.info(f"{'encoded' if missing else 'found'} {self.num_rows:,} rows in {self.folder}")
+
+
+def make_key(*facts) -> str:
+    """Return a short name for facts, the same for equal ones only."""
+    return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
+
+
+def digest_caption(caption: str) -> int:
+    """Return a number of 64 bits that stands for a caption."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
+
+
+def digest_images(accelerator: Accelerator, samples: Samples) -> str:
+    """Return a digest of the content of all images in their order, to which every process contributes its part."""
+    def digest(index: int) -> bytes:
+        return hashlib.blake2b(samples.images.read_content(index), digest_size=16).digest()
+
+    mine = np.array_split(np.arange(len(samples)), accelerator.num_processes)[accelerator.process_index]
+    part = b"".join(samples.map_in_threads(digest, mine.tolist()))
+    parts = gather_object([part]) if accelerator.num_processes > 1 else [part]
+    return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
+
+
+def digest_network(network: torch.nn.Module) -> str:
+    """Return a digest of a network's configuration, number format and weights, of each tensor up to 1,024 values."""
+    digest = hashlib.blake2b(repr((sorted(network.config.to_dict().items()) if hasattr(network.config, "to_dict")
+                                   else sorted(network.config.items()), network.dtype)).encode(), digest_size=12)
+    for name, tensor in sorted(network.state_dict().items()):
+        values = tensor.flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
+        digest.update(name.encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def iterate_ahead(batches):
@@ -1116,6 +1314,16 @@ def set_up_networks(args: Namespace, models: Models) -> None:
         models.unet.compile()  # in place, so that names and files stay those of the plain network
 
 
+def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
+    """Return the tokenizers, of which SDXL has two."""
+    return [getattr(models, name) for name in ("tokenizer", "tokenizer_2") if hasattr(models, name)]
+
+
+def list_text_encoders(models: Models) -> list[torch.nn.Module]:
+    """Return the text encoders, of which SDXL has two."""
+    return [getattr(models, name) for name in ("text_encoder", "text_encoder_2") if hasattr(models, name)]
+
+
 def list_trained(models: Models) -> list[torch.nn.Module]:
     """Return the networks that are trained, as accelerate has wrapped them."""
     return [getattr(models, part) for part in models.trained]
@@ -1237,6 +1445,101 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
+def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
+    """Have images and captions encoded once where the flags ask for it; what has done its work leaves the device."""
+    folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
+    dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
+    if args.cache_latents:
+        cache_latents(args, accelerator, models, samples, folder, dtype)
+    if args.cache_text_embeddings:
+        cache_text_states(accelerator, models, samples, folder, dtype)
+    for network in list_cached(args, models):
+        network.to("cpu")
+
+
+def list_cached(args: Namespace, models: Models) -> list[torch.nn.Module]:
+    """Return the networks whose results are cached."""
+    return [models.vae] * args.cache_latents + list_text_encoders(models) * args.cache_text_embeddings
+
+
+@contextlib.contextmanager
+def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
+    """Bring the networks whose results are cached back to the device for a while: to draw, or to measure."""
+    for network in list_cached(args, models):
+        network.to(accelerator.device)
+    try:
+        yield
+    finally:
+        for network in list_cached(args, models):
+            network.to("cpu")
+
+
+def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
+                  dtype: type) -> None:
+    """Give the samples the VAE's moments [2c, h, w] and the time_ids of every variant of every image."""
+    variants, (channels, height, width) = samples.count_variants(), samples.latent_shape
+    key = make_key(digest_images(accelerator, samples), args.resolution, args.image_interpolation_mode,
+                   args.center_crop, args.random_flip, variants, digest_network(models.vae), dtype)
+    image_size = variants * 2 * channels * height * width * np.dtype(dtype).itemsize
+    samples.latents = EncodedRows(folder / f"images-{key}", len(samples), image_size, variants)
+    samples.latents.fill(accelerator, partial(encode_variants, models.vae, samples, args.train_batch_size, dtype))
+
+
+def encode_variants(vae: AutoencoderKL, samples: Samples, batch_size: int, dtype: type, first: int,
+                    last: int) -> dict[str, np.ndarray]:
+    """Return the rows first to last, exclusive, of the cache of images, encoded `batch_size` at a time."""
+    indices, made, moments = range(first // samples.count_variants(), last // samples.count_variants()), [], []
+    groups = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
+        variants = [variant for variants in group for variant in variants]
+        for images in torch.from_numpy(np.stack([variant.pop("images") for variant in variants])).split(batch_size):
+            moments.append(torch.cat(encode_images(vae, images), dim=1).cpu().numpy().astype(dtype))
+        made += variants
+    rows = {name: np.stack([variant[name] for variant in made]) for name in made[0]}
+    rows["moments"] = np.concatenate(moments)
+    is_finite = np.isfinite(rows["moments"]).all(axis=(1, 2, 3))
+    if not is_finite.all():
+        source = int(rows["sources"][is_finite.argmin()])
+        name = make_row_name(source, samples.images.read_stored(source))
+        raise RuntimeError(f"the latents of {name} are not finite, computed in {vae.dtype} and kept in "
+                           f"{np.dtype(dtype)}: look at that image, or try --mixed_precision no and --cache_dtype "
+                           "fp32.")
+    return rows
+
+
+def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path, dtype: type) -> None:
+    """Give the samples the text states of every distinct caption, and of the empty one, in the order of digests."""
+    places = [(index, which) for index in range(len(samples))
+              for which in range(len(samples.images.read_captions(index)))]
+    digests = [digest_caption(samples.images.read_captions(index)[which]) for index, which in places]
+    samples.caption_digests, chosen = np.unique(np.array([digest_caption(""), *digests], np.uint64), return_index=True)
+
+    def encode(first: int, last: int) -> dict[str, np.ndarray]:
+        found = [places[number - 1] if number else None for number in chosen[first:last]]
+        captions = [samples.images.read_captions(place[0])[place[1]] if place else "" for place in found]
+        return encode_texts(models, captions, dtype)
+
+    vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)
+                    for tokenizer in list_tokenizers(models)]
+    key = make_key(samples.caption_digests.tobytes(), vocabularies,
+                   [digest_network(network) for network in list_text_encoders(models)], dtype)
+    row_size = sum(array.nbytes for array in encode_texts(models, [""], dtype).values())
+    samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
+    samples.text_states.fill(accelerator, encode)
+
+
+@torch.no_grad()
+def encode_texts(models: Models, captions: list[str], dtype: type) -> dict[str, np.ndarray]:
+    """Return what a visit needs of captions: what `encode_captions` returns, and whether they fill all tokens."""
+    batch, parts = collate([{"caption": caption} for caption in captions], list_tokenizers(models)), []
+    for start in range(0, len(captions), 64):
+        part = {name: tensor[start : start + 64].to(models.text_encoder.device) for name, tensor in batch.items()}
+        parts.append({name: states.float().cpu().numpy().astype(dtype)
+                      for name, states in encode_captions(models, part).items()})
+    states = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {**states, "num_long": batch["num_long"].numpy()}
+
+
 # ---- Objective ------------------------------------------------------------------------------------------------------
 # b batch, c latent channels, h and w latent height and width, s caption tokens, d text width, T timesteps
 
@@ -1265,8 +1568,7 @@ def make_objective(args: Namespace, scheduler_config: dict, device: torch.device
 def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
     """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
     unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
-    latents = encode_images(models.vae, batch["images"], batch["posterior_noise"])
-    encoder_hidden_states = encode_captions(models, batch["input_ids"])
+    latents, conditions = get_latents(models, batch), get_conditions(models, batch)
 
     # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
     # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
@@ -1282,11 +1584,11 @@ def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
     target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
     if objective.dream_detail_preservation is not None:
         with torch.no_grad():
-            estimate = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0].float()
+            estimate = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0].float()
         noisy_latents, target = apply_dream(noisy_latents, target, estimate, sigma,
                                             objective.dream_detail_preservation)
 
-    model_pred = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
+    model_pred = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0]
     loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
     if objective.snr_gamma is not None:
         loss = loss * compute_snr_weights(alpha.flatten(), sigma.flatten(), objective.snr_gamma,
@@ -1294,18 +1596,43 @@ def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
     return loss
 
 
+def get_conditions(models: Models, batch: dict) -> dict:
+    """Return what else the UNet is given: `encoder_hidden_states` [b, s, d]."""
+    return get_text_states(models, batch)
+
+
+def get_latents(models: Models, batch: dict) -> Tensor:
+    """Return latents [b, c, h, w] in float32, sampled anew at each visit whether their moments are cached or not."""
+    if "moments" in batch:
+        mean, std = batch["moments"].float().chunk(2, dim=1)
+    else:
+        mean, std = encode_images(models.vae, batch["images"])
+    config = models.vae.config
+    latents = mean + std * batch["posterior_noise"]
+    if config.get("latents_mean") is not None:  # of VAEs whose channels are far from zero mean and unit variance
+        mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        latents = (latents - mean) / std
+    return latents * config.scaling_factor
+
+
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor, posterior_noise: Tensor) -> Tensor:
-    """Return latents [b, c, h, w] in float32: uint8 images [b, 3, H, W] encoded, sampled with this noise, scaled."""
-    pixel_values = images.float() / 127.5 - 1  # [-1, 1]
+def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 mean and standard deviation [b, c, h, w] of what uint8 images [b, 3, H, W] are encoded to."""
+    pixel_values = images.to(vae.device).float() / 127.5 - 1  # [-1, 1]
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    return (posterior.mean.float() + posterior.std.float() * posterior_noise) * vae.config.scaling_factor
+    return posterior.mean.float(), posterior.std.float()
 
 
-def encode_captions(models: Models, input_ids: Tensor) -> Tensor:
-    """Return text states [b, s, d] of input_ids [b, s], with gradients only where the text encoder is trained."""
+def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
+    """Return what `encode_captions` makes of the captions, or what is cached of it."""
+    names = batch.keys() & {"encoder_hidden_states", "pooled_prompt_embeds"}
+    return {name: batch[name].float() for name in names} or encode_captions(models, batch)
+
+
+def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
+    """Return the text encoder's last states [b, s, d], with gradients only where it is trained."""
     with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
-        return models.text_encoder(input_ids, return_dict=False)[0]
+        return {"encoder_hidden_states": models.text_encoder(batch["input_ids"], return_dict=False)[0]}
 
 
 def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
@@ -1661,7 +1988,7 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
         return images
     for network in list_trained(models):
         network.eval()
-    with averaged_weights(models):
+    with averaged_weights(models), encoders_on_device(args, accelerator, models):
         if prompts:
             images = draw_images(args, accelerator, models, prompts, data.train.seed)
         if data.held_out is not None:
@@ -1717,7 +2044,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
     plain = Objective(objective.alpha, objective.sigma, objective.prediction_type)
     steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_processes,
                              len(held_out))
-    loader = make_dataloader(held_out, steps, models.tokenizer, 0, accelerator)
+    loader = make_dataloader(held_out, steps, models, 0, accelerator)
     networks, losses = unwrap_models(accelerator, models), [torch.full((1,), math.nan, device=accelerator.device)]
     with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(loader)) as batches:
         for batch in batches:
@@ -1972,7 +2299,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
         last_step = progress.global_step + 1
     plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
                    args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
-    loader = make_dataloader(data.train, plan(), models.tokenizer, args.dataloader_num_workers, accelerator)
+    loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator)
     parameters = list(name_trained_parameters(accelerator, models).values())
     meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
 
@@ -2038,6 +2365,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with explained_load(args):
         models = load_models(args, accelerator, make_scheduler_config(args, configs["scheduler"]))
+    cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))
     start_averages(args, models)

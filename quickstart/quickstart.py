@@ -54,7 +54,7 @@ SEED = 1
 TRAIN_ARGS = [
     "--resolution", RESOLUTION, "--random_flip", "--train_batch_size", 16, "--snr_gamma", 5,
     "--lr_scheduler", "cosine", "--lr_warmup_steps", 20, "--proportion_empty_prompts", 0.1,
-    "--use_ema", "--ema_decay", 0.99, "--seed", SEED,
+    "--use_ema", "--ema_decay", 0.99, "--seed", SEED, "--cache_latents", "--cache_crops", 1, "--cache_text_embeddings",
     "--checkpoints_total_limit", 1, "--report_to", "tensorboard", "--validation_epochs", 1_000_000,
     "--validation_inference_steps", INFERENCE_STEPS, "--validation_guidance_scale", GUIDANCE_SCALE,
 ]  # fmt: skip
@@ -67,9 +67,9 @@ class Method(NamedTuple):
     args: list
 
 
-FULL = Method(HERE.parent / "train_text_to_image.py", ["--learning_rate", 5e-4])
+FULL = Method(HERE.parent / "train_text_to_image.py", ["--learning_rate", 4e-4])
 LORA = Method(HERE.parent / "train_text_to_image_lora.py", [
-    "--learning_rate", 4e-3, "--rank", 16, "--lora_target", "attention", "feed_forward", "convolution"])  # fmt: skip
+    "--learning_rate", 2e-3, "--rank", 16, "--lora_target", "attention", "feed_forward", "convolution"])  # fmt: skip
 
 
 class Captioned(NamedTuple):
@@ -184,7 +184,7 @@ def train(method: Method, base: str, output_dir: Path, num_steps: int) -> float:
         "--train_data_dir", HERE / "images", "--validation_data_dir", HERE / "validation_images",
         "--validation_prompts", *PROMPTS[::4], "--validation_steps", max(1, num_steps // 4),
         "--max_train_steps", num_steps, "--checkpointing_steps", num_steps, "--output_dir", output_dir,
-        *TRAIN_ARGS, *method.args,
+        "--encoded_dir", output_dir.parent / "encoded", *TRAIN_ARGS, *method.args,
     ]  # fmt: skip
     command = [str(part) for part in command]
     quoted = " ".join(f'"{part}"' if " " in part else part for part in command[3:])
@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--base", default=str(HERE / "base"), help="The model to start from.")
     parser.add_argument("--output_dir", type=Path, default=HERE / "out", help="Where run-1, run-2, ... go.")
     parser.add_argument("--lora", action="store_true", help="Train adapters with train_text_to_image_lora.py instead.")
-    parser.add_argument("--max_train_steps", type=int, default=400, help="Updates; fewer for a shorter run.")
+    parser.add_argument("--max_train_steps", type=int, default=500, help="Updates; fewer for a shorter run.")
     args = parser.parse_args()
     if args.max_train_steps < 1:
         parser.error(f"--max_train_steps must be positive, got {args.max_train_steps}.")

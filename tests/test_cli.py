@@ -22,7 +22,7 @@ CONTRACT = json.loads((Path(__file__).parent / "cli.json").read_text())
 POSITIVE_COUNTS = [
     "resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "max_train_samples",
     "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "logging_steps", "checkpoints_total_limit",
-    "validation_epochs", "validation_steps", "validation_inference_steps", "rank"]
+    "validation_epochs", "validation_steps", "validation_inference_steps", "rank", "cache_crops"]
 POSITIVE_REALS = [
     "lr_power", "snr_gamma", "adam_epsilon", "max_grad_norm", "timestep_bias_multiplier", "lora_alpha"]
 NONNEGATIVE_COUNTS = [
@@ -119,7 +119,7 @@ def get_flags(script) -> dict[str, argparse.Action]:
 
 def describe(action: argparse.Action) -> dict:
     """Return a flag in the form of cli.json."""
-    is_switch = isinstance(action, argparse._StoreTrueAction)
+    is_switch = action.nargs == 0
     return {"type": None if is_switch else action.type.__name__, "default": action.default,
             "choices": action.choices and sorted(action.choices), "nargs": None if is_switch else action.nargs,
             "action": "store_true" if is_switch else None, "required": action.required}
@@ -201,9 +201,11 @@ def test_flags_taken_from_siblings_are_theirs(script):
 
 
 def test_flag_names_are_their_attributes(script):
-    """Each flag has one spelling: two dashes and the name under which the code reads it."""
+    """Each flag has one spelling: two dashes and the name under which the code reads it, or no_ to undo that."""
     spellings = {name: action.option_strings for name, action in get_flags(script).items()}
     assert spellings == {name: [f"--{name}"] for name in spellings}
+    undoing = [action for action in make_parser(script)._actions if isinstance(action, argparse._StoreFalseAction)]
+    assert [action.option_strings for action in undoing] == [[f"--no_{action.dest}"] for action in undoing]
 
 
 @pytest.mark.parametrize("name", TORCH_SCRIPTS)

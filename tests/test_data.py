@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -414,7 +415,8 @@ def test_resizing_agrees_with_torchvision(script, mode, size):
     """Resize of the shorter side, then the centre: as torchvision's transforms of these names, in every mode."""
     image = make_image(7, size)
     expected = CenterCrop(32)(Resize(32, InterpolationMode(mode.replace("_", "-")))(image))
-    found = script.transform_image(image, 32, mode, None, False)
+    found, (top, left) = script.transform_image(image, 32, mode, None, False)
+    assert (top == 0 or left == 0) and top + left >= 0
     assert (found.dtype, found.shape, found.flags.c_contiguous) == (np.uint8, (3, 32, 32), True)
     np.testing.assert_array_equal(found, np.asarray(expected).transpose(2, 0, 1))
 
@@ -453,6 +455,8 @@ def test_crops_and_flips_are_uniform(script, width, height):
         red, green, _ = samples[script.Visit(epoch, 0)]["images"].astype(int)
         assert abs(red[0, 0] - red[0, -1]) == green[-1, 0] - green[0, 0] == 31
         places.append((int(max(red.min(), green.min())), bool(red[0, 0] > red[0, -1])))
+        left = width - 1 - red[0, 0] if places[-1][1] else red[0, 0]  # in the mirrored image
+        assert samples[script.Visit(epoch, 0)]["time_ids"].tolist() == [height, width, green[0, 0], left, 32, 32]
     assert_frequencies(places, dict.fromkeys(itertools.product(range(9), (False, True)), 1 / 18))
 
 
@@ -602,7 +606,7 @@ def test_seed_epoch_and_sample_change_every_draw(script):
     ("flags", "changed"),
     [
         ({"random_flip": True}, {"images"}),
-        ({"center_crop": True}, {"images"}),
+        ({"center_crop": True}, {"images", "time_ids"}),
         ({"image_interpolation_mode": "nearest"}, {"images"}),
         ({"proportion_empty_prompts": 1}, {"caption"}),
         ({"noise_offset": 0.1}, {"offset_noise"}),
@@ -634,8 +638,8 @@ def make_loader(script, tiny_model, image_folder):
         samples = script.make_data(args, images, None, seed, configs).train
         steps = script.plan_micro_steps(script.Progress(), num_updates, len(samples), args.train_batch_size,
                                         args.gradient_accumulation_steps)
-        tokenizer = script.CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer")
-        return script.make_dataloader(samples, steps, tokenizer, args.dataloader_num_workers, accelerator)
+        models = SimpleNamespace(tokenizer=script.CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer"))
+        return script.make_dataloader(samples, steps, models, args.dataloader_num_workers, accelerator)
 
     return make
 
@@ -668,14 +672,14 @@ def test_batches_hold_what_the_objective_reads(make_loader):
 def test_captions_stay_with_their_images(script, make_loader, tiny_model):
     """A batch's token ids are those of the captions of its images, cut at the tokenizer's length."""
     tokenizer = script.CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer")
-    expected = {script.transform_image(make_image(index), 32, "lanczos", None, False).tobytes():
+    expected = {script.transform_image(make_image(index), 32, "lanczos", None, False)[0].tobytes():
                 f"picture number {index}" for index in range(10)}
     for batch in make_loader(5, center_crop=True):
         for pixels, ids in zip(batch["images"], batch["input_ids"], strict=True):
             caption = expected[pixels.numpy().tobytes()]
             assert ids.tolist() == tokenizer(caption, padding="max_length", max_length=24).input_ids
     long = [{"caption": "x" * 200, "noise": np.zeros(1)}]
-    assert script.collate(long, tokenizer)["input_ids"].shape == (1, 24)
+    assert script.collate(long, [tokenizer])["input_ids"].shape == (1, 24)
 
 
 def test_reading_ahead_changes_nothing(script):

@@ -55,7 +55,7 @@ def assemble(script, tiny_model, image_folder, tmp_path):
             if "lora_B" in name:  # at 0, where it starts, an adapter does nothing and only B has a gradient
                 torch.nn.init.normal_(parameter, std=0.1)
         samples = [data.train[script.Visit(0, index)] for index in range(4)]
-        batch = script.collate(samples, models.tokenizer)
+        batch = script.collate(samples, script.list_tokenizers(models))
         if timesteps is not None:
             batch["timesteps"] = timesteps.clone()
         return SimpleNamespace(
@@ -109,12 +109,22 @@ def test_latents_are_scaled_samples_of_the_posterior(script, assemble, scaling_f
     """latents = scaling_factor (mean + std noise) of what AutoencoderKL makes of pixels from -1 to 1."""
     parts = assemble()
     parts.models.vae.register_to_config(scaling_factor=scaling_factor)
-    found = script.encode_images(parts.models.vae, parts.batch["images"], parts.batch["posterior_noise"])
+    found = script.get_latents(parts.models, parts.batch)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, get_latents(parts), rtol=1e-5, atol=1e-6)
-    still = script.encode_images(parts.models.vae, parts.batch["images"], torch.zeros(4, 4, 16, 16))
+    still = script.get_latents(parts.models, {**parts.batch, "posterior_noise": torch.zeros(4, 4, 16, 16)})
     mode = parts.models.vae.encode(parts.batch["images"] / 127.5 - 1).latent_dist.mode()
     torch.testing.assert_close(still, scaling_factor * mode, rtol=1e-5, atol=1e-6)
+
+
+def test_latents_are_normalised_where_the_vae_says_how(script, assemble):
+    """With latents_mean and latents_std in the VAE's configuration, each channel is moved and scaled by them first."""
+    parts = assemble()
+    plain = script.get_latents(parts.models, parts.batch) / parts.models.vae.config.scaling_factor
+    mean, std = [0.5, -1, 2, 0], [1, 2, 4, 0.5]
+    parts.models.vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=0.5)
+    expected = 0.5 * (plain - torch.tensor(mean).view(1, 4, 1, 1)) / torch.tensor(std).view(1, 4, 1, 1)
+    torch.testing.assert_close(script.get_latents(parts.models, parts.batch), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

@@ -1,0 +1,311 @@
+"""The caches: what they hold, when they are used again, and that training with them is the training without."""
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import list_adapter_flags, make_args, make_image, make_image_folder, read_scalars
+from runs import Run, assert_same_checkpoint, list_names, run, run_pair
+from safetensors.numpy import load_file
+
+CACHED = {"cache_latents": True, "cache_text_embeddings": True}
+EXACT = {**CACHED, "cache_dtype": "fp32"}
+
+
+@pytest.fixture
+def train(script, tiny_model, image_folder, tmp_path):
+    """Return a function that runs the script with a cache of its own, and returns its output folder."""
+
+    def with_flags(name: str = "out", data: Path = image_folder, model: Path = tiny_model, **flags) -> Path:
+        run(script, make_args(model, data, tmp_path / name, **{"encoded_dir": tmp_path / "encoded", **flags}))
+        return tmp_path / name
+
+    return with_flags
+
+
+def read_cache(folder: Path, kind: str) -> dict[str, np.ndarray]:
+    """Return all rows of the one cache of a kind in a folder."""
+    (place,) = Path(folder).glob(f"{kind}-*")
+    files = [load_file(path) for path in sorted(place.glob("*.safetensors"))]
+    assert not list(place.glob(".*"))
+    return {name: np.concatenate([file[name] for file in files]) for name in files[0]}
+
+
+def prepare(script, argv: list):
+    """Return flags, models and samples of a run, with the caches made, by the script's own functions."""
+    args = script.parse_args(argv)
+    accelerator, configs = script.make_accelerator(args), script.load_model_configs(args)
+    images = script.make_captioned_images(args, args.train_data_dir)
+    samples = script.make_data(args, images, None, 0, configs).train
+    models = script.load_models(args, accelerator, script.make_scheduler_config(args, configs["scheduler"]))
+    script.cache_encodings(args, accelerator, models, samples)
+    return args, models, samples
+
+
+def test_training_with_caches_is_training_without(train):
+    """Where a crop is all there is, each update has the loss that it has without caches."""
+    flags = {"center_crop": True, "max_train_steps": 7, "proportion_empty_prompts": 0.4, "report_to": "tensorboard"}
+    plain, cached = (read_scalars(train(name, **flags, **more), "train_loss")
+                     for name, more in (("plain", {}), ("cached", EXACT)))
+    assert len(plain) == 7 and cached == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_rows_are_the_moments_of_the_crops_they_name(script, tiny_model, image_folder, tmp_path, dtype):
+    """Each row holds what the VAE makes of the crop, mirrored or not, at the place in its time ids."""
+    _, models, samples = prepare(script, make_args(
+        tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", cache_latents=True,
+        cache_dtype=dtype, random_flip=True, cache_crops=3, resolution=16))
+    rows, seen = read_cache(tmp_path / "encoded", "images"), set()
+    assert len(rows["moments"]) == 10 * 3 * 2 and rows["moments"].dtype.itemsize * 8 == int(dtype[2:])
+    for number, (moments, time_ids) in enumerate(zip(rows["moments"], rows["time_ids"], strict=True)):
+        index, flip = number // 6, number % 2
+        image = make_image(index)
+        small = image.resize((40 * 16 // 36, 16), 1)  # Lanczos, by the shorter side
+        small = small.transpose(0) if flip else small
+        height, width, top, left, *size = time_ids.astype(int).tolist()
+        assert (height, width, size) == (36, 40, [16, 16])
+        crop = torch.from_numpy(np.asarray(small.crop((left, top, left + 16, top + 16))).copy()).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            posterior = models.vae.encode(crop / 127.5 - 1).latent_dist
+        expected = torch.cat([posterior.mean, posterior.std], dim=1)[0].numpy()
+        np.testing.assert_allclose(moments, expected, rtol=2e-3, atol=2e-2)
+        seen.add((index, top, left))
+    assert len(seen) > 10  # of 20 places in all
+
+
+def test_visits_draw_all_variants(script, tiny_model, image_folder, tmp_path):
+    """Over the epochs each crop is drawn as often as any other, and half of them mirrored, as without the cache."""
+    _, _, samples = prepare(script, make_args(
+        tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", **CACHED, random_flip=True,
+        cache_crops=6, resolution=16))
+    rows = read_cache(tmp_path / "encoded", "images")["moments"][3 * 12 : 4 * 12]
+    counts = np.zeros(12)
+    for epoch in range(600):
+        moments = samples[script.Visit(epoch, 3)]["moments"]
+        same = [number for number in range(12) if np.array_equal(rows[number], moments)]
+        assert same and len({number % 2 for number in same}) == 1  # two crops may fall on one place
+        counts[same] += 1 / len(same)
+    assert counts.sum() == pytest.approx(600) and counts.min() > 25
+
+
+def test_moments_of_latents_are_those_of_training_without(script, tiny_model, image_folder, tmp_path):
+    """Mean and variance of the latents that updates see are the same with and without the cache."""
+    found = {}
+    for name, flags in (("plain", {}), ("cached", CACHED)):
+        _, models, samples = prepare(script, make_args(
+            tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", **flags, random_flip=True))
+        visits = [samples[script.Visit(epoch, index)] for epoch in range(12) for index in range(10)]
+        batch = script.collate(visits, script.list_tokenizers(models))
+        found[name] = script.get_latents(models, batch).double()
+    for statistic in (torch.mean, torch.std):
+        torch.testing.assert_close(statistic(found["plain"]), statistic(found["cached"]), rtol=0.03, atol=0.02)
+
+
+def test_distinct_captions_are_encoded_once(script, train, tiny_model, image_folder, tmp_path):
+    """Ten pictures with two captions give three rows: those and the empty one."""
+    lines = [f'{{"file_name": "{index:03d}.png", "text": ["one", "{"two" if index % 2 else "one"}"]}}'
+             for index in range(10)]
+    data = make_image_folder(tmp_path / "lists")
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    train(data=data, cache_text_embeddings=True, proportion_empty_prompts=0.5, max_train_steps=6)
+    rows = read_cache(tmp_path / "encoded", "captions")
+    assert len(rows["num_long"]) == 3
+
+
+@pytest.mark.parametrize("place", ["middle", "end"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_is_exact(train, place, workers):
+    """A run with caches goes on from a checkpoint as if it had not stopped, to the last bit."""
+    first = {"middle": 3, "end": 5}[place]
+    flags = {**CACHED, "random_flip": True, "proportion_empty_prompts": 0.3, "dataloader_num_workers": workers}
+    whole = train("whole", **flags, max_train_steps=7)
+    part = train("part", **flags, max_train_steps=first)
+    train("part", **flags, max_train_steps=7, resume_from_checkpoint="latest")
+    assert_same_checkpoint(whole / "checkpoint-7", part / "checkpoint-7")
+
+
+def list_caches(tmp_path: Path) -> list[str]:
+    """Return the names of all caches."""
+    return sorted(list_names(tmp_path / "encoded", "*-*"))
+
+
+SAME = [{"learning_rate": 1e-5}, {"seed": 5}, {"train_batch_size": 3},
+        {"max_train_steps": 1}, {"proportion_empty_prompts": 0.5}, {"noise_offset": 0.1},
+        {"dataloader_num_workers": 1}]
+OTHERS = [({"resolution": 16}, "images"), ({"image_interpolation_mode": "nearest"}, "images"),
+          ({"center_crop": True}, "images"), ({"random_flip": True}, "images"), ({"cache_crops": 2}, "images"),
+          ({"cache_dtype": "fp32"}, "images captions"), ({"mixed_precision": "bf16"}, "images captions")]
+
+
+@pytest.mark.parametrize("flags", SAME, ids=lambda flags: next(iter(flags)))
+def test_what_does_not_matter_uses_the_cache_again(script, train, tmp_path, monkeypatch, flags):
+    """Another rate, folder, seed or batch finds what the run before has encoded, and encodes nothing."""
+    train("first", **CACHED)
+    before = list_caches(tmp_path)
+    def fail(*given):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(script, "encode_variants", fail)
+    train("second", **{**CACHED, **flags})
+    assert list_caches(tmp_path) == before and len(before) == 2
+
+
+@pytest.mark.parametrize(("flags", "kinds"), OTHERS, ids=lambda flags: str(flags))
+def test_what_matters_makes_another_cache(train, tmp_path, flags, kinds):
+    """Another transform or number format is encoded anew, beside the old."""
+    train("first", **CACHED, max_train_steps=1)
+    train("second", **{**CACHED, "max_train_steps": 1, **flags})
+    for kind in ("images", "captions"):
+        assert len(list_names(tmp_path / "encoded", f"{kind}-*")) == (2 if kind in kinds else 1)
+
+
+@pytest.mark.parametrize("change", ["picture", "caption", "vae", "text_encoder"])
+def test_other_content_makes_another_cache(train, tiny_model, tmp_path, change):
+    """Another picture under the same name, another caption, or other weights in the same place are encoded anew."""
+    import shutil
+
+    from safetensors.torch import load_file as load_tensors
+    from safetensors.torch import save_file as save_tensors
+
+    data, model = make_image_folder(tmp_path / "data"), tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    train("first", data, model, **CACHED, max_train_steps=1)
+    if change == "picture":
+        make_image(77).save(data / "004.png")
+    elif change == "caption":
+        path = data / "metadata.jsonl"
+        path.write_text(path.read_text().replace("number 4", "number four"))
+    else:
+        (path,) = (model / change).glob("*.safetensors")
+        weights = {name: 1.01 * tensor if tensor.is_floating_point() else tensor
+                   for name, tensor in load_tensors(path).items()}
+        save_tensors(weights, path, metadata={"format": "pt"})
+    train("second", data, model, **CACHED, max_train_steps=1)
+    changed = "images" if change in ("picture", "vae") else "captions"
+    for kind in ("images", "captions"):
+        assert len(list_names(tmp_path / "encoded", f"{kind}-*")) == (2 if kind == changed else 1)
+
+
+def test_a_touched_or_moved_picture_is_the_same(train, tmp_path):
+    """A folder that was copied elsewhere, with new dates, needs no encoding."""
+    first, second = make_image_folder(tmp_path / "one"), make_image_folder(tmp_path / "two")
+    train("first", first, **CACHED, max_train_steps=1)
+    train("second", second, **CACHED, max_train_steps=1)
+    assert len(list_caches(tmp_path)) == 2
+
+
+def test_killed_in_the_middle_it_goes_on(script, tiny_model, image_folder, tmp_path):
+    """kill -9 while encoding leaves whole files only; the next run makes what is missing, and the same result."""
+    data = make_image_folder(tmp_path / "many", count=48)
+    argv = make_args(tiny_model, data, tmp_path / "out", encoded_dir=tmp_path / "encoded", **EXACT, cache_crops=4,
+                     random_flip=True, train_batch_size=1, max_train_steps=1)
+    with Run(script, argv, tmp_path / "log") as child:
+        child.wait_until(lambda: len(list((tmp_path / "encoded").glob("images-*/[0-9]*"))) >= 2)
+        child.kill(signal.SIGKILL)
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "encoded").glob("images-*/[0-9]*")}
+    assert 2 <= len(written) < 16
+    run(script, argv)
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    for path in (tmp_path / "encoded").glob("images-*/.partial-*"):
+        path.unlink()
+    found = read_cache(tmp_path / "encoded", "images")
+    run(script, make_args(tiny_model, data, tmp_path / "other", encoded_dir=tmp_path / "again", **EXACT, cache_crops=4,
+                          random_flip=True, train_batch_size=1, max_train_steps=1))
+    whole = read_cache(tmp_path / "again", "images")
+    assert all(np.array_equal(found[name], whole[name]) for name in whole)
+
+
+def test_two_processes_share_the_work_and_the_result(script, tiny_model, image_folder, tmp_path):
+    """Two processes fill one cache, which is the one that a single process makes."""
+    argv = make_args(tiny_model, image_folder, tmp_path / "pair", encoded_dir=tmp_path / "encoded", **EXACT,
+                     random_flip=True, train_batch_size=1, max_train_steps=2)
+    run_pair(script, argv, tmp_path / "log")
+    run(script, make_args(tiny_model, image_folder, tmp_path / "one", encoded_dir=tmp_path / "single", **EXACT,
+                          random_flip=True, train_batch_size=1, max_train_steps=1))
+    assert list_caches(tmp_path) == sorted(list_names(tmp_path / "single", "*-*"))
+    for kind in ("images", "captions"):
+        found, expected = read_cache(tmp_path / "encoded", kind), read_cache(tmp_path / "single", kind)
+        for name in expected:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_broken_images_bring_the_caption_of_what_replaces_them(script, tiny_model, tmp_path):
+    """With --skip_broken_images a neighbour takes the place, with its own caption, and is counted."""
+    data = make_image_folder(tmp_path / "data", count=4)
+    (data / "001.png").write_bytes(b"no picture")
+    _, _, samples = prepare(script, make_args(
+        tiny_model, data, tmp_path / "out", encoded_dir=tmp_path / "encoded", cache_latents=True,
+        skip_broken_images=True))
+    sample = samples[script.Visit(0, 1)]
+    assert sample["caption"] == "picture number 2" and sample["num_skipped"] == 1
+    assert samples[script.Visit(0, 3)]["num_skipped"] == 0
+
+
+def test_a_full_disk_is_told(script, tiny_model, image_folder, tmp_path):
+    """Where the cache has no room the error names the folder and the flags, and keeps what is there."""
+    argv = make_args(tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", **CACHED)
+    with Run(script, argv, tmp_path / "log", limit=10_000) as child:
+        assert child.end() != 0
+    log = (tmp_path / "log").read_text()
+    assert "cannot be written" in log and "--encoded_dir" in log and "--cache_crops" in log
+
+
+def test_a_latent_that_is_not_finite_names_its_image(script, train, monkeypatch):
+    """Values beyond fp16 stop the run with the file's name, the number formats and what to try."""
+    original = script.encode_images
+
+    def encode_images(vae, images):
+        mean, std = original(vae, images)
+        return 1e6 * mean, std
+
+    monkeypatch.setattr(script, "encode_images", encode_images)
+    with pytest.raises(RuntimeError, match=r"row 0 of the data \(.*000.png\) are not finite.*float16.*cache_dtype"):
+        train(cache_latents=True)
+
+
+def test_both_caches_read_no_image(script, train, monkeypatch):
+    """Once encoded, no visit decodes a picture or runs VAE or text encoder."""
+    train("first", **CACHED)
+    for name in ("decode_image", "encode_images", "encode_captions"):
+        original = getattr(script, name)
+
+        def fail(*given, original=original, name=name):
+            if name == "encode_captions" and len(given[1]["input_ids"]) == 1:  # to learn the shapes
+                return original(*given)
+            raise AssertionError(name)
+
+        monkeypatch.setattr(script, name, fail)
+    train("second", **CACHED)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"cache_text_embeddings": True, "train_text_encoder": True}, "--cache_text_embeddings.*--train_text_encoder"),
+    ({"cache_crops": 3}, "--cache_crops needs --cache_latents"),
+    ({"cache_latents": True, "cache_crops": 3, "center_crop": True}, "--cache_crops 3 of --center_crop"),
+    ({"cache_latents": True, "cache_crops": 0}, "--cache_crops must be positive"),
+])
+def test_impossible_caches_are_refused(script, tiny_model, image_folder, tmp_path, capsys, flags, message):
+    """Flags that cannot be combined end the command in one line."""
+    with pytest.raises(SystemExit):
+        script.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", **flags))
+    import re
+
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_caches_can_be_switched_off(script, tiny_model, image_folder, tmp_path):
+    """--no_cache_latents and --no_cache_text_embeddings undo what stands before them."""
+    args = script.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", **CACHED, no_cache_latents=True,
+                                       no_cache_text_embeddings=True))
+    assert (args.cache_latents, args.cache_text_embeddings) == (False, False)
+
+
+def test_every_option_trains_with_caches(script, train):
+    """DREAM, perturbation's opposite, offsets, averages, accumulation, subsets and validation go with the caches."""
+    out = train(**CACHED, random_flip=True, max_train_samples=5, dream_training=True, noise_offset=0.1, snr_gamma=5,
+                use_ema=True, gradient_accumulation_steps=2, validation_prompts=["a picture"],
+                validation_inference_steps=2, **list_adapter_flags(script, rank=2))
+    assert (out / "validation" / "step-2" / "00.png").is_file()
