@@ -291,7 +291,7 @@ def add_cache_args(parser: ArgumentParser) -> None:
                        help="Random crops of each image that are kept, of which each visit draws one; left out, 4, or "
                        "1 with --center_crop. --random_flip keeps each mirrored as well.")
     group.add_argument("--cache_dtype", type=str, default="fp16", choices=("fp16", "fp32"),
-                       help="Number format on disk.")
+                       help="Number format on disk: fp32 where fp16 overflows.")
     group.add_argument("--encoded_dir", type=str,
                        help="Where it is kept, for all runs with the same data and model; left out, in --cache_dir or "
                        "the hub's cache.")
@@ -508,6 +508,8 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         (args.cache_text_embeddings and args.train_text_encoder,
          "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: drop one."),
         (args.cache_crops is not None and not args.cache_latents, "--cache_crops needs --cache_latents."),
+        (args.encoded_dir is not None and not (args.cache_latents or args.cache_text_embeddings),
+         "--encoded_dir needs --cache_latents or --cache_text_embeddings."),
         (args.center_crop and (args.cache_crops or 1) > 1,
          f"--cache_crops {args.cache_crops} of --center_crop would all be the same: drop one of them."),
         ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
@@ -899,6 +901,9 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "threads": None}  # which cannot be sent to a loader process
+
     def __getitems__(self, visits: list[Visit]) -> list[dict]:
         """Return several samples, read side by side in threads unless this is one of several loader processes."""
         if torch.utils.data.get_worker_info() is not None:
@@ -938,6 +943,8 @@ class Samples(torch.utils.data.Dataset):
         variant = 2 * crop + flip if self.args.random_flip else crop
         cached = self.latents.read(index * self.count_variants() + variant)
         source = int(cached["sources"])
+        if source != index and not self.args.skip_broken_images:
+            self.read(index)  # which says what is wrong with it
         image = {"moments": cached["moments"], "time_ids": cached["time_ids"]}
         return image, self.images.read_captions(source), (source - index) % len(self)
 
@@ -945,10 +952,15 @@ class Samples(torch.utils.data.Dataset):
         """Return the caption, or what is cached of it."""
         if self.text_states is None:
             return {"caption": caption}
-        return self.text_states.read(int(np.searchsorted(self.caption_digests, digest_caption(caption))))
+        digest = np.uint64(digest_caption(caption))
+        row = int(np.searchsorted(self.caption_digests, digest))
+        if row == len(self.caption_digests) or self.caption_digests[row] != digest:
+            raise ValueError(f"caption {caption!r} was not there when captions were encoded: `read_captions` must "
+                             "return what `__getitem__` does, each time.")
+        return self.text_states.read(row)
 
     def transform(self, image: Image.Image, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
-        """Return the image as the flags ask for, and its `time_ids`, which SDXL is conditioned on.
+        """Return `images`, the image as the flags ask for, and its `time_ids`, which SDXL is conditioned on.
 
         They are original height and width, top and left of the crop, and the crop's height and width (Podell et al.
         2023, arXiv:2307.01952, section 2.2).
@@ -1079,13 +1091,13 @@ def make_data(args: Namespace, images: CaptionedImages, held_out_images: Caption
 class EncodedRows:
     """Arrays with a row per caption, or per crop of an image, in the .safetensors files of a folder.
 
-    They are read through memory maps; a loader process that is handed one opens the files itself.
+    They are read through memory maps; a loader process that is sent one opens the files itself.
     """
 
     def __init__(self, folder: Path, num_things: int, thing_size: int, rows_per_thing: int = 1) -> None:
         per_file = max(1, min(SHARD_SIZE // thing_size, math.ceil(num_things / LEAST_SHARDS)))
         self.rows_per_file, self.num_rows = per_file * rows_per_thing, num_things * rows_per_thing
-        self.folder, self.files = folder, {}
+        self.folder, self.files = folder.with_name(f"{folder.name}-{self.rows_per_file}"), {}
 
     def __getstate__(self) -> dict:
         return {**vars(self), "files": {}}
@@ -1099,7 +1111,11 @@ class EncodedRows:
         number, row = divmod(row, self.rows_per_file)
         if len(self.files) > 256:  # each open file takes one of the process's descriptors
             self.files = {}
-        file = self.files.get(number) or safe_open(self.get_path(number), framework="numpy")
+        try:
+            file = self.files.get(number) or safe_open(self.get_path(number), framework="numpy")
+        except (OSError, SafetensorError) as error:
+            message = f"{self.get_path(number)} is damaged or gone: {error}. Remove it and start again."
+            raise ValueError(message) from error
         self.files[number] = file
         return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118 - no dict
 
@@ -1107,24 +1123,33 @@ class EncodedRows:
         """Write the files that are not there: `encode(first, last)` returns the rows from first to last, exclusive.
 
         The processes share the work. A file is renamed when it is whole: a run that was killed goes on with the next,
-        and two runs that want the same do each other no harm.
+        and of two runs that make the same one the later wins.
         """
         numbers = range(math.ceil(self.num_rows / self.rows_per_file))
-        missing = [number for number in numbers if not self.get_path(number).is_file()]
-        accelerator.wait_for_everyone()  # until every process has seen what is missing
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        mine = [number for number in numbers[accelerator.process_index :: accelerator.num_processes]
+                if not self.get_path(number).is_file()]
+        for number in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
+            first = number * self.rows_per_file
+            self.save(number, encode(first, min(first + self.rows_per_file, self.num_rows)))
+        accelerator.wait_for_everyone()
+        if not all(self.get_path(number).is_file() for number in numbers):
+            raise ValueError(f"{self.folder} lacks files that other machines have made: name an --encoded_dir that "
+                             "all of them share.")
+        logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(numbers)} files made now")
+
+    def save(self, number: int, rows: dict[str, np.ndarray]) -> None:
+        """Write a file, aside first."""
+        aside = self.folder / f".partial-{os.urandom(8).hex()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for number in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
-                first, aside = number * self.rows_per_file, self.folder / f".partial-{os.getpid()}-{number}"
-                rows = encode(first, min(first + self.rows_per_file, self.num_rows))
-                save_arrays({name: np.ascontiguousarray(array) for name, array in rows.items()}, aside)
-                replace_folder(aside, self.get_path(number))
+            save_arrays({name: np.ascontiguousarray(array) for name, array in rows.items()}, aside)
+            finish_file(aside)
+            aside.replace(self.get_path(number))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.folder} cannot be written: {error}. Make room, name another --encoded_dir, or "
                              "ask for fewer --cache_crops; what is there already is kept.") from error
-        accelerator.wait_for_everyone()
-        logger.info(f"{'encoded' if missing else 'found'} {self.num_rows:,} rows in {self.folder}")
+        finally:
+            aside.unlink(missing_ok=True)
 
 
 def make_key(*facts) -> str:
@@ -1143,18 +1168,21 @@ def digest_images(accelerator: Accelerator, samples: Samples) -> str:
         return hashlib.blake2b(samples.images.read_content(index), digest_size=16).digest()
 
     mine = np.array_split(np.arange(len(samples)), accelerator.num_processes)[accelerator.process_index]
-    part = b"".join(samples.map_in_threads(digest, mine.tolist()))
+    chunks = np.array_split(mine, math.ceil(len(mine) / 1000) or 1)  # a thread pool keeps all that it is given at once
+    part = b"".join(b"".join(samples.map_in_threads(digest, chunk.tolist())) for chunk in tqdm(
+        chunks, desc="reading images", disable=not accelerator.is_main_process))
     parts = gather_object([part]) if accelerator.num_processes > 1 else [part]
     return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
 
 
 def digest_network(network: torch.nn.Module) -> str:
-    """Return a digest of a network's configuration, number format and weights, of each tensor up to 1,024 values."""
-    digest = hashlib.blake2b(repr((sorted(network.config.to_dict().items()) if hasattr(network.config, "to_dict")
-                                   else sorted(network.config.items()), network.dtype)).encode(), digest_size=12)
+    """Return a digest of a network's settings, number format and weights, wherever it was loaded from."""
+    settings = network.config.to_dict() if hasattr(network.config, "to_dict") else dict(network.config)
+    settings = {key: value for key, value in settings.items() if key[0] != "_" and key != "transformers_version"}
+    digest = hashlib.blake2b(repr((sorted(settings.items()), network.dtype)).encode(), digest_size=12)
     for name, tensor in sorted(network.state_dict().items()):
-        values = tensor.flatten()[:: max(1, tensor.numel() // 1024)].float().cpu().numpy()
-        digest.update(name.encode() + values.tobytes())
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -1259,9 +1287,9 @@ def explained_load(args: Namespace):
     """Say of files that cannot be loaded which flag has named them."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: "
-                         f"{error} For weights that are named *.fp16.safetensors, add --variant fp16.") from error
+                         f"{error} If its weights are named *.fp16.safetensors, add --variant fp16.") from error
 
 
 def load_models(args: Namespace, accelerator: Accelerator, scheduler_config: dict) -> Models:
@@ -1465,9 +1493,9 @@ def list_cached(args: Namespace, models: Models) -> list[torch.nn.Module]:
 @contextlib.contextmanager
 def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
     """Bring the networks whose results are cached back to the device for a while: to draw, or to measure."""
-    for network in list_cached(args, models):
-        network.to(accelerator.device)
     try:
+        for network in list_cached(args, models):
+            network.to(accelerator.device)
         yield
     finally:
         for network in list_cached(args, models):
@@ -1489,7 +1517,8 @@ def encode_variants(vae: AutoencoderKL, samples: Samples, batch_size: int, dtype
                     last: int) -> dict[str, np.ndarray]:
     """Return the rows first to last, exclusive, of the cache of images, encoded `batch_size` at a time."""
     indices, made, moments = range(first // samples.count_variants(), last // samples.count_variants()), [], []
-    groups = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    step = max(1, batch_size // samples.count_variants())
+    groups = [indices[start : start + step] for start in range(0, len(indices), step)]
     for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
         variants = [variant for variants in group for variant in variants]
         for images in torch.from_numpy(np.stack([variant.pop("images") for variant in variants])).split(batch_size):
@@ -1509,17 +1538,19 @@ def encode_variants(vae: AutoencoderKL, samples: Samples, batch_size: int, dtype
 
 def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path, dtype: type) -> None:
     """Give the samples the text states of every distinct caption, and of the empty one, in the order of digests."""
-    places = [(index, which) for index in range(len(samples))
-              for which in range(len(samples.images.read_captions(index)))]
-    digests = [digest_caption(samples.images.read_captions(index)[which]) for index, which in places]
-    samples.caption_digests, chosen = np.unique(np.array([digest_caption(""), *digests], np.uint64), return_index=True)
+    places = np.fromiter(((index, which, digest_caption(caption)) for index in range(len(samples))
+                          for which, caption in enumerate(samples.images.read_captions(index))),
+                         dtype=[("index", np.int64), ("which", np.int32), ("digest", np.uint64)])
+    digests = np.append(places["digest"], np.uint64(digest_caption("")))
+    samples.caption_digests, chosen = np.unique(digests, return_index=True)
 
     def encode(first: int, last: int) -> dict[str, np.ndarray]:
-        found = [places[number - 1] if number else None for number in chosen[first:last]]
-        captions = [samples.images.read_captions(place[0])[place[1]] if place else "" for place in found]
+        captions = ["" if number == len(places) else
+                    samples.images.read_captions(int(places["index"][number]))[places["which"][number]]
+                    for number in chosen[first:last]]
         return encode_texts(models, captions, dtype)
 
-    vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)
+    vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
                     for tokenizer in list_tokenizers(models)]
     key = make_key(samples.caption_digests.tobytes(), vocabularies,
                    [digest_network(network) for network in list_text_encoders(models)], dtype)
@@ -1537,6 +1568,11 @@ def encode_texts(models: Models, captions: list[str], dtype: type) -> dict[str, 
         parts.append({name: states.float().cpu().numpy().astype(dtype)
                       for name, states in encode_captions(models, part).items()})
     states = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for array in states.values():
+        is_finite = np.isfinite(array).reshape(len(captions), -1).all(axis=1)
+        if not is_finite.all():
+            raise RuntimeError(f"the text states of {captions[is_finite.argmin()]!r} are not finite as "
+                               f"{np.dtype(dtype)}: try --cache_dtype fp32, or --mixed_precision no.")
     return {**states, "num_long": batch["num_long"].numpy()}
 
 
@@ -1870,18 +1906,23 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progres
 
 def replace_folder(new: Path, place: Path) -> None:
     """Move a finished file or folder to its place by renaming, once its files are on disk; remove what was there."""
-    umask = os.umask(0)  # which can only be read by setting it
-    os.umask(umask)
     for file in (path for path in [new, *new.rglob("*")] if path.is_file()):
-        with open(file, "r+b") as stream:
-            os.fsync(stream.fileno())
-        file.chmod(0o666 & ~umask)  # safetensors lets nobody else read its files
+        finish_file(file)
     old = place.with_name(f".partial-old-{place.name}")
     if os.path.lexists(place):
         place.rename(old)
     new.rename(place)
     if os.path.lexists(old):
         remove(old)
+
+
+def finish_file(file: Path) -> None:
+    """Have a file written to the disk, with the permissions that others have: safetensors gives its files none."""
+    umask = os.umask(0)  # which can only be read by setting it
+    os.umask(umask)
+    with open(file, "r+b") as stream:
+        os.fsync(stream.fileno())
+    file.chmod(0o666 & ~umask)
 
 
 def remove(path: Path) -> None:
@@ -2368,7 +2409,8 @@ def main(argv: list[str] | None = None) -> None:
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))
-    start_averages(args, models)
+    with explained_load(args):
+        start_averages(args, models)
     record = make_run_record(args, accelerator, seed, getattr(images, "captions_digest", None))
     progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
 

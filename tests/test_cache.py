@@ -1,14 +1,23 @@
 """The caches: what they hold, when they are used again, and that training with them is the training without."""
 
+import json
+import os
+import pickle
+import re
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import list_adapter_flags, make_args, make_image, make_image_folder, read_scalars
+from conftest import ROOT, list_adapter_flags, make_args, make_image, make_image_folder, read_scalars
 from runs import Run, assert_same_checkpoint, list_names, run, run_pair
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
 
 CACHED = {"cache_latents": True, "cache_text_embeddings": True}
 EXACT = {**CACHED, "cache_dtype": "fp32"}
@@ -19,7 +28,8 @@ def train(script, tiny_model, image_folder, tmp_path):
     """Return a function that runs the script with a cache of its own, and returns its output folder."""
 
     def with_flags(name: str = "out", data: Path = image_folder, model: Path = tiny_model, **flags) -> Path:
-        run(script, make_args(model, data, tmp_path / name, **{"encoded_dir": tmp_path / "encoded", **flags}))
+        place = {"encoded_dir": tmp_path / "encoded"} if CACHED.keys() & flags.keys() else {}
+        run(script, make_args(model, data, tmp_path / name, **place, **flags))
         return tmp_path / name
 
     return with_flags
@@ -94,9 +104,9 @@ def test_visits_draw_all_variants(script, tiny_model, image_folder, tmp_path):
 def test_moments_of_latents_are_those_of_training_without(script, tiny_model, image_folder, tmp_path):
     """Mean and variance of the latents that updates see are the same with and without the cache."""
     found = {}
-    for name, flags in (("plain", {}), ("cached", CACHED)):
+    for name, flags in (("plain", {}), ("cached", {**CACHED, "encoded_dir": tmp_path / "encoded"})):
         _, models, samples = prepare(script, make_args(
-            tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", **flags, random_flip=True))
+            tiny_model, image_folder, tmp_path / "out", **flags, random_flip=True))
         visits = [samples[script.Visit(epoch, index)] for epoch in range(12) for index in range(10)]
         batch = script.collate(visits, script.list_tokenizers(models))
         found[name] = script.get_latents(models, batch).double()
@@ -165,11 +175,6 @@ def test_what_matters_makes_another_cache(train, tmp_path, flags, kinds):
 @pytest.mark.parametrize("change", ["picture", "caption", "vae", "text_encoder"])
 def test_other_content_makes_another_cache(train, tiny_model, tmp_path, change):
     """Another picture under the same name, another caption, or other weights in the same place are encoded anew."""
-    import shutil
-
-    from safetensors.torch import load_file as load_tensors
-    from safetensors.torch import save_file as save_tensors
-
     data, model = make_image_folder(tmp_path / "data"), tmp_path / "model"
     shutil.copytree(tiny_model, model)
     train("first", data, model, **CACHED, max_train_steps=1)
@@ -195,6 +200,59 @@ def test_a_touched_or_moved_picture_is_the_same(train, tmp_path):
     train("first", first, **CACHED, max_train_steps=1)
     train("second", second, **CACHED, max_train_steps=1)
     assert len(list_caches(tmp_path)) == 2
+
+
+DIGEST = """
+import sys
+sys.path.insert(0, "tests")
+from conftest import load_script
+script = load_script(sys.argv[1])
+vae = script.AutoencoderKL.from_pretrained(sys.argv[2], subfolder="vae")
+text_encoder = script.CLIPTextModel.from_pretrained(sys.argv[2], subfolder="text_encoder")
+print(script.digest_network(vae), script.digest_network(text_encoder))
+"""
+
+
+def test_networks_have_the_same_name_in_every_process_and_place(script, tiny_model, tmp_path):
+    """A digest depends on neither Python's hashes nor the folder, also where a configuration lacks newer settings."""
+    path = shutil.copytree(tiny_model, tmp_path / "one") / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("shift_factor", "latents_mean", "force_upcast", "mid_block_add_attention"):
+        config.pop(name, None)
+    path.write_text(json.dumps(config))
+    found = set()
+    for seed, folder in (("1", tmp_path / "one"), ("2", shutil.copytree(tmp_path / "one", tmp_path / "two"))):
+        done = subprocess.run([sys.executable, "-c", DIGEST, Path(script.__file__).name, str(folder)], cwd=ROOT,
+                              env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
+        found.add(done.stdout.split("\n")[-2])
+    assert len(found) == 1
+
+
+def test_one_changed_row_of_an_embedding_is_seen(script, tiny_model):
+    """A token that was taught anew makes another text encoder."""
+    text_encoder = script.CLIPTextModel.from_pretrained(tiny_model, subfolder="text_encoder")
+    before = script.digest_network(text_encoder)
+    with torch.no_grad():
+        text_encoder.get_input_embeddings().weight[77] += 0.01
+    assert script.digest_network(text_encoder) != before
+
+
+def test_samples_can_be_sent_to_loader_processes(script, tiny_model, image_folder, tmp_path):
+    """With caches made, samples can be pickled, as loader processes that are not forked need, and read the same."""
+    _, _, samples = prepare(script, make_args(
+        tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", **CACHED))
+    sample = samples.__getitems__([script.Visit(0, 3)])[0]
+    other = pickle.loads(pickle.dumps(samples))[script.Visit(0, 3)]
+    assert sample.keys() == other.keys() and all(np.array_equal(sample[name], other[name]) for name in sample)
+
+
+def test_captions_that_were_not_encoded_are_refused(script, tiny_model, image_folder, tmp_path):
+    """A data set that returns other captions later is told so, in place of getting another caption's states."""
+    _, _, samples = prepare(script, make_args(
+        tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", **CACHED))
+    samples.images.read_captions = lambda index: ["never seen"]
+    with pytest.raises(ValueError, match="'never seen' was not there"):
+        samples[script.Visit(0, 0)]
 
 
 def test_killed_in_the_middle_it_goes_on(script, tiny_model, image_folder, tmp_path):
@@ -284,6 +342,7 @@ def test_both_caches_read_no_image(script, train, monkeypatch):
 @pytest.mark.parametrize(("flags", "message"), [
     ({"cache_text_embeddings": True, "train_text_encoder": True}, "--cache_text_embeddings.*--train_text_encoder"),
     ({"cache_crops": 3}, "--cache_crops needs --cache_latents"),
+    ({"encoded_dir": "somewhere"}, "--encoded_dir needs --cache_latents or --cache_text_embeddings"),
     ({"cache_latents": True, "cache_crops": 3, "center_crop": True}, "--cache_crops 3 of --center_crop"),
     ({"cache_latents": True, "cache_crops": 0}, "--cache_crops must be positive"),
 ])
@@ -291,8 +350,6 @@ def test_impossible_caches_are_refused(script, tiny_model, image_folder, tmp_pat
     """Flags that cannot be combined end the command in one line."""
     with pytest.raises(SystemExit):
         script.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", **flags))
-    import re
-
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 

@@ -113,8 +113,9 @@ def make_parser(script) -> argparse.ArgumentParser:
 
 
 def get_flags(script) -> dict[str, argparse.Action]:
-    """Return a script's flags by name, without the dashes and without --help."""
-    return {action.dest: action for action in make_parser(script)._actions if action.dest != "help"}
+    """Return a script's flags by name, without the dashes, without --help and those that undo others."""
+    return {action.dest: action for action in make_parser(script)._actions
+            if action.dest != "help" and not isinstance(action, argparse._StoreFalseAction)}
 
 
 def describe(action: argparse.Action) -> dict:
@@ -287,7 +288,8 @@ def test_numbers_at_the_bounds_are_accepted(script, places):
     edges = {**dict.fromkeys(POSITIVE_COUNTS, 1), **dict.fromkeys(POSITIVE_REALS, 1e-9),
              **dict.fromkeys(NONNEGATIVE_COUNTS + NONNEGATIVE_REALS + FRACTIONS, 0)}
     edges = {name: value for name, value in edges.items() if name in flags}
-    argv = make_args("m", places["FOLDER"], places["MISSING"], train_text_encoder=True, **edges)
+    argv = make_args("m", places["FOLDER"], places["MISSING"], train_text_encoder=True, cache_latents=True,
+                     **edges)
     args = script.parse_args(argv)
     assert {name: getattr(args, name) for name in edges} == edges
     ones = {name: 1.0 for name in FRACTIONS if name in flags and name not in BELOW_1}
