@@ -229,7 +229,7 @@ def test_signal_to_all_processes_of_a_run_saves_too(script, args, number, tmp_pa
 def test_second_ctrl_c_stops_at_once(script, args, tmp_path):
     """Who cannot wait for the end of an update asks again, and the process is gone without a checkpoint."""
     out, log = tmp_path / "out", tmp_path / "log"
-    argv = args(out, resolution=128, train_batch_size=10, gradient_accumulation_steps=1)
+    argv = args(out, resolution=128, train_batch_size=1, gradient_accumulation_steps=10)  # long updates, short passes
     with Run(script, argv, log) as child:
         child.wait_until(lambda: log.exists() and re.search(r" [1-5]/6 ", log.read_text()))
         child.kill(signal.SIGINT)
