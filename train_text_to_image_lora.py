@@ -1088,7 +1088,6 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, T
         batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
                                 max_length=tokenizer.model_max_length).input_ids
     batch["num_long"] = (batch["input_ids"][:, -2] != tokenizers[0].pad_token_id).long()  # full: perhaps cut
-    batch["is_empty"] = torch.tensor([not caption for caption in captions])
     return batch
 
 
