@@ -79,8 +79,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -99,7 +97,8 @@ RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and ver
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType)
-INTERPOLATION_MODES = tuple(mode.value.replace("-", "_") for mode in InterpolationMode)
+INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
+                       for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
 MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -262,7 +261,7 @@ def add_data_args(parser: ArgumentParser) -> None:
     group.add_argument("--max_train_samples", type=int, help="Train on at most this many samples, drawn by the seed.")
     group.add_argument("--resolution", type=int,
                        help="Side of the training images in pixels: the shorter side is resized to it, then cropped.")
-    group.add_argument("--image_interpolation_mode", type=str, default="lanczos", choices=INTERPOLATION_MODES,
+    group.add_argument("--image_interpolation_mode", type=str, default="lanczos", choices=tuple(INTERPOLATION_MODES),
                        help="Filter for resizing images.")
     group.add_argument("--center_crop", action="store_true", help="Crop the centre rather than a random part.")
     group.add_argument("--random_flip", action="store_true", help="Mirror half of the images left to right.")
@@ -688,7 +687,7 @@ class StopRequest:
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 
-class CaptionedImages(torch.utils.data.Dataset):
+class CaptionedImages:
     """Images with their captions: item i is a dict with `image` (RGB PIL picture) and `captions` (list of strings).
 
     To train on data of your own, return such items from a class of your own and make it in `make_captioned_images`.
@@ -870,8 +869,9 @@ def transform_image(image: Image.Image, resolution: int, interpolation: str, cor
 
     `corner` is the crop's top left as fractions of the free way down and across; None crops the centre.
     """
-    image = TF.resize(image, resolution, InterpolationMode(interpolation.replace("_", "-")))
-    image = TF.hflip(image) if flip else image
+    shorter = min(image.size)
+    image = image.resize([resolution * side // shorter for side in image.size], INTERPOLATION_MODES[interpolation])
+    image = ImageOps.mirror(image) if flip else image
     down, across = image.height - resolution, image.width - resolution
     top, left = ((round(down / 2), round(across / 2)) if corner is None
                  else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
@@ -879,7 +879,7 @@ def transform_image(image: Image.Image, resolution: int, interpolation: str, cor
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), (top, left)
 
 
-class Samples(torch.utils.data.Dataset):
+class Samples:
     """What each visit to a sample trains on: its image, caption, and every random number that its loss needs."""
 
     def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int,
@@ -896,7 +896,7 @@ class Samples(torch.utils.data.Dataset):
             self.noise_shapes["offset_noise"] = (latent_shape[0], 1, 1)
         if args.input_perturbation:
             self.noise_shapes["perturbation_noise"] = latent_shape
-        self.threads = None
+        self.threads, self.is_loader_process = None, False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -906,7 +906,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitems__(self, visits: list[Visit]) -> list[dict]:
         """Return several samples, read side by side in threads unless this is one of several loader processes."""
-        if torch.utils.data.get_worker_info() is not None:
+        if self.is_loader_process:
             return [self[visit] for visit in visits]
         return self.map_in_threads(self.__getitem__, visits)
 
@@ -1061,12 +1061,13 @@ def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, a
     tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
     return torch.utils.data.DataLoader(
         samples, batch_sampler=batches, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
-        pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_signals,
+        pin_memory=accelerator.device.type == "cuda", worker_init_fn=start_loader_process,
         generator=torch.Generator())  # its own, to leave the global one alone
 
 
-def ignore_signals(worker_id: int) -> None:
+def start_loader_process(worker_id: int) -> None:
     """Leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that trains: it ends its loaders."""
+    torch.utils.data.get_worker_info().dataset.is_loader_process = True
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

@@ -25,7 +25,7 @@ from diffusers import StableDiffusionPipeline
 # Other processes are forked from one that has imported everything and computed nothing: ready at once, and as separate
 # as any, so that they can be stopped, killed and limited for real.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["runs", "datasets", "huggingface_hub", "torchvision.transforms.functional"])
+FORKS.set_forkserver_preload(["runs", "datasets", "huggingface_hub"])
 PATIENCE = 120  # seconds that another process may take for anything
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
