@@ -72,6 +72,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import (
+    AutocastKwargs,
     DistributedDataParallelKwargs,
     DistributedType,
     InitProcessGroupKwargs,
@@ -110,22 +111,31 @@ MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its sho
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: bytes in a file, and how many files
+ENCODED_PIXELS = 2**20  # that the VAE takes at once for the cache: one image of 1024 px, four of 512
+VAE_TILE = 512  # pixels on a side, with --vae_tiling
 TRACKERS = tuple("tensorboard wandb comet_ml mlflow aim clearml dvclive swanlab trackio all none".split())
 POSITIVE_FLAGS = (
     "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
-    "lr_num_cycles lr_power snr_gamma adam_epsilon max_grad_norm checkpointing_steps logging_steps "
+    "lr_num_cycles lr_power snr_gamma adam_epsilon checkpointing_steps logging_steps "
     "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
     "rank lora_alpha cache_crops"
 ).split()
 NONNEGATIVE_FLAGS = (
-    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay noise_offset input_perturbation "
-    "dream_detail_preservation dataloader_num_workers num_validation_images validation_guidance_scale "
-    "timestep_bias_begin"
+    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay max_grad_norm noise_offset "
+    "input_perturbation dream_detail_preservation dataloader_num_workers num_validation_images "
+    "validation_guidance_scale timestep_bias_begin"
 ).split()
 FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
 # Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
 # those above are the same in every script, which has some of these flags.
-FIXED_FLAGS = "use_8bit_adam train_text_encoder rank lora_alpha lora_target use_dora use_rslora".split()
+FIXED_FLAGS = (
+    "use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora"
+).split()
+MODEL_KIND = "Stable Diffusion 1.x or 2.x"
+MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
+ADDITION_EMBED_TYPE = None  # of the UNet: what tells this kind of model from the other
+TOKENIZERS = ("tokenizer",)
+TEXT_ENCODERS = {"text_encoder": ("CLIPTextModel",)}  # with the classes that each may be of
 EMA_FOLDER = "lora_ema"  # in a checkpoint: the averaged weights and, in config.json, the state of the averaging
 # Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
 INCONSEQUENTIAL_FLAGS = frozenset(
@@ -133,7 +143,7 @@ INCONSEQUENTIAL_FLAGS = frozenset(
     "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
     "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
     "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format encoded_dir".split()
+    "validation_inference_steps save_kohya_format encoded_dir debug_loss vae_slicing optimizer_in_backward".split()
 )
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 RESULT = LORA_FILE  # in --output_dir: the sign of a finished run
@@ -241,8 +251,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     """Return the checked flags of the command line, with ~ in their paths expanded."""
     args = parser.parse_args(argv)
-    for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir",
-                 "output_dir", "cache_dir", "encoded_dir", "resume_from_checkpoint"):
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name",
+                 "train_data_dir", "validation_data_dir", "output_dir", "cache_dir", "encoded_dir",
+                 "resume_from_checkpoint"):
         if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     check_values(parser, args)
@@ -255,11 +266,14 @@ def add_model_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_name_or_path", type=str, required=True,
                        help="Model to start from: a folder in diffusers layout or a name on the hub.")
+    group.add_argument("--pretrained_vae_model_name_or_path", type=str,
+                       help="VAE to use in place of the model's own: a folder with its config.json and weights, or a "
+                       "name on the hub; --revision and --variant do not apply to it.")
     group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
     group.add_argument("--variant", type=str, help="Weight files to read, fp16 for *.fp16.safetensors.")
     group.add_argument("--cache_dir", type=str, help="Where downloaded models and data are kept.")
     group.add_argument("--train_text_encoder", action="store_true",
-                       help="Train the text encoder as well as the UNet, and in the same way.")
+                       help="Train the text encoder, or both of SDXL's, as well as the UNet and in the same way.")
 
 
 def add_lora_args(parser: ArgumentParser) -> None:
@@ -392,11 +406,18 @@ def add_optimizer_args(parser: ArgumentParser) -> None:
                        help="For piecewise_constant: `1:1000,0.1:2000,0.01` is the rate up to update 1000, a tenth of "
                        "it up to 2000, then a hundredth.")
     group.add_argument("--use_8bit_adam", action="store_true", help="Keep AdamW's moments in 8 bits (bitsandbytes).")
+    group.add_argument("--use_adafactor", action="store_true",
+                       help="Use Adafactor, which keeps a row and a column per matrix where AdamW keeps two matrices "
+                       "(arXiv:1804.04235). Rate and decay mean what they do there; betas and epsilon are its own.")
+    group.add_argument("--optimizer_in_backward", action="store_true",
+                       help="Update each tensor as soon as its gradient is complete, and free the gradient: memory "
+                       "for all gradients is saved. On one device, without accumulation and clipping.")
     group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
     group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of squared gradients.")
     group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
     group.add_argument("--adam_epsilon", type=float, default=1e-08, help="Term that keeps AdamW's division finite.")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Norm that gradients are clipped to.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0,
+                       help="Norm that gradients are clipped to; 0 clips nothing.")
 
 
 def add_ema_args(parser: ArgumentParser) -> None:
@@ -422,6 +443,13 @@ def add_precision_and_memory_args(parser: ArgumentParser) -> None:
                        help="Compute activations again in the backward pass: less memory, slower updates.")
     group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true",
                        help="Use xformers' attention in place of PyTorch's own.")
+    group.add_argument("--enable_npu_flash_attention", action="store_true",
+                       help="Use the flash attention of Ascend NPUs (torch_npu).")
+    group.add_argument("--vae_slicing", action="store_true",
+                       help="Have the VAE take one image at a time, with the same result: less memory, slower.")
+    group.add_argument("--vae_tiling", action="store_true",
+                       help=f"Have the VAE take larger images in tiles of {VAE_TILE} pixels or less, which leaves "
+                       "faint seams: much less memory.")
     group.add_argument("--torch_compile", action="store_true",
                        help="Compile the UNet: minutes at the start for faster steps after.")
     group.add_argument("--channels_last", action="store_true",
@@ -464,6 +492,8 @@ def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
     group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
     group.add_argument("--logging_steps", type=int, default=10,
                        help="Read the numbers from the device every this many updates; each update's are logged.")
+    group.add_argument("--debug_loss", action="store_true",
+                       help="Log each picture's own loss as loss_for_<file name>, to find the odd ones.")
     group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
                        help="Name of the project in trackers.")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
@@ -496,11 +526,11 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
             if value not in accepted:
                 parser.error(f"--{name} {value} is unknown: choose from {', '.join(filter(None, accepted))}.")
     packages = [(f"--report_to {name}", name) for name in trackers if name not in ("all", "none")]
-    packages += [("--use_8bit_adam", "bitsandbytes" if args.use_8bit_adam else None),
-                 ("--enable_xformers_memory_efficient_attention",
-                  "xformers" if args.enable_xformers_memory_efficient_attention else None)]
+    packages += [(f"--{name}", package) for name, package in (
+        ("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers"),
+        ("enable_npu_flash_attention", "torch_npu")) if getattr(args, name)]
     for flag, package in packages:
-        if package is not None and importlib.util.find_spec(package) is None:
+        if importlib.util.find_spec(package) is None:
             parser.error(f"{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
 
 
@@ -539,10 +569,18 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
          f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that, got {args.learning_rate}."),
         (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
+        (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one."),
+        (args.optimizer_in_backward and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0),
+         "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: add --max_grad_norm 0 "
+         f"and --gradient_accumulation_steps 1, got {args.max_grad_norm} and {args.gradient_accumulation_steps}."),
+        (args.optimizer_in_backward and args.torch_compile,
+         "--optimizer_in_backward cannot be combined with --torch_compile, which returns all gradients at once: drop "
+         "one of them."),
         (args.text_encoder_lr is not None and not args.train_text_encoder,
          "--text_encoder_lr needs --train_text_encoder."),
         (args.cache_text_embeddings and args.train_text_encoder,
-         "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: drop one."),
+         "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: add "
+         "--no_cache_text_embeddings, or drop --train_text_encoder."),
         (args.cache_crops is not None and not args.cache_latents, "--cache_crops needs --cache_latents."),
         (args.encoded_dir is not None and not (args.cache_latents or args.cache_text_embeddings),
          "--encoded_dir needs --cache_latents or --cache_text_embeddings."),
@@ -579,7 +617,8 @@ def make_accelerator(args: Namespace) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logs),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, not updates times processes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT),
-                         DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
+                         DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of gradients
+                         AutocastKwargs(cache_enabled=False)],  # nor of weights: a pass uses each only once
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(f"{accelerator.distributed_type.value} shards the weights, which this script can not yet "
@@ -588,6 +627,10 @@ def make_accelerator(args: Namespace) -> Accelerator:
     if accelerator.mixed_precision != "no" and not accelerator.native_amp:
         raise ValueError(f"precision {accelerator.mixed_precision}, from --mixed_precision or accelerate's "
                          f"configuration, does not work on {accelerator.device.type}: use --mixed_precision no.")
+    if args.optimizer_in_backward and (accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16"):
+        raise ValueError("--optimizer_in_backward updates before gradients could be averaged or unscaled: it needs "
+                         "one process and --mixed_precision bf16 or no; here are "
+                         f"{accelerator.num_processes} processes and {accelerator.mixed_precision}.")
     for library in (datasets, diffusers, transformers):
         level = logging.WARNING if accelerator.is_main_process else logging.ERROR
         library.utils.logging.set_verbosity(level)
@@ -728,6 +771,7 @@ class CaptionedImages:
     """Images with their captions: item i is a dict with `image` (RGB PIL picture) and `captions` (list of strings).
 
     To train on data of your own, return such items from a class of your own and make it in `make_captioned_images`.
+    It needs `select` for --max_train_samples, and for the caches and --debug_loss the three methods named read_...
     Nothing random belongs here: crops, flips and the choice of a caption are drawn in `Samples`.
     """
 
@@ -770,6 +814,11 @@ class CaptionedImages:
 def make_row_name(index: int, stored: dict) -> str:
     """Return what to call an item of the data in a message."""
     return f"row {index} of the data ({stored['path'] or 'no file of its own'})"
+
+
+def make_file_name(index: int, stored: dict) -> str:
+    """Return what to call an item of the data in a log."""
+    return Path(stored["path"]).name if stored["path"] else f"row-{index}"
 
 
 def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
@@ -964,7 +1013,8 @@ class Samples:
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes.items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        return {**image, **self.get_text(caption), "timesteps": np.int64(timestep),
+        index = {"indices": np.int64((visit.index + num_skipped) % len(self))} if self.args.debug_loss else {}
+        return {**image, **self.get_text(caption), **index, "timesteps": np.int64(timestep),
                 "weights": np.float32(visit.weight), "num_skipped": np.int64(num_skipped), **noises}
 
     def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
@@ -1212,6 +1262,13 @@ def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
 
 
+def digest_variants(samples: Samples) -> str:
+    """Return a digest of what becomes of a few images before the VAE: a user may have edited how they are prepared."""
+    chosen = sorted({0, len(samples) // 2, len(samples) - 1})
+    arrays = [array for index in chosen for variant in samples.make_variants(index) for array in variant.values()]
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=12).hexdigest()
+
+
 def digest_network(network: torch.nn.Module) -> str:
     """Return a digest of a network's settings, number format and weights, wherever it was loaded from."""
     settings = network.config.to_dict() if hasattr(network.config, "to_dict") else dict(network.config)
@@ -1250,25 +1307,37 @@ def count_cores_per_process() -> int:
 
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
-    """Return the configurations of unet, vae and scheduler, refusing before any weights are read what cannot work."""
-    where, configs = args.pretrained_model_name_or_path, {}
+    """Return the configuration of each part of the model, refusing before any weights are read what cannot work."""
+    configs = {}
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
-    for part in (*kinds, "text_encoder", "tokenizer"):
-        revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
+    for part in (*kinds, *TEXT_ENCODERS, *TOKENIZERS):
+        where, files = locate_part(args, part)
         try:
             if part in kinds:
-                configs[part] = kinds[part].load_config(where, subfolder=part, revision=revision,
-                                                        cache_dir=args.cache_dir)
+                configs[part] = kinds[part].load_config(where, **files)
             else:
-                name = "tokenizer_config.json" if part == "tokenizer" else "config.json"
-                transformers.utils.cached_file(where, name, subfolder=part, revision=revision,
-                                               cache_dir=args.cache_dir)
-        except OSError as error:
-            raise ValueError(f"--pretrained_model_name_or_path {where} has no {part} to load: give a folder in "
-                             "diffusers layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) or a name on the "
+                name = "tokenizer_config.json" if part in TOKENIZERS else "config.json"
+                path = transformers.utils.cached_file(where, name, **files) or Path(where, part, name)
+                configs[part] = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            flag = f"pretrained_{'' if 'subfolder' in files else 'vae_'}model_name_or_path"
+            layout = f"{part}/ and the others in diffusers layout" if "subfolder" in files else "its config.json"
+            raise ValueError(f"--{flag} {where} has no {part} to load: give a folder with {layout}, or a name on the "
                              f"hub; for a gated one, run `hf auth login` first. {error}") from error
+        if part == "unet" and configs[part].get("addition_embed_type") != ADDITION_EMBED_TYPE:
+            raise ValueError(f"--pretrained_model_name_or_path {where} is no {MODEL_KIND} model: its UNet has "
+                             f"addition_embed_type {configs[part].get('addition_embed_type')}. The scripts for SDXL "
+                             "have sdxl in their names, those for Stable Diffusion have not.")
     check_model_configs(args, configs)
     return configs
+
+
+def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
+    """Return the folder, or name on the hub, that a part of the model is loaded from, and where in it."""
+    if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
+        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
+    revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
+    return args.pretrained_model_name_or_path, {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
 
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
@@ -1282,11 +1351,11 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
          f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
          f"try {max(1, args.resolution // factor) * factor}."),
         (unet["in_channels"] != latent_channels,
-         f"the UNet of {where} takes {unet['in_channels']} channels and its VAE makes {latent_channels}: inpainting "
-         "and similar models cannot be trained here."),
-        (unet.get("addition_embed_type") is not None,
-         f"{where} is not a Stable Diffusion 1.x or 2.x model: its UNet wants {unet.get('addition_embed_type')} "
-         "conditions. For SDXL use the SDXL script."),
+         f"the UNet of {where} takes {unet['in_channels']} channels and the VAE of {locate_part(args, 'vae')[0]} "
+         f"makes {latent_channels}: inpainting models cannot be trained here, nor with a VAE of another kind."),
+        (configs["vae"].get("shift_factor"),
+         f"the VAE of {locate_part(args, 'vae')[0]} shifts its latents (shift_factor), which no {MODEL_KIND} pipeline "
+         "undoes: take the model's own."),
         (args.dream_training and prediction_type != "epsilon",
          f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
@@ -1297,6 +1366,11 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     for is_wrong, message in refusals:
         if is_wrong:
             raise ValueError(message)
+    for part, accepted in TEXT_ENCODERS.items():
+        found = (configs[part].get("architectures") or accepted)[0]
+        if found not in accepted:
+            raise ValueError(f"{where} is no {MODEL_KIND} model: its {part} is a {found}, not a "
+                             f"{' or '.join(accepted)}.")
 
 
 def compute_vae_factor(vae_config: dict) -> int:
@@ -1325,29 +1399,45 @@ def explained_load(args: Namespace):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: "
+        vae = args.pretrained_vae_model_name_or_path
+        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
+                         f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
                          f"{error} If its weights are named *.fp16.safetensors, add --variant fp16.") from error
 
 
-def load_models(args: Namespace, accelerator: Accelerator, scheduler_config: dict) -> Models:
+def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKL:
+    """Load the VAE in a number format."""
+    where, files = locate_part(args, "vae")
+    vae = AutoencoderKL.from_pretrained(where, **files, torch_dtype=dtype,
+                                        variant=args.variant if "subfolder" in files else None)
+    if args.vae_slicing:
+        vae.enable_slicing()
+    if args.vae_tiling:
+        vae.enable_tiling()
+        vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
+        vae.tile_latent_min_size = vae.tile_sample_min_size // compute_vae_factor(vae.config)
+    return vae
+
+
+def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
     """Load the networks, all frozen and in the run's precision, and give adapters to those that are trained."""
     where, weight_dtype = args.pretrained_model_name_or_path, get_weight_dtype(accelerator.mixed_precision)
-    files = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
-    text_encoder = CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=weight_dtype, **files)
-    vae = AutoencoderKL.from_pretrained(where, subfolder="vae", torch_dtype=weight_dtype, **files)
-    unet = UNet2DConditionModel.from_pretrained(where, subfolder="unet", torch_dtype=weight_dtype, **files)
-    tokenizer = CLIPTokenizer.from_pretrained(where, subfolder="tokenizer", revision=args.revision,
-                                              cache_dir=args.cache_dir)
+    files = {part: locate_part(args, part)[1] for part in ("text_encoder", "unet", "tokenizer")}
+    text_encoder = CLIPTextModel.from_pretrained(where, **files["text_encoder"], variant=args.variant,
+                                                 dtype=weight_dtype)
+    vae = load_vae(args, weight_dtype)
+    unet = UNet2DConditionModel.from_pretrained(where, **files["unet"], variant=args.variant, torch_dtype=weight_dtype)
+    tokenizer = CLIPTokenizer.from_pretrained(where, **files["tokenizer"])
     for network in (vae, text_encoder, unet):
-        network.requires_grad_(False).eval().to(accelerator.device)
-    configs = {"unet": make_lora_config(args, [
+        network.requires_grad_(False).eval()
+    adapters = {"unet": make_lora_config(args, [
         module for name in args.lora_target for module in LORA_TARGETS.get(name, (name,))])}
     if args.train_text_encoder:
         targets = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())]
-        configs["text_encoder"] = make_lora_config(args, targets or TEXT_LORA_TARGETS["attention"])
-    models = Models(tokenizer, text_encoder, vae, unet, scheduler_config, tuple(configs),
-                    make_lora_metadata(args, configs))
-    for part, config in configs.items():
+        adapters["text_encoder"] = make_lora_config(args, targets or TEXT_LORA_TARGETS["attention"])
+    models = Models(tokenizer, text_encoder, vae, unet, make_scheduler_config(args, configs["scheduler"]),
+                    tuple(adapters), make_lora_metadata(args, adapters))
+    for part, config in adapters.items():
         add_adapter(getattr(models, part), config)
     return models
 
@@ -1409,6 +1499,8 @@ def set_up_networks(args: Namespace, models: Models) -> None:
             enable({"use_reentrant": False})
     if args.enable_xformers_memory_efficient_attention:
         models.unet.enable_xformers_memory_efficient_attention()
+    if args.enable_npu_flash_attention:
+        models.unet.enable_npu_flash_attention()
     if args.channels_last:
         models.unet.to(memory_format=torch.channels_last)
     if args.torch_compile:
@@ -1417,12 +1509,12 @@ def set_up_networks(args: Namespace, models: Models) -> None:
 
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
     """Return the tokenizers, of which SDXL has two."""
-    return [getattr(models, name) for name in ("tokenizer", "tokenizer_2") if hasattr(models, name)]
+    return [getattr(models, name) for name in TOKENIZERS]
 
 
 def list_text_encoders(models: Models) -> list[torch.nn.Module]:
     """Return the text encoders, of which SDXL has two."""
-    return [getattr(models, name) for name in ("text_encoder", "text_encoder_2") if hasattr(models, name)]
+    return [getattr(models, name) for name in TEXT_ENCODERS]
 
 
 def list_trained(models: Models) -> list[torch.nn.Module]:
@@ -1539,15 +1631,25 @@ def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: 
 
 
 def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
-    """Have images and captions encoded once where the flags ask for it; what has done its work leaves the device."""
+    """Have images and captions encoded once where the flags ask for it.
+
+    VAE and text encoders have the device to themselves until they have done their work: what they are still needed for
+    brings them back, and what is trained comes in `prepare_training`.
+    """
     folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
     dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
     if args.cache_latents:
+        models.vae.to(accelerator.device)
         cache_latents(args, accelerator, models, samples, folder, dtype)
+        models.vae.to("cpu")
     if args.cache_text_embeddings:
+        for network in list_text_encoders(models):
+            network.to(accelerator.device)
         cache_text_states(accelerator, models, samples, folder, dtype)
-    for network in list_cached(args, models):
-        network.to("cpu")
+    for part in ("vae", *TEXT_ENCODERS):
+        network = getattr(models, part)
+        network.to("cpu" if network in list_cached(args, models) or part in models.trained else accelerator.device)
+    torch.cuda.empty_cache()  # of what encoding has left there
 
 
 def list_cached(args: Namespace, models: Models) -> list[torch.nn.Module]:
@@ -1571,23 +1673,27 @@ def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, sam
                   dtype: type) -> None:
     """Give the samples the VAE's moments [2c, h, w] and the time_ids of every variant of every image."""
     variants, (channels, height, width) = samples.count_variants(), samples.latent_shape
-    key = make_key(digest_images(accelerator, samples), args.resolution, args.image_interpolation_mode,
-                   args.center_crop, args.random_flip, variants, digest_network(models.vae), dtype)
+    key = make_key(digest_images(accelerator, samples), digest_variants(samples), args.resolution,
+                   args.image_interpolation_mode, args.center_crop, args.random_flip, variants,
+                   digest_network(models.vae), args.vae_tiling, dtype)
     image_size = variants * 2 * channels * height * width * np.dtype(dtype).itemsize
     samples.latents = EncodedRows(folder / f"images-{key}", len(samples), image_size, variants)
-    samples.latents.fill(accelerator, partial(encode_variants, models.vae, samples, args.train_batch_size, dtype))
+    samples.latents.fill(accelerator, partial(encode_variants, models.vae, samples, dtype))
 
 
-def encode_variants(vae: AutoencoderKL, samples: Samples, batch_size: int, dtype: type, first: int,
-                    last: int) -> dict[str, np.ndarray]:
-    """Return the rows first to last, exclusive, of the cache of images, encoded `batch_size` at a time."""
+def encode_variants(vae: AutoencoderKL, samples: Samples, dtype: type, first: int, last: int) -> dict[str, np.ndarray]:
+    """Return the rows first to last, exclusive, of the cache of images, encoded a million pixels at a time."""
     indices, made, moments = range(first // samples.count_variants(), last // samples.count_variants()), [], []
+    side = samples.args.resolution
+    batch_size = max(1, ENCODED_PIXELS // side**2)
     step = max(1, batch_size // samples.count_variants())
     groups = [indices[start : start + step] for start in range(0, len(indices), step)]
     for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
-        variants = [variant for variants in group for variant in variants]
-        for images in torch.from_numpy(np.stack([variant.pop("images") for variant in variants])).split(batch_size):
-            moments.append(torch.cat(encode_images(vae, images), dim=1).cpu().numpy().astype(dtype))
+        variants, distinct = [variant for variants in group for variant in variants], {}
+        chosen = [distinct.setdefault(variant.pop("images").tobytes(), len(distinct)) for variant in variants]
+        images = torch.frombuffer(bytearray(b"".join(distinct)), dtype=torch.uint8).view(-1, 3, side, side)
+        encoded = [torch.cat(encode_images(vae, part), dim=1).cpu() for part in images.split(batch_size)]
+        moments.append(torch.cat(encoded).numpy().astype(dtype)[chosen])  # crops of a square image are all the same
         made += variants
     rows = {name: np.stack([variant[name] for variant in made]) for name in made[0]}
     rows["moments"] = np.concatenate(moments)
@@ -1617,9 +1723,10 @@ def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples
 
     vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
                     for tokenizer in list_tokenizers(models)]
-    key = make_key(samples.caption_digests.tobytes(), vocabularies,
+    empty = encode_texts(models, [""], dtype)  # of which some models want zeros
+    key = make_key(samples.caption_digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
                    [digest_network(network) for network in list_text_encoders(models)], dtype)
-    row_size = sum(array.nbytes for array in encode_texts(models, [""], dtype).values())
+    row_size = sum(array.nbytes for array in empty.values())
     samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
     samples.text_states.fill(accelerator, encode)
 
@@ -1770,12 +1877,16 @@ def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, predicti
 
 def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int) -> None:
     """Make optimizer, schedule and averages, wrap what is trained for the devices, and say how it is kept on disk."""
+    for network in list_trained(models):
+        network.to(accelerator.device)
     set_up_networks(args, models)
     optimizer = make_optimizer(args, make_parameter_groups(args, accelerator, models))
     lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, num_samples, accelerator.num_processes))
     for part in models.trained:
         setattr(models, part, accelerator.prepare(getattr(models, part)))
     models.optimizer, models.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    if args.optimizer_in_backward:
+        update_in_backward(models.optimizer.optimizer)
     if args.use_ema:  # only now: wrapping has made the weights the same on all processes
         models.ema = EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay, offload=args.offload_ema)
     register_checkpoint_hooks(accelerator, models)
@@ -1800,7 +1911,10 @@ def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Mod
 
 
 def make_optimizer(args: Namespace, groups: list[dict]):
-    """Return AdamW over groups of parameters: fused where the device has it, or with 8-bit moments."""
+    """Return AdamW over groups of parameters, fused where the device has it, or with 8-bit moments; or Adafactor."""
+    if args.use_adafactor:  # with plain rates: scaled by the size of the weights, adapters that start at 0 would stay
+        return transformers.optimization.Adafactor(
+            groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False, warmup_init=False)
     settings = {"lr": groups[0]["lr"], "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         import bitsandbytes
@@ -1808,6 +1922,23 @@ def make_optimizer(args: Namespace, groups: list[dict]):
         return bitsandbytes.optim.AdamW8bit(groups, **settings)
     device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(groups, **settings, fused=device in ("cuda", "cpu", "xpu", "mps"))
+
+
+def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
+    """Have each parameter updated when its gradient is complete, and the gradient freed: all in the backward pass.
+
+    To the optimizer it is a step with one parameter at a time; its states, rates and files are what they always are.
+    """
+    def update(number: int, parameter: torch.nn.Parameter) -> None:
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
+        optimizer.step()
+        optimizer.param_groups = groups
+        parameter.grad = None
+
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(partial(update, number))
 
 
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
@@ -2063,7 +2194,7 @@ def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint
     for parameter, state in models.optimizer.state.items():
         for name, value in state.items():
             if name == "step" and isinstance(value, Tensor):  # the reference, not fused, counts on the CPU
-                state[name] = value.to(parameter.device)
+                state[name] = value.to(parameter.device if groups[0].get("fused") else "cpu")
             elif isinstance(value, Tensor) and value.shape == parameter.shape:  # laid out as --channels_last says now
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     schedule = models.lr_scheduler.scheduler
@@ -2175,12 +2306,24 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
         for index in range(accelerator.process_index, len(prompts), accelerator.num_processes):
             generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
             with accelerator.autocast():
-                image = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
-                                 num_inference_steps=args.validation_inference_steps,
-                                 guidance_scale=args.validation_guidance_scale).images[0]
-            drawn.append((index, image))
+                latents = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
+                                   num_inference_steps=args.validation_inference_steps, output_type="latent",
+                                   guidance_scale=args.validation_guidance_scale).images
+            drawn.append((index, decode_latents(models.vae, latents)))
     drawn = gather_object(drawn) if accelerator.num_processes > 1 else drawn
     return [image for _, image in sorted(drawn, key=lambda pair: pair[0])] if len(drawn) == len(prompts) else []
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
+    """Return the picture of latents [1, c, h, w], decoded in the VAE's own number format: autocast may overflow."""
+    config, latents = vae.config, latents.float() / vae.config.scaling_factor
+    if config.get("latents_mean") is not None:
+        mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        latents = latents * std + mean
+    pixel_values = vae.decode(latents.to(vae.dtype), return_dict=False)[0][0].float()  # [3, H, W] in [-1, 1]
+    pixels = ((pixel_values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 @torch.no_grad()
@@ -2265,27 +2408,37 @@ def save_kohya_file(args: Namespace, accelerator: Accelerator, models: Models, p
     Their scale is alpha / rank in every layer, so with --use_rslora alpha grows by sqrt(rank).
     """
     alpha = args.lora_alpha * (math.sqrt(args.rank) if args.use_rslora else 1)
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
-    weights = {}
+    unet_config, weights = unwrap_model(accelerator, models.unet).config, {}
     for name, parameter in name_trained_parameters(accelerator, models).items():
         part, _, rest = name.replace(".default", "").partition(".")
         layer, _, kind = rest.partition(".lora_")
-        layer = prefixes[part] + layer.replace(".", "_")
+        layer = make_kohya_name(part, layer, unet_config)
         kind = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(kind, "dora_scale")
         weights[f"{layer}.{kind}"] = parameter.detach().contiguous()
         weights[f"{layer}.alpha"] = torch.tensor(float(alpha))
         if kind == "dora_scale":  # one norm per output, as a column beside the weights of that output
             dimensions = weights[f"{layer}.lora_down.weight"].ndim
             weights[f"{layer}.{kind}"] = parameter.detach().reshape(-1, *[1] * (dimensions - 1)).contiguous()
-    is_v2 = unwrap_model(accelerator, models.unet).config.cross_attention_dim == 1024
     prediction_type = models.scheduler_config["prediction_type"].removesuffix("_prediction")  # as there: v
-    kind = f"v2-{'768-v' if prediction_type == 'v' else '512'}" if is_v2 else "v1"
     save_file(weights, path, metadata={
         "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(args.rank),
-        "ss_network_alpha": str(alpha), "ss_base_model_version": "sd_v2" if is_v2 else "sd_v1", "ss_v2": str(is_v2),
+        "ss_network_alpha": str(alpha), **make_kohya_facts(prediction_type, unet_config),
         "ss_sd_model_name": Path(args.pretrained_model_name_or_path).name, "ss_resolution": str(args.resolution),
-        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"stable-diffusion-{kind}/lora",
-        "modelspec.title": Path(args.output_dir).name, "modelspec.prediction_type": prediction_type})
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.title": Path(args.output_dir).name,
+        "modelspec.prediction_type": prediction_type})
+
+
+def make_kohya_name(part: str, layer: str, unet_config: dict) -> str:
+    """Return what kohya's tools call a layer of the UNet or of the text encoder."""
+    return {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}[part] + layer.replace(".", "_")
+
+
+def make_kohya_facts(prediction_type: str, unet_config: dict) -> dict[str, str]:
+    """Return the metadata by which kohya's tools and others know the kind of base model."""
+    is_v2 = unet_config["cross_attention_dim"] == 1024
+    kind = f"v2-{'768-v' if prediction_type == 'v' else '512'}" if is_v2 else "v1"
+    return {"ss_base_model_version": "sd_v2" if is_v2 else "sd_v1", "ss_v2": str(is_v2),
+            "modelspec.architecture": f"stable-diffusion-{kind}/lora"}
 
 
 def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
@@ -2297,6 +2450,9 @@ def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     base = [repr(args.pretrained_model_name_or_path)]
     base += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
     names = "DDIMScheduler, StableDiffusionPipeline" if schedule else "StableDiffusionPipeline"
+    if args.pretrained_vae_model_name_or_path:
+        names = f"AutoencoderKL, {names}"
+        base.append(f"vae=AutoencoderKL.from_pretrained({args.pretrained_vae_model_name_or_path!r})")
     lines = [f"from diffusers import {names}", "",
              f"pipeline = StableDiffusionPipeline.from_pretrained({', '.join(base)})",
              f"pipeline.load_lora_weights({args.hub_model_id or args.output_dir!r})"]
@@ -2320,10 +2476,11 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
         text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
-             "mixed_precision", "use_ema", "snr_gamma", "noise_offset", "prediction_type", "rank", "lora_alpha")
+             "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
+             "prediction_type", "rank", "lora_alpha")
     facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
-    header = huggingface_hub.ModelCardData(license="creativeml-openrail-m", library_name="diffusers", tags=tags,
+    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,
                                            base_model=None if Path(base).exists() else base, inference=True)
     readme = folder / "README.md"
     if readme.is_file() and "diffusers-training" not in readme.read_text(encoding="utf-8", errors="replace"):
@@ -2354,13 +2511,15 @@ class Meter:
 
     Logs `train_loss`, `lr`, `grad_norm` and `epoch` of every update with its own step; once per batch of updates
     `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and counts from the
-    start of the run: `skipped_images`, `long_captions`.
+    start of the run: `skipped_images`, `long_captions`. With --debug_loss also `loss_for_<file>` of each image.
     """
 
-    def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
-        self.accelerator, self.logging_steps = accelerator, args.logging_steps
+    def __init__(self, args: Namespace, accelerator: Accelerator, images: CaptionedImages, first_step: int,
+                 last_step: int) -> None:
+        self.accelerator, self.logging_steps, self.images = accelerator, args.logging_steps, images
+        self.debug_loss = args.debug_loss
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
-        self.loss, self.updates = 0.0, []
+        self.loss, self.image_losses, self.updates = 0.0, [], []
         self.counts = torch.zeros(2, dtype=torch.int64)  # skipped images, long captions: of this process
         self.restart_clock()
 
@@ -2385,15 +2544,17 @@ class Meter:
             self.num_images += step.last - step.first
             yield step, {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Add one micro step's part of the loss of an update, 0-d and still on the device."""
-        self.loss = self.loss + loss
+    def add_losses(self, losses: Tensor, batch: dict[str, Tensor], step: MicroStep) -> None:
+        """Take the loss of each sample [b] of a micro step, still on the device."""
+        self.loss = self.loss + (losses * batch["weights"]).sum() / step.window_size
+        if "indices" in batch:
+            self.image_losses.append((batch["indices"], losses, batch["weights"]))
 
     def end_update(self, global_step: int, numbers: dict[str, float], grad_norm) -> None:
         """Close an update; every --logging_steps of them, read and log what has gathered."""
-        norm = torch.as_tensor(math.nan if grad_norm is None else grad_norm, device=self.accelerator.device)
-        self.updates.append((global_step, numbers, self.loss, norm))
-        self.loss = 0.0
+        norms = {} if grad_norm is None else {"grad_norm": torch.as_tensor(grad_norm, device=self.accelerator.device)}
+        self.updates.append((global_step, numbers, self.loss, norms, self.image_losses))
+        self.loss, self.image_losses = 0.0, []
         with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not cost the run
             self.bar.update(1)
         if len(self.updates) >= self.logging_steps:
@@ -2403,13 +2564,13 @@ class Meter:
         """Read the gathered numbers from the device and log them; raise RuntimeError at a loss that is not finite."""
         if not self.updates:
             return
-        losses = torch.stack([loss for _, _, loss, _ in self.updates]).float()
+        losses = torch.stack([loss for _, _, loss, _, _ in self.updates]).float()
         summed = self.accelerator.reduce(torch.cat([losses, self.counts.to(losses.device, torch.float32)]), "sum")
-        norms = torch.stack([norm.float() for _, _, _, norm in self.updates])
         *losses, skipped, long = summed.tolist()  # the one place where the loop waits for the device
         seconds = time.perf_counter() - self.started
-        rows = [(step, {"train_loss": loss, "grad_norm": norm, **numbers})
-                for (step, numbers, _, _), loss, norm in zip(self.updates, losses, norms.tolist(), strict=True)]
+        rows = [(step, {"train_loss": loss, **{name: norm.item() for name, norm in norms.items()}, **numbers, **own})
+                for (step, numbers, _, norms, _), loss, own in zip(self.updates, losses, self.name_image_losses(),
+                                                                   strict=True)]
         rows[-1][1].update(images_per_second=self.num_images / seconds, data_wait=self.waited / seconds,
                            peak_memory_gib=get_peak_memory(self.accelerator.device), skipped_images=skipped,
                            long_captions=long)
@@ -2426,6 +2587,17 @@ class Meter:
                     f"the loss is {numbers['train_loss']} at step {step} (lr {numbers['lr']:.0e}, precision "
                     f"{self.accelerator.mixed_precision}). Usual causes: too high a learning rate, or fp16 with this "
                     "model; try --mixed_precision bf16 or a lower rate. Earlier checkpoints are untouched.")
+
+    def name_image_losses(self) -> list[dict[str, float]]:
+        """Return for each gathered update the loss of each image that --debug_loss has noted, on all processes."""
+        mine = [[(index, loss) for tensors in noted
+                 for index, loss, weight in zip(*(tensor.tolist() for tensor in tensors), strict=True) if weight]
+                for *_, noted in self.updates]
+        everyone = gather_object([mine]) if self.debug_loss and self.accelerator.num_processes > 1 else [mine]
+        if not self.accelerator.trackers:
+            return [{} for _ in mine]
+        return [{f"loss_for_{make_file_name(index, self.images.read_stored(index))}": loss
+                 for one in everyone for index, loss in one[number]} for number in range(len(mine))]
 
 
 def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
@@ -2452,7 +2624,7 @@ def get_peak_memory(device: torch.device) -> float:
 
 def train_step(accelerator: Accelerator, models: Models, objective: Objective, batch: dict[str, Tensor],
                step: MicroStep) -> Tensor:
-    """Add one micro step's gradients and return its part of the loss of the update, 0-d.
+    """Add one micro step's gradients and return the loss of each of its samples [b].
 
     Every sample of an update counts the same, however they fall into processes and micro steps. Accelerate divides by
     the accumulation steps and averages over the processes, which the scale undoes.
@@ -2465,7 +2637,7 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
         losses = compute_loss(models, objective, batch)
         loss = (losses * batch["weights"]).sum() / step.window_size
         accelerator.backward(loss * scale)
-    return loss.detach()
+    return losses.detach()
 
 
 def train(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
@@ -2479,15 +2651,16 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
                    args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator)
     parameters = list(name_trained_parameters(accelerator, models).values())
-    meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
+    meter, signal_number = Meter(args, accelerator, data.train.images, progress.global_step, last_step), 0
 
     ahead = contextlib.closing(iterate_ahead(loader))
     with StopRequest(accelerator) as stop_request, meter, logging_redirect_tqdm(), ahead as batches:
         for step, batch in meter.iterate(plan(), batches):
-            meter.add_loss(train_step(accelerator, models, objective, batch, step))
+            meter.add_losses(train_step(accelerator, models, objective, batch, step), batch, step)
             if not step.ends_update:
                 continue
-            grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+            grad_norm = (None if args.optimizer_in_backward
+                         else accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
             numbers = {"epoch": step.epoch, **get_learning_rates(models)}
             models.optimizer.step()
             models.lr_scheduler.step()
@@ -2544,7 +2717,7 @@ def main(argv: list[str] | None = None) -> None:
     data = make_data(args, images, held_out_images, seed, configs)
 
     with explained_load(args):
-        models = load_models(args, accelerator, make_scheduler_config(args, configs["scheduler"]))
+        models = load_models(args, accelerator, configs)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 
 DOWN = ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"]
 UP = ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]
@@ -71,7 +71,50 @@ SMALL["unet"].update(block_out_channels=[64, 128, 256, 256], cross_attention_dim
 SMALL["vae"].update(block_out_channels=[32, 64, 128, 128], norm_num_groups=16)
 SMALL["text_encoder"].update(hidden_size=192, intermediate_size=768, num_attention_heads=6, projection_dim=192)
 SMALL["parameters"] = None
-CONFIGS = {"sd15": SD15, "sd21": SD21, "small": SMALL}
+# stable-diffusion-xl-base-1.0.
+SDXL = {
+    "unet": {
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+    "vae": {**SD15["vae"], "sample_size": 1024, "scaling_factor": 0.13025},
+    "text_encoder": SD15["text_encoder"],
+    "text_encoder_2": {
+        "vocab_size": 49408,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+    },
+    "parameters": 2_567_463_684,
+}
+# A fifth of the channels again, and 4 in place of 10 transformer layers in the innermost blocks.
+SMALL_SDXL = copy.deepcopy(SDXL)
+SMALL_SDXL["unet"].update(
+    block_out_channels=[64, 128, 256],
+    transformer_layers_per_block=[1, 2, 4],
+    attention_head_dim=[1, 2, 4],
+    cross_attention_dim=192 + 320,
+    projection_class_embeddings_input_dim=6 * 256 + 320,
+)
+SMALL_SDXL["vae"].update(SMALL["vae"], sample_size=1024)
+SMALL_SDXL["text_encoder"] = SMALL["text_encoder"]
+SMALL_SDXL["text_encoder_2"].update(
+    hidden_size=320, intermediate_size=1280, num_attention_heads=5, projection_dim=320
+)
+SMALL_SDXL["parameters"] = None
+CONFIGS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "small": SMALL, "small_sdxl": SMALL_SDXL}
 
 COLOURS = ["red", "orange", "yellow", "green", "blue", "violet", "white", "black", "brown", "pink"]
 SHAPES = ["circle", "square", "triangle"]
@@ -154,7 +197,7 @@ def save_tokenizer(folder: pathlib.Path) -> CLIPTokenizer:
 
 
 def build_model(cache: pathlib.Path, name: str) -> pathlib.Path:
-    """Return a folder in the layout of a Stable Diffusion pipeline, float32, random weights."""
+    """Return a folder in the layout of a pipeline of Stable Diffusion or SDXL, float32, random weights."""
     folder, config = cache / f"model-{name}", CONFIGS[name]
     with written_aside(folder) as aside:
         if aside:
@@ -166,23 +209,21 @@ def build_model(cache: pathlib.Path, name: str) -> pathlib.Path:
             unet.save_pretrained(aside / "unet")
             del unet
             AutoencoderKL(**config["vae"]).save_pretrained(aside / "vae")
-            tokenizer = save_tokenizer(aside / "tokenizer")
-            ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-            text_config = CLIPTextConfig(**config["text_encoder"], **ids, pad_token_id=tokenizer.pad_token_id)
-            CLIPTextModel(text_config).save_pretrained(aside / "text_encoder")
-            save_scheduler_and_index(aside)
+            kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+            for part in config.keys() & kinds.keys():
+                tokenizer = save_tokenizer(aside / part.replace("text_encoder", "tokenizer"))
+                ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+                text_config = CLIPTextConfig(**config[part], **ids, pad_token_id=tokenizer.pad_token_id)
+                kinds[part](text_config).save_pretrained(aside / part)
+            save_scheduler_and_index(aside, is_sdxl="text_encoder_2" in config)
     return folder
 
 
-def save_scheduler_and_index(folder: pathlib.Path) -> None:
+def save_scheduler_and_index(folder: pathlib.Path, *, is_sdxl: bool) -> None:
     """Write the published noise schedule and the pipeline's table of contents."""
-    PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    noise_scheduler = EulerDiscreteScheduler(**betas) if is_sdxl else PNDMScheduler(**betas, skip_prk_steps=True)
+    noise_scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
@@ -193,6 +234,15 @@ def save_scheduler_and_index(folder: pathlib.Path) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
+    if is_sdxl:
+        index |= {
+            "_class_name": "StableDiffusionXLPipeline",
+            "force_zeros_for_empty_prompt": True,
+            "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
+        del index["safety_checker"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

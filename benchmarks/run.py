@@ -23,7 +23,7 @@ import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
-CONFIGS = ["sd15", "sd21", "small"]
+CONFIGS = ["sd15", "sd21", "sdxl", "small", "small_sdxl"]
 PRECISIONS = ["no", "fp16", "bf16"]
 GIB = 2**30
 ERROR_LINES = 25

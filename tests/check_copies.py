@@ -23,15 +23,25 @@ import sys
 from dataclasses import dataclass
 
 OWN = {
+    "ADDITION_EMBED_TYPE",
     "EMA_FOLDER",
+    "MODEL_KIND",
+    "MODEL_LICENSE",
     "Models",
     "RESULT",
+    "TEXT_ENCODERS",
+    "TOKENIZERS",
     "TRAINED",
     "describe_model",
+    "encode_captions",
     "export_model",
+    "get_conditions",
     "load_models",
     "load_trained",
     "main",
+    "make_kohya_facts",
+    "make_kohya_name",
+    "make_pipeline",
     "parse_args",
     "save_trained",
 }

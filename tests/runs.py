@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from conftest import ROOT, load_script
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 # Other processes are forked from one that has imported everything and computed nothing: ready at once, and as separate
 # as any, so that they can be stopped, killed and limited for real.
@@ -37,6 +38,17 @@ def run(script, argv: list) -> None:
     finally:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
+
+
+def prepare(script, argv: list):
+    """Return flags, models and samples of a run, with the caches made, by the script's own functions."""
+    args = script.parse_args(argv)
+    accelerator, configs = script.make_accelerator(args), script.load_model_configs(args)
+    images = script.make_captioned_images(args, args.train_data_dir)
+    samples = script.make_data(args, images, None, 0, configs).train
+    models = script.load_models(args, accelerator, configs)
+    script.cache_encodings(args, accelerator, models, samples)
+    return args, models, samples
 
 
 @contextlib.contextmanager
@@ -147,6 +159,15 @@ def get_command(script, argv: list) -> list[str]:
     return [sys.executable, script.__file__, *(str(word) for word in argv)]
 
 
+def keep_configs_only(model: Path, folder: Path, **changes) -> Path:
+    """Copy a model without its weights, with `changes` of its configurations as {"unet": {"in_channels": 9}}."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for part, new in changes.items():
+        path = next((folder / part).glob("*config.json"))
+        path.write_text(json.dumps({**json.loads(path.read_text()), **new}))
+    return folder
+
+
 def list_names(folder: Path, pattern: str = "checkpoint-*") -> set[str]:
     """Return the names in a folder."""
     return {path.name for path in Path(folder).glob(pattern)}
@@ -182,14 +203,14 @@ def read_trained(folder: Path, *, averaged: bool = False) -> dict[str, torch.Ten
     return load_file(Path(folder, "unet_ema" if averaged else "unet", "diffusion_pytorch_model.safetensors"))
 
 
-def load_pipeline(output_dir: Path, base: Path, **schedule) -> StableDiffusionPipeline:
+def load_pipeline(output_dir: Path, base: Path, **schedule) -> DiffusionPipeline:
     """Return what a run left to draw with: a pipeline, or an adapter, which is put on its base.
 
     `schedule` is what an adapter's user has to know of its noise schedule, which a pipeline brings along.
     """
     if not Path(output_dir, LORA_FILE).is_file():
-        return StableDiffusionPipeline.from_pretrained(output_dir, safety_checker=None)
-    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+        return DiffusionPipeline.from_pretrained(output_dir, safety_checker=None)
+    pipeline = DiffusionPipeline.from_pretrained(base, safety_checker=None)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **schedule)
     pipeline.load_lora_weights(output_dir, weight_name=LORA_FILE)  # by name: offline, diffusers asks for it
     return pipeline

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TORCH_SCRIPTS, load_script, make_args, make_image_folder
+from runs import keep_configs_only
 
 GOLDEN = Path(__file__).parent / "golden"
 CONTRACT = json.loads((Path(__file__).parent / "cli.json").read_text())
@@ -24,12 +25,12 @@ POSITIVE_COUNTS = [
     "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "logging_steps", "checkpoints_total_limit",
     "validation_epochs", "validation_steps", "validation_inference_steps", "rank", "cache_crops"]
 POSITIVE_REALS = [
-    "lr_power", "snr_gamma", "adam_epsilon", "max_grad_norm", "timestep_bias_multiplier", "lora_alpha"]
+    "lr_power", "snr_gamma", "adam_epsilon", "timestep_bias_multiplier", "lora_alpha"]
 NONNEGATIVE_COUNTS = [
     "seed", "lr_warmup_steps", "dataloader_num_workers", "num_validation_images", "timestep_bias_begin"]
 NONNEGATIVE_REALS = [
     "adam_weight_decay", "noise_offset", "input_perturbation", "dream_detail_preservation",
-    "validation_guidance_scale", "text_encoder_lr"]
+    "validation_guidance_scale", "text_encoder_lr", "max_grad_norm"]
 BELOW_1 = ["adam_beta1", "adam_beta2", "lora_dropout"]  # at 1 a mean would never move, an adapter never learn
 FRACTIONS = ["proportion_empty_prompts", "timestep_bias_portion", "ema_decay", *BELOW_1]
 UNBOUNDED = {"local_rank", "timestep_bias_end"}  # set by launchers; bounded by --timestep_bias_begin and the model
@@ -85,6 +86,12 @@ IMPOSSIBLE_PAIRS = {
                             "1:1000,0.1")
        for rules in ("1:10,", "1:10;0.1", "0.1:x,1", "1-10,0.1", "", "1:10,0.1:20", "e:10,0.1", "1:10,.", "1:10,1e")},
     "offload without ema": ({"offload_ema": True}, "--offload_ema", "--use_ema"),
+    "two optimizers": ({"use_8bit_adam": True, "use_adafactor": True}, "--use_8bit_adam", "--use_adafactor"),
+    "an update in backward with accumulation": (
+        {"optimizer_in_backward": True, "max_grad_norm": 0, "gradient_accumulation_steps": 2},
+        "--optimizer_in_backward", "--gradient_accumulation_steps 1"),
+    "an update in backward with clipping": ({"optimizer_in_backward": True}, "--optimizer_in_backward",
+                                            "--max_grad_norm 0"),
     "rate of a frozen text encoder": ({"text_encoder_lr": 1e-4}, "--text_encoder_lr", "--train_text_encoder"),
     "none and another": ({"report_to": "none,tensorboard"}, "--report_to none,tensorboard", "`none` stands alone"),
     **{f"token and {trackers}": ({"hub_token": "hf_secret", "report_to": trackers}, "--hub_token",
@@ -259,6 +266,7 @@ def test_impossible_pairs_are_refused(script, capsys, places, case):
     ("flags", "package"),
     [
         ({"enable_xformers_memory_efficient_attention": True}, "xformers"),
+        ({"enable_npu_flash_attention": True}, "torch_npu"),
         ({"use_8bit_adam": True}, "bitsandbytes"),
         *(({"report_to": name}, name) for name in ("wandb", "comet_ml", "mlflow", "aim", "clearml", "dvclive",
                                                    "swanlab", "trackio")),
@@ -289,7 +297,7 @@ def test_numbers_at_the_bounds_are_accepted(script, places):
              **dict.fromkeys(NONNEGATIVE_COUNTS + NONNEGATIVE_REALS + FRACTIONS, 0)}
     edges = {name: value for name, value in edges.items() if name in flags}
     argv = make_args("m", places["FOLDER"], places["MISSING"], train_text_encoder=True, cache_latents=True,
-                     **edges)
+                     no_cache_text_embeddings=True, **edges)
     args = script.parse_args(argv)
     assert {name: getattr(args, name) for name in edges} == edges
     ones = {name: 1.0 for name in FRACTIONS if name in flags and name not in BELOW_1}
@@ -316,10 +324,11 @@ def test_a_tilde_is_the_home(script, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine/checkpoint-3").mkdir(parents=True)
     (tmp_path / "mine/checkpoint-3/run_record.json").write_text("{}")
-    names = ("output_dir", "train_data_dir", "validation_data_dir", "cache_dir", "resume_from_checkpoint")
-    flags = {**dict.fromkeys(names, "~/mine"), "resume_from_checkpoint": "~/mine/checkpoint-3"}
+    names = ("output_dir", "train_data_dir", "validation_data_dir", "cache_dir", "encoded_dir",
+             "pretrained_vae_model_name_or_path", "resume_from_checkpoint")
+    flags = {**dict.fromkeys(names, "~/mine"), "cache_latents": True, "resume_from_checkpoint": "~/mine/checkpoint-3"}
     args = script.parse_args(make_args("m", flags.pop("train_data_dir"), flags.pop("output_dir"), **flags))
-    assert [getattr(args, name) for name in names[:4]] == [str(tmp_path / "mine")] * 4
+    assert [getattr(args, name) for name in names[:6]] == [str(tmp_path / "mine")] * 6
     assert args.resume_from_checkpoint == str(tmp_path / "mine/checkpoint-3")
 
 
@@ -330,22 +339,14 @@ def test_non_ema_revision_falls_back_to_revision(full_script, places):
         assert args.non_ema_revision == expected
 
 
-def keep_configs_only(model: Path, folder: Path, **changes) -> Path:
-    """Copy a model without its weights, with `changes` of its configurations as {"unet": {"in_channels": 9}}."""
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    for part, new in changes.items():
-        path = next((folder / part).glob("*config.json"))
-        path.write_text(json.dumps({**json.loads(path.read_text()), **new}))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("changes", "flags", "parts"),
     [
         ({}, {"resolution": 33}, ["--resolution 33", "multiple of 2", "try 32"]),
         ({}, {"resolution": 1}, ["--resolution 1", "multiple of 2", "try 2"]),
         ({"unet": {"in_channels": 9}}, {}, ["9 channels", "4", "inpainting"]),
-        ({"unet": {"addition_embed_type": "text_time"}}, {}, ["text_time", "SDXL"]),
+        ({"unet": {"addition_embed_type": "text_image"}}, {}, ["text_image", "SDXL"]),
+        ({"text_encoder": {"architectures": ["T5EncoderModel"]}}, {}, ["text_encoder is a T5EncoderModel", "CLIP"]),
         ({"scheduler": {"prediction_type": "v_prediction"}}, {"dream_training": True},
          ["--dream_training", "epsilon", "v_prediction"]),
         ({}, {"rescale_betas_zero_snr": True},
@@ -363,12 +364,22 @@ def test_models_that_cannot_be_trained_are_refused(script, tiny_model, image_fol
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "scheduler"])
+def test_the_other_kind_of_model_is_refused(script, tiny_models, image_folder, tmp_path):
+    """A model for the scripts with sdxl in their names is none for the others, and the reverse: the error says so."""
+    own, other = ("sdxl", "sd") if "sdxl" in script.__name__ else ("sd", "sdxl")
+    model = keep_configs_only(tiny_models[other], tmp_path / "model")
+    kinds = {"sd": "Stable Diffusion 1.x or 2.x", "sdxl": "Stable Diffusion XL"}
+    with pytest.raises(ValueError, match=f"model is no {kinds[own]} model: .*have sdxl in their names"):
+        script.main(make_args(model, image_folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "scheduler", "text_encoder", "tokenizer"])
 def test_a_model_folder_without_a_part_is_refused(script, tiny_model, image_folder, tmp_path, part):
     """The message names the folder, the part that it lacks, and what a model folder holds."""
     model = keep_configs_only(tiny_model, tmp_path / "model")
     shutil.rmtree(model / part)
-    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .*model has no {part} to load.*unet/, v"):
+    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .*model has no {part} to load.*{part}/"):
         script.main(make_args(model, image_folder, tmp_path / "out"))
 
 

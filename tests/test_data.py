@@ -13,11 +13,17 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, make_image, make_image_folder, make_namespace, read_scalars
+from conftest import UNCACHED, make_args, make_image, make_image_folder, make_namespace, read_scalars
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 CAPTIONS = [f"picture number {index}" for index in range(5)]
+
+
+@pytest.fixture
+def script(first_script):
+    """One script alone, to save time: what is tested here has the same text in each (tests/check_copies.py)."""
+    return first_script
 
 
 def load_images(script, folder, **flags):
@@ -343,11 +349,11 @@ def no_children():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_named(script, tiny_model, broken_folder, tmp_path, no_children, workers):
+def test_a_broken_image_is_named(each_script, tiny_model, broken_folder, tmp_path, no_children, workers):
     """A run that meets such an image ends with its row, file and the flag to skip it, and leaves no process behind."""
     message = r"(?is)row \d of the data \(.*2\.jpg\) cannot be read.*truncated.*--skip_broken_images"
     with pytest.raises(ValueError, match=message):
-        script.main(make_args(tiny_model, broken_folder, tmp_path / "out", dataloader_num_workers=workers))
+        each_script.main(make_args(tiny_model, broken_folder, tmp_path / "out", dataloader_num_workers=workers))
     assert list((tmp_path / "out").glob("checkpoint-*")) == []
     assert multiprocessing.active_children() == []  # else the process would wait for them for ever
 
@@ -398,10 +404,10 @@ def test_several_broken_images_are_skipped_around_the_end(script):
         make_samples(script, Images([None, None]), skip_broken_images=True)[script.Visit(0, 0)]
 
 
-def test_skipped_images_are_counted_in_the_logs(script, tiny_model, broken_folder, tmp_path, caplog):
+def test_skipped_images_are_counted_in_the_logs(each_script, tiny_model, broken_folder, tmp_path, caplog):
     """A run over four images of which one is broken counts one skipped image per epoch, and names it."""
-    script.main(make_args(tiny_model, broken_folder, tmp_path / "out", skip_broken_images=True, train_batch_size=4,
-                          max_train_steps=3, logging_steps=1, report_to="tensorboard"))
+    each_script.main(make_args(tiny_model, broken_folder, tmp_path / "out", skip_broken_images=True, **UNCACHED,
+                               train_batch_size=4, max_train_steps=3, logging_steps=1, report_to="tensorboard"))
     assert read_scalars(tmp_path / "out", "skipped_images") == {1: 1, 2: 2, 3: 3}
     assert len([line for line in caplog.messages if "skipped: row" in line and "2.jpg" in line]) >= 3
 
@@ -812,7 +818,7 @@ def test_max_train_samples_draws_a_subset(script, tiny_model, image_folder):
     assert len(list_captions(0, 10)) == len(list_captions(0, 11)) == len(list_captions(0, None)) == 10
 
 
-def test_a_data_set_of_ones_own(script, tiny_model, image_folder, tmp_path, monkeypatch):
+def test_a_data_set_of_ones_own(each_script, tiny_model, image_folder, tmp_path, monkeypatch):
     """`CaptionedImages` is a room to edit: a class with a length and items of image and captions is enough."""
 
     class Stripes(torch.utils.data.Dataset):
@@ -822,13 +828,14 @@ def test_a_data_set_of_ones_own(script, tiny_model, image_folder, tmp_path, monk
         def __getitem__(self, index):
             return {"image": make_image(index, (32, 48)), "captions": [f"stripe {index}", "a stripe"]}
 
-    monkeypatch.setattr(script, "make_captioned_images", lambda args, folder: Stripes())
-    script.main(make_args(tiny_model, image_folder, tmp_path / "out", num_train_epochs=1, max_train_steps=None))
+    monkeypatch.setattr(each_script, "make_captioned_images", lambda args, folder: Stripes())
+    each_script.main(make_args(tiny_model, image_folder, tmp_path / "out", num_train_epochs=1, max_train_steps=None,
+                               **UNCACHED))
     progress = json.loads((tmp_path / "out" / "checkpoint-2" / "run_record.json").read_text())["progress"]
     assert progress == {"global_step": 2, "epoch": 0, "samples_seen": 3}
 
 
-def test_output_folder_inside_the_data_is_no_data(script, tiny_model, tmp_path):
+def test_output_folder_inside_the_data_is_no_data(each_script, tiny_model, tmp_path):
     """A run may write into its data folder and be resumed: its own pictures are not trained on."""
     data = tmp_path / "data"
     for index in range(3):
@@ -836,10 +843,10 @@ def test_output_folder_inside_the_data_is_no_data(script, tiny_model, tmp_path):
         make_image(index).save(data / f"{index}.png")
         (data / f"{index}.txt").write_text(f"picture {index}")
     flags = {"validation_prompts": ["a"], "validation_inference_steps": 1, "max_train_steps": 3}
-    script.main(make_args(tiny_model, data, data / "out", **flags))
+    each_script.main(make_args(tiny_model, data, data / "out", **flags))
     assert (data / "out" / "val_imgs_grid.png").is_file()
-    again = script.parse_args(make_args(tiny_model, data, data / "out", resume_from_checkpoint="latest", **flags))
-    assert len(script.make_captioned_images(again, str(data))) == 3
+    argv = make_args(tiny_model, data, data / "out", resume_from_checkpoint="latest", **flags)
+    assert len(each_script.make_captioned_images(each_script.parse_args(argv), str(data))) == 3
 
 
 @pytest.mark.parametrize("values", [[[0.0, 1.0]], [[-5.0, 5.0]]])

@@ -1,5 +1,6 @@
 """Averaged weights: the recursion, diffusers' EMAModel and its files, and which weights a run leaves where."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -118,7 +119,8 @@ def test_swapping_in_restores_everything(script, offload, fails):
 def average_unet(script, tiny_model: Path):
     """Return an accelerator, and models of which the UNet is trained and averaged."""
     unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
-    accelerator, models = Accelerator(cpu=True), script.Models(None, None, None, unet, {}, ("unet",))
+    fields = dict.fromkeys(field.name for field in dataclasses.fields(script.Models))
+    accelerator, models = Accelerator(cpu=True), script.Models(**{**fields, "unet": unet, "trained": ("unet",)})
     models.ema = script.EmaWeights(script.name_trained_parameters(accelerator, models), 0.99)
     script.register_checkpoint_hooks(accelerator, models)
     return accelerator, models

@@ -211,8 +211,7 @@ def test_dora_starts_from_the_norms_of_the_base(script, tiny_model, tmp_path, im
     """The magnitudes are the float32 norms of the frozen weights also where those are in half precision."""
     args = script.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", use_dora=True,
                                        mixed_precision="bf16", lora_target=["attention", "convolution"]))
-    config = script.load_model_configs(args)["scheduler"]
-    unet = script.load_models(args, script.make_accelerator(args), script.make_scheduler_config(args, config)).unet
+    unet = script.load_models(args, script.make_accelerator(args), script.load_model_configs(args)).unet
     found = 0
     for module in unet.modules():
         for magnitude in getattr(module, "lora_magnitude_vector", {}).values():

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import list_adapter_flags, make_args, make_image_folder, read_scalars
+from conftest import UNCACHED, list_adapter_flags, make_args, make_image_folder, read_scalars
 from runs import (
     Run,
     assert_same_checkpoint,
@@ -226,10 +226,12 @@ def test_signal_to_all_processes_of_a_run_saves_too(script, args, number, tmp_pa
     assert "Traceback" not in log.read_text()
 
 
-def test_second_ctrl_c_stops_at_once(script, args, tmp_path):
+def test_second_ctrl_c_stops_at_once(script, tiny_model, tmp_path):
     """Who cannot wait for the end of an update asks again, and the process is gone without a checkpoint."""
     out, log = tmp_path / "out", tmp_path / "log"
-    argv = args(out, resolution=128, train_batch_size=1, gradient_accumulation_steps=10)  # long updates, short passes
+    data = make_image_folder(tmp_path / "data", count=80)
+    argv = make_args(tiny_model, data, out, **UNCACHED, resolution=64, train_batch_size=1, max_train_steps=6,
+                     gradient_accumulation_steps=80)  # long updates of short passes
     with Run(script, argv, log) as child:
         child.wait_until(lambda: log.exists() and re.search(r" [1-5]/6 ", log.read_text()))
         child.kill(signal.SIGINT)

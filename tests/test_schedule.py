@@ -12,6 +12,12 @@ from diffusers.optimization import get_scheduler
 RATE, WARMUP, UPDATES = 2e-3, 2, 6
 
 
+@pytest.fixture
+def script(first_script):
+    """One script alone, to save time: what is tested here has the same text in each (tests/check_copies.py)."""
+    return first_script
+
+
 def get_progress(update: int) -> float:
     """Return the share of the updates after the warm-up that are done before update number `update`, from 0."""
     return (update - WARMUP) / (UPDATES - WARMUP)
@@ -110,11 +116,11 @@ def test_the_rate_is_scaled_by_the_batch(script, image_folder, tmp_path, num_pro
         assert script.compute_learning_rate(args, args.learning_rate, num_processes) == pytest.approx(expected)
 
 
-def test_a_scaled_rate_is_scheduled(script, tiny_model, image_folder, tmp_path):
+def test_a_scaled_rate_is_scheduled(each_script, tiny_model, image_folder, tmp_path):
     """With --scale_lr the schedule ends at the scaled rate, and so does what is logged."""
-    run(script, make_args(tiny_model, image_folder, tmp_path, scale_lr=True, learning_rate=RATE, train_batch_size=3,
-                          gradient_accumulation_steps=2, lr_scheduler="constant_with_warmup", lr_warmup_steps=2,
-                          max_train_steps=3, resolution=8, report_to="tensorboard"))
+    run(each_script, make_args(tiny_model, image_folder, tmp_path, scale_lr=True, learning_rate=RATE, resolution=8,
+                               train_batch_size=3, gradient_accumulation_steps=2, lr_scheduler="constant_with_warmup",
+                               lr_warmup_steps=2, max_train_steps=3, report_to="tensorboard"))
     assert read_scalars(tmp_path, "lr") == pytest.approx({1: 0, 2: 3 * RATE, 3: 6 * RATE}, rel=1e-5)
 
 
@@ -134,11 +140,11 @@ def test_epochs_are_counted_in_updates(script, image_folder, tmp_path, counts, e
 
 
 @pytest.fixture
-def half_done(script, tiny_model, image_folder, tmp_path):
+def half_done(each_script, tiny_model, image_folder, tmp_path):
     """Return a function that goes on from the middle of a linear schedule, and returns its rates and its folder."""
 
     def go(name, **flags):
-        run(script, make_args(tiny_model, image_folder, tmp_path / name, **{
+        run(each_script, make_args(tiny_model, image_folder, tmp_path / name, **{
             "lr_scheduler": "linear", "learning_rate": RATE, "max_train_steps": 6, "checkpointing_steps": 3,
             "resolution": 8, "report_to": "tensorboard", **flags}))
         return read_scalars(tmp_path / name, "lr"), tmp_path / name

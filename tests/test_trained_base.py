@@ -5,13 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_args, read_scalars
+from conftest import ROOT, SDXL_SCRIPTS, TORCH_SCRIPTS, load_script, make_args, read_scalars
 from PIL import Image
 from runs import run
 
+# The base is a Stable Diffusion: the scripts for SDXL cannot train it.
+SD_SCRIPTS = [name for name in TORCH_SCRIPTS if name not in SDXL_SCRIPTS]
 BASE, IMAGES, HELD_OUT = (ROOT / "quickstart" / name for name in ("base", "images", "validation_images"))
 FLAGS = {"resolution": 64, "train_batch_size": 8, "max_train_samples": 64, "validation_data_dir": HELD_OUT,
          "report_to": "tensorboard", "checkpointing_steps": 1000}
+
+
+@pytest.fixture(params=SD_SCRIPTS)
+def script(request):
+    """Each script for Stable Diffusion in turn, as a module."""
+    return load_script(request.param)
 
 
 def fine_tune(script, out: Path, **flags) -> Path:

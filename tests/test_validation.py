@@ -10,14 +10,15 @@ import shutil
 import subprocess
 import threading
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import wandb
-from conftest import list_fast_flags, make_args, make_image_folder, read_scalars
+from conftest import list_fast_flags, make_args, make_image, make_image_folder, read_scalars
 from huggingface_hub import ModelCard
 from PIL import Image
-from runs import assert_same_checkpoint, get_command, list_names, load_pipeline, read_folder, run
+from runs import assert_same_checkpoint, get_command, list_names, load_pipeline, read_folder, run, run_pair
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers import DDIMScheduler
@@ -266,6 +267,56 @@ def test_numbers_do_not_depend_on_how_often_they_are_read(script, args, tmp_path
     assert list(read_scalars(tmp_path / "4", "data_wait")) == [4, 6]
 
 
+def read_image_losses(output_dir, step: int) -> dict[str, float]:
+    """Return the loss of each image in an update, by the name that --debug_loss logs."""
+    found = {}
+    for path in sorted(output_dir.rglob("events.out.tfevents.*")):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("loss_for_")]
+        found |= {tag: event.value for tag in tags for event in events.Scalars(tag) if event.step == step}
+    return found
+
+
+def test_each_image_has_its_own_loss(script, args, tmp_path):
+    """--debug_loss logs loss_for_FILE of each image that an update saw; their mean is the update's loss."""
+    out = tmp_path / "out"
+    run(script, args(out, debug_loss=True, report_to="tensorboard", max_train_steps=3, gradient_accumulation_steps=2,
+                     logging_steps=2))
+    losses, own = read_scalars(out, "train_loss"), [read_image_losses(out, step) for step in (1, 2, 3)]
+    assert [len(numbers) for numbers in own] == [4, 4, 2]  # ten images in updates of two times two
+    assert sorted(name for numbers in own for name in numbers) == [f"loss_for_{i:03d}.png" for i in range(10)]
+    for step, numbers in enumerate(own, 1):
+        assert losses[step] == pytest.approx(np.mean(list(numbers.values())), rel=1e-5)
+        assert len(set(numbers.values())) == len(numbers)
+
+
+def test_images_without_a_file_have_a_loss_by_their_row(first_script, tiny_models, tmp_path):
+    """Of a data set that holds its images --debug_loss names the rows, of the subset that is trained on."""
+    images = [make_image(index) for index in range(5)]
+    rows = datasets.Dataset.from_dict({"image": images, "text": [f"picture {index}" for index in range(5)]})
+    rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
+    run(first_script, make_args(tiny_models["sd"], None, tmp_path / "out", train_data_dir=None,
+                                dataset_name=tmp_path / "rows", debug_loss=True, report_to="tensorboard",
+                                max_train_samples=3, train_batch_size=4, max_train_steps=1))
+    own = read_image_losses(tmp_path / "out", 1)
+    assert own.keys() == {f"loss_for_row-{index}" for index in range(3)}
+    assert read_scalars(tmp_path / "out", "train_loss")[1] == pytest.approx(np.mean(list(own.values())), rel=1e-5)
+
+
+def test_two_processes_log_the_losses_of_all_images(first_script, tiny_models, image_folder, tmp_path):
+    """Also of an update with a single image, for which one of them waits: the numbers are those of one process."""
+    own = {}
+    for name, batch_size in (("pair", 2), ("single", 4)):
+        argv = make_args(tiny_models["sd"], image_folder, tmp_path / name, debug_loss=True, report_to="tensorboard",
+                         max_train_samples=9, max_train_steps=4, logging_steps=1, train_batch_size=batch_size)
+        run_pair(first_script, argv, tmp_path / "log") if name == "pair" else run(first_script, argv)
+        own[name] = [read_image_losses(tmp_path / name, step) for step in (1, 2, 3, 4)]
+    assert [len(numbers) for numbers in own["pair"]] == [4, 4, 1, 4]
+    for numbers, expected in zip(own["pair"], own["single"], strict=True):
+        assert numbers == pytest.approx(expected, rel=1e-3)
+
+
 def test_weights_and_biases_offline(script, args, tmp_path, monkeypatch):
     """Every update's numbers and all pictures are in the files that `wandb sync` would upload, and no token is."""
     settings = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "HF_TOKEN": TOKEN}
@@ -300,7 +351,8 @@ def test_model_card(script, drawn, tiny_model):
     """It names the base model, shows the last pictures, says how to use the result and how it was trained."""
     card = ModelCard.load(drawn / "README.md")
     assert str(tiny_model) in card.text and card.data.license
-    assert {"text-to-image", "diffusers", "diffusers-training", "stable-diffusion"} <= set(card.data.tags)
+    kind = "stable-diffusion-xl" if "sdxl" in script.__name__ else "stable-diffusion"
+    assert {"text-to-image", "diffusers", "diffusers-training", kind} <= set(card.data.tags)
     (picture,) = re.findall(r"!\[.*?\]\(\.?/?(.*?)\)", card.text)
     assert read_pixels(drawn / picture).shape == read_pixels(drawn / "validation/step-11/grid.png").shape
     (snippet,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)

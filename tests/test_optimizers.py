@@ -1,0 +1,94 @@
+"""Other optimizers, updates within the backward pass, and no clipping."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import UNCACHED, list_adapter_flags, make_args, read_scalars
+from runs import assert_same_checkpoint, read_trained, run, start_pair
+
+NO_8_BIT = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+OPTIMIZERS = [pytest.param({}, id="AdamW"), pytest.param({"use_adafactor": True}, id="Adafactor"),
+              pytest.param({"use_8bit_adam": True}, id="8-bit AdamW", marks=NO_8_BIT)]
+
+
+@pytest.fixture
+def train(script, tiny_model, image_folder, tmp_path):
+    """Return a function that runs the script and returns its output folder."""
+
+    def with_flags(name: str, **flags):
+        run(script, make_args(tiny_model, image_folder, tmp_path / name, **flags))
+        return tmp_path / name
+
+    return with_flags
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_updates_in_the_backward_pass_are_those_after_it(script, train, optimizer):
+    """--optimizer_in_backward leaves the same files to the last bit: from the start, and resumed, with averages."""
+    flags = {"max_grad_norm": 0, "use_ema": True, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1,
+             "gradient_checkpointing": True, "train_text_encoder": True, "no_cache_text_embeddings": True,
+             **list_adapter_flags(script, rank=64), **optimizer}  # so that A and B are large enough for 8 bits
+    whole = train("whole", **flags, max_train_steps=4, checkpointing_steps=2)
+    part = train("part", **flags, max_train_steps=2, optimizer_in_backward=True)
+    assert_same_checkpoint(part / "checkpoint-2", whole / "checkpoint-2")
+    train("part", **flags, max_train_steps=4, optimizer_in_backward=True, resume_from_checkpoint="latest")
+    assert_same_checkpoint(part / "checkpoint-4", whole / "checkpoint-4")
+
+
+def test_gradients_are_freed_in_the_backward_pass(script, train, monkeypatch):
+    """After a pass none is left, where without --optimizer_in_backward each is; it is not measured either."""
+    left, original = [], script.train_step
+
+    def train_step(accelerator, models, *given):
+        losses = original(accelerator, models, *given)
+        left.append(sum(parameter.grad is not None for parameter in models.unet.parameters()))
+        return losses
+
+    monkeypatch.setattr(script, "train_step", train_step)
+    flags = {"max_grad_norm": 0, "report_to": "tensorboard", "max_train_steps": 1}
+    for name, in_backward in (("after", False), ("within", True)):
+        out = train(name, **flags, optimizer_in_backward=in_backward)
+        assert bool(read_scalars(out, "grad_norm")) == (not in_backward)
+        assert read_scalars(out, "train_loss")
+    assert left[0] > 10 and left[1] == 0
+
+
+def test_updates_in_the_backward_pass_need_one_process(first_script, tiny_models, image_folder, tmp_path):
+    """Two processes would update before they have exchanged gradients: both are told so, before anything is loaded."""
+    argv = make_args(tiny_models["sd"], image_folder, tmp_path / "out", optimizer_in_backward=True, max_grad_norm=0)
+    first, second = start_pair(first_script, argv, tmp_path / "log")
+    with first, second:
+        assert (first.end(), second.end()) == (1, 1)
+    assert "it needs one process and --mixed_precision bf16 or no; here are 2 processes" in (
+        tmp_path / "log").read_text()
+    assert not (tmp_path / "out").exists()
+
+
+def test_adafactor_trains_and_resumes_exactly(script, train, tiny_model):
+    """--use_adafactor keeps a row and a column per matrix, moves all weights, and goes on as if it had not stopped."""
+    whole = train("whole", use_adafactor=True, max_train_steps=4, checkpointing_steps=2, learning_rate=1e-2)
+    train("part", use_adafactor=True, max_train_steps=4, resume_from_checkpoint=whole / "checkpoint-2",
+          learning_rate=1e-2)
+    assert_same_checkpoint(whole.with_name("part") / "checkpoint-4", whole / "checkpoint-4")
+    (entry, *_) = torch.load(whole / "checkpoint-4" / "optimizer.bin", weights_only=True)["state"].values()
+    assert {"row_var", "col_var"} <= entry.keys() and "exp_avg" not in entry
+    first, last = read_trained(whole / "checkpoint-2"), read_trained(whole / "checkpoint-4")
+    assert [name for name in first if torch.equal(first[name], last[name])] == []
+
+
+def test_moments_of_adafactor_fit_no_adamw(script, train):
+    """A checkpoint of one is refused by the other, by the flag's name."""
+    train("out", use_adafactor=True, max_train_steps=1)
+    with pytest.raises(ValueError, match="--use_adafactor is False here and was True when .*checkpoint-1"):
+        train("out", max_train_steps=2, resume_from_checkpoint="latest")
+
+
+def test_a_norm_of_0_clips_nothing(train):
+    """--max_grad_norm 0 trains as a norm that is out of reach, and the gradient's own is logged all the same."""
+    flags = {"max_train_steps": 2, "report_to": "tensorboard", **UNCACHED}
+    never, none, clipped = (train(str(norm), max_grad_norm=norm, **flags) for norm in (1e9, 0, 1e-3))
+    assert_same_checkpoint(never / "checkpoint-2", none / "checkpoint-2")
+    assert read_scalars(never, "grad_norm") == read_scalars(none, "grad_norm") != {}
+    weights, others = read_trained(none / "checkpoint-2"), read_trained(clipped / "checkpoint-2")
+    assert any(not torch.equal(weights[name], others[name]) for name in weights)

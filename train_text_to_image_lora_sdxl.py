@@ -1,0 +1,2835 @@
+#!/usr/bin/env python
+# Copyright 2026 The text-to-image fine-tuning authors. Licensed under the Apache License, Version 2.0.
+"""Fine-tune Stable Diffusion XL on captioned images with LoRA: small adapters beside frozen weights.
+
+The objective, for an image x with caption c, its VAE latents z = scaling_factor * VAE(x), Gaussian noise e and a
+uniform timestep t (Ho et al. 2020, arXiv:2006.11239, eq. 14; Podell et al. 2023, arXiv:2307.01952):
+
+    z_t  = alpha_t z + sigma_t e,            alpha_t^2 + sigma_t^2 = 1
+    loss = mean over samples of  w_t ||UNet(z_t, t, text(c), size) - target||^2 / number of latent values
+    target = e (epsilon), alpha_t e - sigma_t z (v_prediction) or z (sample);  w_t = 1, or Min-SNR
+    text = the penultimate states of both text encoders side by side, and the pooled output of the second
+    size = height and width of the whole image, top and left of the crop in it, height and width of the crop
+
+Of each chosen layer only A and B are trained, of rank r (Hu et al. 2021, arXiv:2106.09685, eq. 3); B starts at 0:
+
+    W = W_0 + (lora_alpha / r) B A
+
+A and B are kept in float32. The forward pass and what is frozen are in the precision of the run, but for the VAE: it
+is float32 unless its configuration says that half precision is safe.
+
+One GPU, several GPUs, and after a crash or Ctrl-C:
+
+    accelerate launch --mixed_precision bf16 train_text_to_image_lora_sdxl.py --pretrained_model_name_or_path MODEL \\
+        --train_data_dir FOLDER --rank 16 --cache_latents --cache_text_embeddings --validation_prompt "a red apple"
+    accelerate launch --multi_gpu --mixed_precision bf16 train_text_to_image_lora_sdxl.py ...
+    accelerate launch train_text_to_image_lora_sdxl.py ... --resume_from_checkpoint latest
+
+What stands in --output_dir afterwards:
+
+    pytorch_lora_weights.safetensors         the adapter: pipeline.load_lora_weights(folder)
+    pytorch_lora_weights_kohya.safetensors   with --save_kohya_format: the same for ComfyUI, AUTOMATIC1111 and kohya
+    checkpoint-N/            everything needed to go on after update N, the adapter among it
+    validation/step-N/       the pictures drawn after update N, and grid.png
+    logs/                    TensorBoard;  README.md: the model card, with val_imgs_grid.png
+
+Every random draw but that of --lora_dropout is a function of (seed, purpose, epoch, sample) and travels with the
+sample, so that a resumed run, another number of loader workers or another number of processes repeats the same
+training. Rooms meant to be edited: `Data` (your data set: `CaptionedImages`) and `Objective` (`compute_loss`). The
+others should rarely need it.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import glob
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import accelerate
+import datasets
+import huggingface_hub
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
+from peft import LoraConfig
+from PIL import Image, ImageDraw, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import CLIPTokenizer
+
+import diffusers
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.optimization import SchedulerType, get_scheduler
+
+# ---- Names and types ------------------------------------------------------------------------------------------------
+
+logger = get_logger(__name__)
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+LONGEST_WAIT = timedelta(hours=2)  # of one process for another, as for the first one to download the data
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
+LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType)
+INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
+                       for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
+MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: bytes in a file, and how many files
+ENCODED_PIXELS = 2**20  # that the VAE takes at once for the cache: one image of 1024 px, four of 512
+VAE_TILE = 512  # pixels on a side, with --vae_tiling
+TRACKERS = tuple("tensorboard wandb comet_ml mlflow aim clearml dvclive swanlab trackio all none".split())
+POSITIVE_FLAGS = (
+    "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
+    "lr_num_cycles lr_power snr_gamma adam_epsilon checkpointing_steps logging_steps "
+    "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
+    "rank lora_alpha cache_crops"
+).split()
+NONNEGATIVE_FLAGS = (
+    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay max_grad_norm noise_offset "
+    "input_perturbation dream_detail_preservation dataloader_num_workers num_validation_images "
+    "validation_guidance_scale timestep_bias_begin"
+).split()
+FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
+# Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
+# those above are the same in every script, which has some of these flags.
+FIXED_FLAGS = (
+    "use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora"
+).split()
+MODEL_KIND = "Stable Diffusion XL"
+MODEL_LICENSE = "openrail++"  # for the model card
+ADDITION_EMBED_TYPE = "text_time"  # of the UNet: what tells this kind of model from the other
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+TEXT_ENCODERS = {  # with the classes that each may be of; the second must have a pooled output
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+}
+EMA_FOLDER = "lora_ema"  # in a checkpoint: the averaged weights and, in config.json, the state of the averaging
+# Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
+INCONSEQUENTIAL_FLAGS = frozenset(
+    "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
+    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
+    "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
+    "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
+    "validation_inference_steps save_kohya_format encoded_dir debug_loss vae_slicing optimizer_in_backward".split()
+)
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+RESULT = LORA_FILE  # in --output_dir: the sign of a finished run
+TRAINED = LORA_FILE  # in a checkpoint: the sign that this script made it
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+# What the names that --lora_target knows stand for in the UNet, and in a text encoder: ends of the names of layers.
+LORA_TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),  # and what leads in and out of transformers
+    "convolution": ("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),  # all of the residual blocks
+}
+TEXT_LORA_TARGETS = {"attention": ("q_proj", "k_proj", "v_proj", "out_proj"), "feed_forward": ("fc1", "fc2")}
+# What Stability AI's own code calls layers of the UNet, and parts of its residual blocks.
+SGM_LAYERS = {
+    "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2", "conv1": "in_layers.2", "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
+}
+# Parts of names in LoRA files, ours and the reference's, and what PEFT calls them.
+LORA_NAMES = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.",
+              ".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the seed, all that decides what the next update trains on."""
+
+    global_step: int = 0  # optimizer updates so far
+    epoch: int = 0  # passes over the data that were begun before this one
+    samples_seen: int = 0  # samples of this epoch used so far, over all processes
+
+    def advance(self, step: "MicroStep") -> None:
+        """Count the update that `step` has ended."""
+        self.global_step, self.epoch, self.samples_seen = self.global_step + 1, step.epoch, step.last
+
+
+class Visit(NamedTuple):
+    """One use of one sample: the key that a loader hands to `Samples`."""
+
+    epoch: int
+    index: int  # position in the data set
+    weight: float = 1.0  # 0 for a sample that only keeps a process busy in a batch too small to share
+
+
+class MicroStep(NamedTuple):
+    """One forward and backward pass on all processes: samples first to last (exclusive) in the order of an epoch."""
+
+    epoch: int
+    first: int
+    last: int
+    window_size: int  # samples in the whole update that this micro step belongs to
+    ends_update: bool
+    ends_epoch: bool
+
+
+class Data(NamedTuple):
+    """What a run trains on, and what it only measures."""
+
+    train: "Samples"
+    held_out: "Samples | None"
+
+
+@dataclass
+class Models:
+    """The networks of a run and what trains them."""
+
+    tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer
+    text_encoder: torch.nn.Module  # both weight_dtype; with --train_text_encoder float32 adapters as the UNet has
+    text_encoder_2: torch.nn.Module
+    vae: AutoencoderKL  # float32 or weight_dtype
+    unet: torch.nn.Module  # weight_dtype, its adapter float32; after `prepare` whatever accelerate wraps it in
+    scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
+    force_zeros_for_empty_prompt: bool  # the pipeline's: whether no caption means zeros in place of text states
+    trained: tuple[str, ...]  # the names above of what has an adapter: unet, perhaps both text encoders
+    metadata: dict[str, str]  # of the adapter's file: what it was trained on, rank, scale and layers
+    ema: "EmaWeights | None" = None
+    optimizer: torch.optim.Optimizer | None = None  # this and the next are made by `prepare_training`
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Return the flags of the command line (or of `argv`), refusing impossible ones with exit status 2."""
+    parser = ArgumentParser(
+        description="Fine-tune Stable Diffusion XL on captioned images with LoRA.",
+        usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER [flags]",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    add_model_args(parser)
+    add_lora_args(parser)
+    add_data_args(parser)
+    add_cache_args(parser)
+    add_objective_args(parser)
+    add_length_args(parser)
+    add_optimizer_args(parser)
+    add_ema_args(parser)
+    add_precision_and_memory_args(parser)
+    add_validation_args(parser)
+    add_checkpoint_and_output_args(parser)
+    add_tracking_and_hub_args(parser)
+    parser.set_defaults(output_dir="sd-model-finetuned-lora", resolution=1024, validation_epochs=1,
+                        validation_inference_steps=25, validation_guidance_scale=5.0)
+    args = read_args(parser, argv)
+    args.lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
+    args.lora_target = sorted(set(args.lora_target))
+    if args.use_dora and args.channels_last:
+        parser.error("--use_dora cannot be combined with --channels_last, a layout that PEFT's DoRA cannot read: drop "
+                     "one of them.")
+    return args
+
+
+def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Return the checked flags of the command line, with ~ in their paths expanded."""
+    args = parser.parse_args(argv)
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name",
+                 "train_data_dir", "validation_data_dir", "output_dir", "cache_dir", "encoded_dir",
+                 "resume_from_checkpoint"):
+        if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+    check_values(parser, args)
+    check_args(parser, args)
+    return args
+
+
+def add_model_args(parser: ArgumentParser) -> None:
+    """Add the flags that say which model to start from."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", type=str, required=True,
+                       help="Model to start from: a folder in diffusers layout or a name on the hub.")
+    group.add_argument("--pretrained_vae_model_name_or_path", type=str,
+                       help="VAE to use in place of the model's own: a folder with its config.json and weights, or a "
+                       "name on the hub; --revision and --variant do not apply to it.")
+    group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
+    group.add_argument("--variant", type=str, help="Weight files to read, fp16 for *.fp16.safetensors.")
+    group.add_argument("--cache_dir", type=str, help="Where downloaded models and data are kept.")
+    group.add_argument("--train_text_encoder", action="store_true",
+                       help="Train the text encoder, or both of SDXL's, as well as the UNet and in the same way.")
+
+
+def add_lora_args(parser: ArgumentParser) -> None:
+    """Add the flags that shape the adapter."""
+    group = parser.add_argument_group("adapter")
+    group.add_argument("--rank", type=int, default=4,
+                       help="Rank of the adapter: its capacity, and the size of its file.")
+    group.add_argument("--lora_alpha", type=float,
+                       help="Scale: what the adapter adds is multiplied by lora_alpha / rank; left out, the rank.")
+    group.add_argument("--lora_dropout", type=float, default=0.0,
+                       help="Share of the adapter's inputs that is set to 0 while training.")
+    group.add_argument("--lora_target", type=str, nargs="+", default=["attention"],
+                       help=f"Layers of the UNet to adapt: any of {', '.join(LORA_TARGETS)}, or ends of the names of "
+                       "linear and convolution layers, such as attn2.to_k. With --train_text_encoder, attention and "
+                       "feed_forward mean its layers too, and it gets attention where neither is given.")
+    group.add_argument("--use_dora", action="store_true",
+                       help="Train the norm of each output's weights as well (DoRA, arXiv:2402.09353).")
+    group.add_argument("--use_rslora", action="store_true",
+                       help="Scale by lora_alpha / sqrt(rank), which suits high ranks (arXiv:2312.03732).")
+    group.add_argument("--save_kohya_format", action="store_true",
+                       help=f"Also write {KOHYA_FILE}, for ComfyUI, AUTOMATIC1111 and kohya's tools.")
+
+
+def add_data_args(parser: ArgumentParser) -> None:
+    """Add the flags that say which images and captions to train on, and how they are prepared."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_name", type=str,
+                       help="Data set on the hub, or a local folder that `datasets` can load or has saved.")
+    group.add_argument("--dataset_config_name", type=str, help="Configuration of --dataset_name.")
+    group.add_argument("--train_data_dir", type=str,
+                       help="Folder of images with captions in metadata.jsonl, .csv or .parquet (columns file_name "
+                       "and --caption_column), or in one .txt beside each. With --dataset_name: its data_dir.")
+    group.add_argument("--image_column", type=str, default="image", help="Column with the images.")
+    group.add_argument("--caption_column", type=str, default="text",
+                       help="Column with the captions: a string, or a list of strings of which each visit draws one.")
+    group.add_argument("--max_train_samples", type=int, help="Train on at most this many samples, drawn by the seed.")
+    group.add_argument("--resolution", type=int,
+                       help="Side of the training images in pixels: the shorter side is resized to it, then cropped.")
+    group.add_argument("--image_interpolation_mode", type=str, default="lanczos", choices=tuple(INTERPOLATION_MODES),
+                       help="Filter for resizing images.")
+    group.add_argument("--center_crop", action="store_true", help="Crop the centre rather than a random part.")
+    group.add_argument("--random_flip", action="store_true", help="Mirror half of the images left to right.")
+    group.add_argument("--proportion_empty_prompts", type=float, default=0,
+                       help="Share of visits that train without the caption, from 0 to 1, drawn anew each time; 0.1 "
+                       "keeps classifier-free guidance healthy in long runs (arXiv:2207.12598).")
+    group.add_argument("--skip_broken_images", action="store_true",
+                       help="Use the next readable image in place of one that cannot be read, and count it.")
+    group.add_argument("--dataloader_num_workers", type=int, default=0,
+                       help="Processes that load data. 0 loads in threads of the training process, which suits most "
+                       "runs; raise it when `data_wait` in the logs exceeds a few percent.")
+
+
+def add_cache_args(parser: ArgumentParser) -> None:
+    """Add the flags of encodings that are made once and kept on disk."""
+    group = parser.add_argument_group("cache")
+    group.add_argument("--cache_latents", action="store_true",
+                       help="Encode every image once, before training, and keep what the VAE makes of it on disk.")
+    group.add_argument("--no_cache_latents", dest="cache_latents", action="store_false",
+                       help="Encode images at each visit.")
+    group.add_argument("--cache_text_embeddings", action="store_true",
+                       help="Encode every caption once, before training, and keep its text states on disk.")
+    group.add_argument("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
+                       help="Encode captions at each visit.")
+    group.add_argument("--cache_crops", type=int,
+                       help="Random crops of each image that are kept, of which each visit draws one; left out, 4, or "
+                       "1 with --center_crop. --random_flip keeps each mirrored as well.")
+    group.add_argument("--cache_dtype", type=str, default="fp16", choices=("fp16", "fp32"),
+                       help="Number format on disk: fp32 where fp16 overflows.")
+    group.add_argument("--encoded_dir", type=str,
+                       help="Where it is kept, for all runs with the same data and model; left out, in --cache_dir or "
+                       "the hub's cache.")
+
+
+def add_objective_args(parser: ArgumentParser) -> None:
+    """Add the flags that change what is learned."""
+    group = parser.add_argument_group("objective")
+    group.add_argument("--prediction_type", type=str,
+                       help="What the UNet predicts: epsilon, v_prediction or sample; left out, the model's own.")
+    group.add_argument("--snr_gamma", type=float,
+                       help="Weigh the loss by Min-SNR with this gamma; 5.0 is usual (arXiv:2303.09556).")
+    group.add_argument("--noise_offset", type=float, default=0,
+                       help="Size of the noise added to whole channels; 0.1 helps dark and bright pictures.")
+    group.add_argument("--input_perturbation", type=float, default=0,
+                       help="Size of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
+    group.add_argument("--dream_training", action="store_true",
+                       help="Correct input and target by the UNet's own estimate: slower steps, fewer needed "
+                       "(DREAM, arXiv:2312.00210).")
+    group.add_argument("--dream_detail_preservation", type=float, default=1.0,
+                       help="The exponent p of DREAM: larger keeps more detail, smaller converges faster.")
+    group.add_argument("--timestep_bias_strategy", type=str, default="none",
+                       choices=("earlier", "later", "range", "none"),
+                       help="Draw some timesteps more often: the least noisy, the most noisy, or a range.")
+    group.add_argument("--timestep_bias_multiplier", type=float, default=1.0,
+                       help="How many times as often the chosen timesteps are drawn.")
+    group.add_argument("--timestep_bias_portion", type=float, default=0.25,
+                       help="Share of all timesteps that `earlier` and `later` choose.")
+    group.add_argument("--timestep_bias_begin", type=int, default=0, help="First timestep that `range` chooses.")
+    group.add_argument("--timestep_bias_end", type=int, default=1000, help="End of `range`, itself not chosen.")
+    group.add_argument("--rescale_betas_zero_snr", action="store_true",
+                       help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction "
+                       "or sample. The saved scheduler is set to match.")
+
+
+def add_length_args(parser: ArgumentParser) -> None:
+    """Add the flags that say how long to train and from which seed."""
+    group = parser.add_argument_group("length and batch")
+    group.add_argument("--train_batch_size", type=int, default=16, help="Images per device and forward pass.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1,
+                       help="Forward passes per optimizer update: batches larger than memory holds.")
+    group.add_argument("--num_train_epochs", type=int, default=100, help="Passes over the data.")
+    group.add_argument("--max_train_steps", type=int, help="Optimizer updates; overrides --num_train_epochs.")
+    group.add_argument("--seed", type=int, help="Seed of every random draw; left out, one is drawn and logged.")
+
+
+def add_optimizer_args(parser: ArgumentParser) -> None:
+    """Add the flags of the optimizer and of the learning-rate schedule."""
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
+    group.add_argument("--text_encoder_lr", type=float,
+                       help="Peak rate of the text encoder with --train_text_encoder; left out, --learning_rate.")
+    group.add_argument("--scale_lr", action="store_true",
+                       help="Multiply the rates by batch size, accumulation steps and number of processes.")
+    group.add_argument("--lr_scheduler", type=str, default="constant",
+                       help=f"Course of the rate over the updates: {', '.join(LR_SCHEDULERS)}.")
+    group.add_argument("--lr_warmup_steps", type=int, default=500,
+                       help="Updates in which the rate rises from 0; `constant` has no such rise.")
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    group.add_argument("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    group.add_argument("--lr_step_rules", type=str,
+                       help="For piecewise_constant: `1:1000,0.1:2000,0.01` is the rate up to update 1000, a tenth of "
+                       "it up to 2000, then a hundredth.")
+    group.add_argument("--use_8bit_adam", action="store_true", help="Keep AdamW's moments in 8 bits (bitsandbytes).")
+    group.add_argument("--use_adafactor", action="store_true",
+                       help="Use Adafactor, which keeps a row and a column per matrix where AdamW keeps two matrices "
+                       "(arXiv:1804.04235). Rate and decay mean what they do there; betas and epsilon are its own.")
+    group.add_argument("--optimizer_in_backward", action="store_true",
+                       help="Update each tensor as soon as its gradient is complete, and free the gradient: memory "
+                       "for all gradients is saved. On one device, without accumulation and clipping.")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of squared gradients.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-08, help="Term that keeps AdamW's division finite.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0,
+                       help="Norm that gradients are clipped to; 0 clips nothing.")
+
+
+def add_ema_args(parser: ArgumentParser) -> None:
+    """Add the flags of the averaged weights."""
+    group = parser.add_argument_group("averaged weights")
+    group.add_argument("--use_ema", action="store_true",
+                       help="Keep an exponential moving average of the weights; validate with it and export it.")
+    group.add_argument("--ema_decay", type=float, default=0.9999,
+                       help="Share of the old average kept at each update, reached by a ramp of (1 + n) / (10 + n).")
+    group.add_argument("--offload_ema", action="store_true", help="Keep the average in host memory.")
+    group.add_argument("--foreach_ema", action="store_true",
+                       help="Average all tensors in one call. It is always done so; accepted for old commands.")
+
+
+def add_precision_and_memory_args(parser: ArgumentParser) -> None:
+    """Add the flags that trade exactness, memory and speed."""
+    group = parser.add_argument_group("precision and memory")
+    group.add_argument("--mixed_precision", type=str, choices=("no", "fp16", "bf16"),
+                       help="Number format of the forward pass; left out, what accelerate is configured for.")
+    group.add_argument("--allow_tf32", action="store_true",
+                       help="Multiply float32 matrices in TF32: faster on Ampere GPUs and later, slightly less exact.")
+    group.add_argument("--gradient_checkpointing", action="store_true",
+                       help="Compute activations again in the backward pass: less memory, slower updates.")
+    group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true",
+                       help="Use xformers' attention in place of PyTorch's own.")
+    group.add_argument("--enable_npu_flash_attention", action="store_true",
+                       help="Use the flash attention of Ascend NPUs (torch_npu).")
+    group.add_argument("--vae_slicing", action="store_true",
+                       help="Have the VAE take one image at a time, with the same result: less memory, slower.")
+    group.add_argument("--vae_tiling", action="store_true",
+                       help=f"Have the VAE take larger images in tiles of {VAE_TILE} pixels or less, which leaves "
+                       "faint seams: much less memory.")
+    group.add_argument("--torch_compile", action="store_true",
+                       help="Compile the UNet: minutes at the start for faster steps after.")
+    group.add_argument("--channels_last", action="store_true",
+                       help="Lay the UNet's weights out channels-last, which half-precision convolutions prefer.")
+    group.add_argument("--local_rank", type=int, default=-1, help="Set by launchers; accelerate reads it by itself.")
+
+
+def add_validation_args(parser: ArgumentParser) -> None:
+    """Add the flags that say what is drawn and measured while training."""
+    group = parser.add_argument_group("validation")
+    group.add_argument("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one picture each.")
+    group.add_argument("--validation_prompt", type=str, help="Prompt to draw --num_validation_images pictures of.")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Pictures of --validation_prompt.")
+    group.add_argument("--validation_epochs", type=int, help="Validate every this many epochs.")
+    group.add_argument("--validation_steps", type=int, help="Validate every this many updates as well.")
+    group.add_argument("--validation_data_dir", type=str,
+                       help="Held-out images with captions, laid out as --train_data_dir: their loss with fixed noise "
+                       "and timesteps, unweighted, is logged as validation_loss and can be compared between runs.")
+    group.add_argument("--validation_inference_steps", type=int, default=20, help="Denoising steps per picture.")
+    group.add_argument("--validation_guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
+
+
+def add_checkpoint_and_output_args(parser: ArgumentParser) -> None:
+    """Add the flags that say what is saved, where, and what to go on from."""
+    group = parser.add_argument_group("checkpoints and output")
+    group.add_argument("--output_dir", type=str, help="Where everything is saved.")
+    group.add_argument("--checkpointing_steps", type=int, default=500,
+                       help="Save a checkpoint every this many updates; the last update always leaves one.")
+    group.add_argument("--checkpoints_total_limit", type=int,
+                       help="Checkpoints to keep; the oldest goes once a newer one is complete.")
+    group.add_argument("--resume_from_checkpoint", type=str,
+                       help="Checkpoint to go on from: `latest`, a name in --output_dir, or a path.")
+
+
+def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
+    """Add the flags of logs, trackers and the hub."""
+    group = parser.add_argument_group("tracking and hub")
+    group.add_argument("--report_to", type=str, default="tensorboard",
+                       help=f"Where numbers and pictures go: {', '.join(TRACKERS)}; several with commas.")
+    group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
+    group.add_argument("--logging_steps", type=int, default=10,
+                       help="Read the numbers from the device every this many updates; each update's are logged.")
+    group.add_argument("--debug_loss", action="store_true",
+                       help="Log each picture's own loss as loss_for_<file name>, to find the odd ones.")
+    group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
+                       help="Name of the project in trackers.")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
+    group.add_argument("--hub_model_id", type=str, help="Repository to upload to; left out, --output_dir's name.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
+    group.add_argument("--hub_token", type=str,
+                       help="Token for the upload; `hf auth login` or HF_TOKEN keep it off the command line.")
+
+
+def check_values(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse flags whose value alone is impossible."""
+    bounds = (
+        (POSITIVE_FLAGS, lambda value: 0 < value < math.inf, "must be positive"),
+        (NONNEGATIVE_FLAGS, lambda value: 0 <= value < math.inf, "must not be negative"),
+        (FRACTION_FLAGS, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
+        (("adam_beta1", "adam_beta2", "lora_dropout"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
+        (("seed",), lambda value: value < 2**32, f"must be below {2**32}"),
+    )
+    for names, is_possible, rule in bounds:
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not is_possible(value):
+                parser.error(f"--{name} {rule}, got {value}.")
+    args.report_to = ",".join(tracker.strip() for tracker in args.report_to.split(","))
+    trackers = args.report_to.split(",")
+    for name, given, accepted in (("lr_scheduler", [args.lr_scheduler], LR_SCHEDULERS),
+                                  ("prediction_type", [args.prediction_type], (None, *PREDICTION_TYPES)),
+                                  ("report_to", trackers, TRACKERS)):
+        for value in given:
+            if value not in accepted:
+                parser.error(f"--{name} {value} is unknown: choose from {', '.join(filter(None, accepted))}.")
+    packages = [(f"--report_to {name}", name) for name in trackers if name not in ("all", "none")]
+    packages += [(f"--{name}", package) for name, package in (
+        ("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers"),
+        ("enable_npu_flash_attention", "torch_npu")) if getattr(args, name)]
+    for flag, package in packages:
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
+
+
+def check_args(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse combinations of flags, files and devices that cannot work."""
+    trackers = args.report_to.split(",")
+    found = [folder.name for folder in list_checkpoints(args.output_dir)]
+    found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
+    refusals = (
+        (args.dataset_name is None and args.train_data_dir is None,
+         "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
+        (args.dataset_name is None and args.train_data_dir is not None and not Path(args.train_data_dir).is_dir(),
+         f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
+        (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
+         f"--validation_data_dir {args.validation_data_dir} is not a folder."),
+        (Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve() or not args.output_dir,
+         f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
+        (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
+        (found and args.resume_from_checkpoint is None,
+         f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
+         "add --resume_from_checkpoint latest to go on from there, or name another folder."),
+        (args.dream_training and args.input_perturbation > 0,
+         "--dream_training cannot be combined with --input_perturbation: DREAM corrects the input by the noise in it, "
+         "which perturbation changes. Drop one of them."),
+        (args.dream_training and args.prediction_type in ("v_prediction", "sample"),
+         f"--dream_training is defined for epsilon only, got --prediction_type {args.prediction_type}."),
+        (args.rescale_betas_zero_snr and args.prediction_type == "epsilon",
+         "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, got epsilon."),
+        (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
+         f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
+         f"{args.timestep_bias_end}."),
+        ((args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None),
+         "--lr_scheduler piecewise_constant and --lr_step_rules go together, such as --lr_step_rules 1:1000,0.1."),
+        (args.lr_step_rules is not None and not re.fullmatch(rf"({FACTOR}:\d+,)*{FACTOR}", args.lr_step_rules),
+         f"--lr_step_rules {args.lr_step_rules} is not of the form FACTOR:UPDATE,...,FACTOR, such as 1:1000,0.1."),
+        (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
+         f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that, got {args.learning_rate}."),
+        (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
+        (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one."),
+        (args.optimizer_in_backward and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0),
+         "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: add --max_grad_norm 0 "
+         f"and --gradient_accumulation_steps 1, got {args.max_grad_norm} and {args.gradient_accumulation_steps}."),
+        (args.optimizer_in_backward and args.torch_compile,
+         "--optimizer_in_backward cannot be combined with --torch_compile, which returns all gradients at once: drop "
+         "one of them."),
+        (args.text_encoder_lr is not None and not args.train_text_encoder,
+         "--text_encoder_lr needs --train_text_encoder."),
+        (args.cache_text_embeddings and args.train_text_encoder,
+         "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: add "
+         "--no_cache_text_embeddings, or drop --train_text_encoder."),
+        (args.cache_crops is not None and not args.cache_latents, "--cache_crops needs --cache_latents."),
+        (args.encoded_dir is not None and not (args.cache_latents or args.cache_text_embeddings),
+         "--encoded_dir needs --cache_latents or --cache_text_embeddings."),
+        (args.center_crop and (args.cache_crops or 1) > 1,
+         f"--cache_crops {args.cache_crops} of --center_crop would all be the same: drop one of them."),
+        ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
+        (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
+         f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
+         "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
+        (args.mixed_precision == "fp16" and not torch.accelerator.is_available(),
+         "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            parser.error(message)
+    try:
+        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# ---- Setup ----------------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(args: Namespace) -> Accelerator:
+    """Return the accelerator, with quiet libraries and logs on the main process."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    trackers = args.report_to.split(",")
+    logs = str(Path(args.output_dir, args.logging_dir))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if trackers == ["none"] else trackers,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logs),
+        step_scheduler_with_optimizer=False,  # the schedule counts updates, not updates times processes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+                         DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of gradients
+                         AutocastKwargs(cache_enabled=False)],  # nor of weights: a pass uses each only once
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f"{accelerator.distributed_type.value} shards the weights, which this script can not yet "
+                         "average, save or draw with: use --multi_gpu, and for memory --gradient_checkpointing or "
+                         "--use_8bit_adam.")
+    if accelerator.mixed_precision != "no" and not accelerator.native_amp:
+        raise ValueError(f"precision {accelerator.mixed_precision}, from --mixed_precision or accelerate's "
+                         f"configuration, does not work on {accelerator.device.type}: use --mixed_precision no.")
+    if args.optimizer_in_backward and (accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16"):
+        raise ValueError("--optimizer_in_backward updates before gradients could be averaged or unscaled: it needs "
+                         "one process and --mixed_precision bf16 or no; here are "
+                         f"{accelerator.num_processes} processes and {accelerator.mixed_precision}.")
+    for library in (datasets, diffusers, transformers):
+        level = logging.WARNING if accelerator.is_main_process else logging.ERROR
+        library.utils.logging.set_verbosity(level)
+        if library is not datasets or not accelerator.is_local_main_process:
+            library.utils.logging.disable_progress_bar()
+    for name in ("httpx", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils.other"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def open_output_dir(args: Namespace, accelerator: Accelerator):
+    """Create the output folder, cleared of what a killed run has left; return the lock that keeps other runs out.
+
+    The lock, a file among the temporary ones of this machine, is held until the process ends. Raises ValueError where
+    another run has it, perhaps one that was told to stop and is still saving.
+    """
+    lock, folder = None, Path(args.output_dir).resolve()
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".partial-probe").touch()  # cleared with the leftovers below
+        except OSError as error:
+            raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
+        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+        with contextlib.suppress(ImportError, PermissionError):  # no such locks on Windows, or another user's file
+            import fcntl
+
+            lock = open(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), "w")  # noqa: SIM115 - stays open
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
+                                 "saving: wait for its end, or name another folder.") from error
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
+    return lock
+
+
+def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None) -> int:
+    """Create the repository on the hub and the trackers; return the seed of the run.
+
+    The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
+    """
+    seed = args.seed
+    if accelerator.is_main_process:
+        if args.push_to_hub:
+            name = args.hub_model_id or Path(args.output_dir).resolve().name
+            try:
+                args.hub_model_id = huggingface_hub.create_repo(
+                    name, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token).repo_id
+            except Exception as error:  # no network, no login, no right to that name
+                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Mend that, or drop the flag and give "
+                                 "`hf upload` the output folder afterwards.") from error
+        if seed is None:
+            seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
+    seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
+    set_seed(seed % 2**31, device_specific=True)  # adapters start from the global generators, and dropout uses them
+    config = {key: value if isinstance(value, bool | int | float) else str(value)
+              for key, value in get_public_args(args).items()}
+    accelerator.init_trackers(args.tracker_project_name, config)
+    return seed
+
+
+def get_public_args(args: Namespace) -> dict:
+    """Return the flags that may be written down: all that are set, but for the token."""
+    return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
+
+
+def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, captions_digest: str | None) -> dict:
+    """Return what a checkpoint keeps about the run that made it, ready for JSON."""
+    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, accelerate)}
+    return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
+            "captions_digest": captions_digest, "versions": versions, "flags": get_public_args(args)}
+
+
+def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
+                   seed: int) -> None:
+    """Log the facts that decide the run."""
+    trained = sum(parameter.numel() for parameter in name_trained_parameters(accelerator, models).values())
+    last_step = compute_last_step(args, num_samples, accelerator.num_processes)
+    logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
+                f"{args.resolution} px, seed {seed}")
+    logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_processes)} samples: "
+                f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
+                f"{accelerator.num_processes} processes on {accelerator.device}")
+    if args.lr_scheduler not in ("constant", "piecewise_constant") and args.lr_warmup_steps >= last_step:
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} is no shorter than the run of {last_step} updates")
+    logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
+                f"output in {args.output_dir}")
+
+
+class StopRequest:
+    """Turns SIGTERM or the first Ctrl-C into a wish to save and stop, on which all processes agree.
+
+    The agreement is one small all-reduce per update on the CPU, read one update late, so that nobody waits for it.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.signal_number = 0
+        self.pending = None
+        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def __enter__(self) -> "StopRequest":
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        if self.pending is not None and error[0] is None:
+            self.pending[1].wait()
+
+    def receive(self, number: int, frame) -> None:
+        """Note the signal; a second one of the same kind ends the process at once."""
+        self.signal_number = number
+        signal.signal(number, self.previous[number])
+        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once",
+                       main_process_only=False)
+
+    def agreed(self) -> int:
+        """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
+        if self.group is None:
+            return self.signal_number
+        flag = torch.tensor([self.signal_number])
+        work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True)
+        previous, self.pending = self.pending, (flag, work)
+        if previous is None:
+            return 0
+        previous[1].wait()
+        return int(previous[0])
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
+class CaptionedImages:
+    """Images with their captions: item i is a dict with `image` (RGB PIL picture) and `captions` (list of strings).
+
+    To train on data of your own, return such items from a class of your own and make it in `make_captioned_images`.
+    It needs `select` for --max_train_samples, and for the caches and --debug_loss the three methods named read_...
+    Nothing random belongs here: crops, flips and the choice of a caption are drawn in `Samples`.
+    """
+
+    def __init__(self, rows: datasets.Dataset, image_column: str, caption_column: str) -> None:
+        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self.captions = rows.select_columns([caption_column])  # to be read without the images
+        self.image_column, self.caption_column = image_column, caption_column
+        self.captions_digest = hashlib.blake2b(
+            json.dumps(list(rows[caption_column])).encode(), digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        stored = self.read_stored(index)
+        return {"image": decode_image(stored, make_row_name(index, stored)), "captions": self.read_captions(index)}
+
+    def read_stored(self, index: int) -> dict:
+        """Return an item's image as `datasets` stores it: `bytes`, or the `path` of its file."""
+        return self.rows[index][self.image_column] or {"bytes": None, "path": None}
+
+    def select(self, indices: np.ndarray) -> "CaptionedImages":
+        """Return some of the items."""
+        return CaptionedImages(self.rows.select(indices), self.image_column, self.caption_column)
+
+    def read_captions(self, index: int) -> list[str]:
+        """Return the captions of an item; --cache_latents and --cache_text_embeddings need no more at a visit."""
+        captions = self.captions[index][self.caption_column]
+        return [captions] if isinstance(captions, str) else list(captions)
+
+    def read_content(self, index: int) -> bytes:
+        """Return what tells an item's image from any other, without decoding it: for --cache_latents."""
+        stored = self.read_stored(index)
+        try:
+            return stored["bytes"] or Path(stored["path"] or "").read_bytes()
+        except OSError:  # reading the image will say so, or pass it over
+            return b""
+
+
+def make_row_name(index: int, stored: dict) -> str:
+    """Return what to call an item of the data in a message."""
+    return f"row {index} of the data ({stored['path'] or 'no file of its own'})"
+
+
+def make_file_name(index: int, stored: dict) -> str:
+    """Return what to call an item of the data in a log."""
+    return Path(stored["path"]).name if stored["path"] else f"row-{index}"
+
+
+def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
+    """Return the images of `folder`, or of --dataset_name where it is None."""
+    rows = load_image_folder(folder, args) if folder else load_rows(args)
+    source = folder or args.dataset_name
+    for flag, column in (("image", args.image_column), ("caption", args.caption_column)):
+        if column not in rows.column_names:
+            hint = " No captions were found: add metadata.jsonl with file_name and text, or a .txt beside each image."
+            raise ValueError(f"--{flag}_column {column} is not in {source}: its columns are "
+                             f"{', '.join(rows.column_names)}.{hint if folder and flag == 'caption' else ''}")
+    if len(rows) == 0:
+        raise ValueError(f"{source} has no images: a data set needs at least one.")
+    check_captions(rows[args.caption_column], source, args.caption_column)
+    return CaptionedImages(rows.select_columns([args.image_column, args.caption_column]), args.image_column,
+                           args.caption_column)
+
+
+def load_rows(args: Namespace) -> datasets.Dataset:
+    """Return the `train` rows of --dataset_name: from the hub, or from a local folder."""
+    name = args.dataset_name
+    if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(name)
+    else:
+        try:
+            loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir,
+                                           data_dir=args.train_data_dir)
+        except OSError as error:  # also what is not found, and a hub that is out of reach
+            raise ValueError(f"--dataset_name {name} is neither on the hub nor a local folder: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"--dataset_name {name} has no images that can be loaded: {error}") from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if "train" not in loaded:
+        raise ValueError(f"--dataset_name {name} has no split named train: its splits are {', '.join(loaded)}.")
+    return loaded["train"]
+
+
+def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
+    """Return the rows of a folder with a metadata file, or with a .txt beside each image."""
+    own = Path(args.output_dir).resolve()  # the run's own pictures are no training data
+    hides_own = own.is_relative_to(Path(folder).resolve())
+    paths = [path for path in sorted(Path(folder).rglob("*"))
+             if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+             and path.is_file() and not (hides_own and own in path.resolve().parents)]
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    has_archives = any(path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") for path in paths)
+    if not images and not has_archives:
+        raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
+    if has_archives or any(path.name in METADATA_NAMES for path in paths):
+        try:
+            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(folder)}/**"},
+                                         split="train", cache_dir=args.cache_dir)
+        except Exception as error:  # of `datasets` or Arrow, which name no file
+            raise ValueError(f"the metadata in {folder} cannot be read: {error}. Each row needs file_name and "
+                             f"{args.caption_column}, in one file of UTF-8 per folder.") from error
+        if len(rows) < len(images):
+            logger.warning(f"{len(images) - len(rows)} images in {folder} are not in its metadata and are left out")
+        return rows
+    missing = [path for path in images if not path.with_suffix(".txt").is_file()]
+    if missing:
+        raise ValueError(f"{folder} has no metadata file, and {len(missing)} of its {len(images)} images have no "
+                         f"caption: {missing[0]} needs {missing[0].with_suffix('.txt').name} beside it, or the folder "
+                         f"a metadata.jsonl with file_name and {args.caption_column}.")
+    captions = [read_caption(path.with_suffix(".txt")) for path in images]
+    return datasets.Dataset.from_dict({args.image_column: list(map(str, images)), args.caption_column: captions})
+
+
+def read_caption(path: Path) -> str:
+    """Return the text of a caption file."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+
+
+def check_captions(captions: list, source: str, column: str) -> None:
+    """Refuse captions that are neither a string nor a list with at least one string."""
+    for row, caption in enumerate(captions):
+        texts = [caption] if isinstance(caption, str) else caption
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"row {row} of {source} has {caption!r} in --caption_column {column}: a caption is a "
+                             "string or a list of at least one string. Mend or drop that row.")
+
+
+def decode_image(stored: dict, name: str) -> Image.Image:
+    """Return an image of a `datasets` row as RGB: upright as its EXIF says, transparency over white."""
+    try:
+        image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
+        image = ImageOps.exif_transpose(image)
+        if max(image.size) > MOST_ASPECT * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels are too thin a strip to crop from")
+        low, high = image.getextrema() if image.mode in ("I", "F") else (0, 0)
+        if image.mode == "F" or low < 0 or high > 65535:
+            raise ValueError(f"its values of type {image.mode} are not 8 or 16 bits per pixel")
+        if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
+            image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
+        message = f"{name} cannot be read as an image: {error}. Mend or remove it, or add --skip_broken_images."
+        raise ValueError(message) from error
+
+
+def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
+    """Return the generator of the one draw for `purpose` at `where`, such as (epoch, index).
+
+    Philox is counter-based (Salmon et al. 2011, doi:10.1145/2063384.2063405): keys that differ at all give independent
+    streams, so adding, leaving out or reordering draws changes no other.
+    """
+    digest = hashlib.blake2b(repr((seed, purpose, *where)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, portion: float, begin: int,
+                         end: int) -> np.ndarray:
+    """Return the cumulative probability of each timestep [num_timesteps], uniform but for the chosen ones."""
+    weights = np.ones(num_timesteps)
+    count = max(1, int(portion * num_timesteps))
+    chosen = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
+              "range": slice(begin, end)}[strategy]
+    weights[chosen] *= multiplier
+    cumulative = np.cumsum(weights)
+    return cumulative / cumulative[-1]
+
+
+def transform_image(image: Image.Image, resolution: int, interpolation: str, corner: tuple[float, float] | None,
+                    flip: bool) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the image as uint8 [3, resolution, resolution]: resized by its shorter side, mirrored, cropped.
+
+    With it come the crop's top and left, in pixels of the resized and mirrored image.
+
+    `corner` is the crop's top left as fractions of the free way down and across; None crops the centre.
+    """
+    shorter = min(image.size)
+    image = image.resize([resolution * side // shorter for side in image.size], INTERPOLATION_MODES[interpolation])
+    image = ImageOps.mirror(image) if flip else image
+    down, across = image.height - resolution, image.width - resolution
+    top, left = ((round(down / 2), round(across / 2)) if corner is None
+                 else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), (top, left)
+
+
+class Samples:
+    """What each visit to a sample trains on: its image, caption, and every random number that its loss needs."""
+
+    def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int,
+                 latent_shape: tuple[int, int, int], num_timesteps: int) -> None:
+        self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
+        self.timestep_cdf = compute_timestep_cdf(
+            num_timesteps, args.timestep_bias_strategy, args.timestep_bias_multiplier, args.timestep_bias_portion,
+            args.timestep_bias_begin, args.timestep_bias_end)
+        self.latents: EncodedRows | None = None  # with --cache_latents
+        self.text_states: EncodedRows | None = None  # with --cache_text_embeddings, in the order of these:
+        self.caption_digests: np.ndarray | None = None
+        self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape}
+        if args.noise_offset:
+            self.noise_shapes["offset_noise"] = (latent_shape[0], 1, 1)
+        if args.input_perturbation:
+            self.noise_shapes["perturbation_noise"] = latent_shape
+        self.threads, self.is_loader_process = None, False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "threads": None}  # which cannot be sent to a loader process
+
+    def __getitems__(self, visits: list[Visit]) -> list[dict]:
+        """Return several samples, read side by side in threads unless this is one of several loader processes."""
+        if self.is_loader_process:
+            return [self[visit] for visit in visits]
+        return self.map_in_threads(self.__getitem__, visits)
+
+    def map_in_threads(self, function, things) -> list:
+        """Return the results of a function for several things at once."""
+        if self.threads is None:
+            self.threads = ThreadPoolExecutor(max_workers=count_cores_per_process())
+        return list(self.threads.map(function, things))
+
+    def __getitem__(self, visit: Visit) -> dict:
+        """Return one sample: image and caption, or what is cached of them, `timesteps` and noises."""
+        rng, where = partial(make_rng, self.seed), (visit.epoch, visit.index)
+        corner, flip = rng("crop", *where).random(2), rng("flip", *where).random() < 0.5
+        image, captions, num_skipped = self.get_image(visit.index, corner, self.args.random_flip and flip)
+        caption = captions[rng("caption", *where).integers(len(captions))]
+        if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
+            caption = ""
+        noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
+                  for purpose, shape in self.noise_shapes.items()}
+        timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
+        index = {"indices": np.int64((visit.index + num_skipped) % len(self))} if self.args.debug_loss else {}
+        return {**image, **self.get_text(caption), **index, "timesteps": np.int64(timestep),
+                "weights": np.float32(visit.weight), "num_skipped": np.int64(num_skipped), **noises}
+
+    def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
+        """Return an image, its captions, and how many broken ones were passed over to find it.
+
+        It is `images` uint8 [3, resolution, resolution] or, cached, the `moments` [2c, h, w] of the crop that `corner`
+        stands for; either way with its `time_ids` [6].
+        """
+        if self.latents is None:
+            item, num_skipped = self.read(index)
+            return self.transform(item["image"], corner, flip), item["captions"], num_skipped
+        crop = int(corner[0] * self.count_crops())
+        variant = 2 * crop + flip if self.args.random_flip else crop
+        cached = self.latents.read(index * self.count_variants() + variant)
+        source = int(cached["sources"])
+        if source != index and not self.args.skip_broken_images:
+            self.read(index)  # which says what is wrong with it
+        image = {"moments": cached["moments"], "time_ids": cached["time_ids"]}
+        return image, self.images.read_captions(source), (source - index) % len(self)
+
+    def get_text(self, caption: str) -> dict:
+        """Return the caption, or what is cached of it."""
+        if self.text_states is None:
+            return {"caption": caption}
+        digest = np.uint64(digest_caption(caption))
+        row = int(np.searchsorted(self.caption_digests, digest))
+        if row == len(self.caption_digests) or self.caption_digests[row] != digest:
+            raise ValueError(f"caption {caption!r} was not there when captions were encoded: `read_captions` must "
+                             "return what `__getitem__` does, each time.")
+        return self.text_states.read(row)
+
+    def transform(self, image: Image.Image, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
+        """Return `images`, the image as the flags ask for, and its `time_ids`, which SDXL is conditioned on.
+
+        They are original height and width, top and left of the crop, and the crop's height and width (Podell et al.
+        2023, arXiv:2307.01952, section 2.2).
+        """
+        resolution = self.args.resolution
+        images, place = transform_image(image, resolution, self.args.image_interpolation_mode,
+                                        None if self.args.center_crop else tuple(corner), flip)
+        return {"images": images,
+                "time_ids": np.array([image.height, image.width, *place, resolution, resolution], np.float32)}
+
+    def count_crops(self) -> int:
+        """Return how many crops of an image are cached."""
+        return self.args.cache_crops or (1 if self.args.center_crop else 4)
+
+    def count_variants(self) -> int:
+        """Return how many rows an image has in the cache: its crops, each perhaps mirrored as well."""
+        return self.count_crops() * (2 if self.args.random_flip else 1)
+
+    def make_variants(self, index: int) -> list[dict[str, np.ndarray]]:
+        """Return the variants of an image that are cached, each with `sources`: the item that it was found in.
+
+        The crops are the same whatever the seed of the run.
+        """
+        (item, num_skipped), flips = self.read(index), (False, True) if self.args.random_flip else (False,)
+        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.count_crops())]
+        source = np.int64((index + num_skipped) % len(self))
+        return [{**self.transform(item["image"], corner, flip), "sources": source}
+                for corner in corners for flip in flips]
+
+    def read(self, index: int) -> tuple[dict, int]:
+        """Return item `index` and 0, or with --skip_broken_images the next readable one and how many were skipped."""
+        for num_skipped in range(len(self.images)):
+            try:
+                return self.images[(index + num_skipped) % len(self.images)], num_skipped
+            except ValueError as error:
+                if not self.args.skip_broken_images:
+                    raise
+                logging.getLogger(__name__).warning(f"skipped: {error}")
+        raise ValueError(f"none of the {len(self.images)} images can be read.")
+
+
+def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
+    """Yield the micro steps of the next `num_updates` updates, from where `progress` stands.
+
+    `micro_batch_size` counts samples over all processes. An epoch ends with whatever is left: a smaller micro batch, a
+    smaller update. No sample is repeated or left out, also when a resumed run has another batch size.
+    """
+    epoch, first = progress.epoch, progress.samples_seen
+    for _ in range(num_updates):
+        if first >= num_samples:
+            epoch, first = epoch + 1, 0
+        end = min(first + micro_batch_size * accumulation, num_samples)
+        window_size = end - first
+        while first < end:
+            last = min(first + micro_batch_size, end)
+            yield MicroStep(epoch, first, last, window_size, ends_update=last == end, ends_epoch=last == num_samples)
+            first = last
+
+
+class VisitBatches:
+    """This process's share of each micro step as a list of visits: the batch sampler of a DataLoader."""
+
+    def __init__(self, steps, num_samples: int, seed: int, rank: int, num_processes: int) -> None:
+        self.steps, self.num_samples, self.seed = steps, num_samples, seed
+        self.rank, self.num_processes = rank, num_processes
+
+    def __iter__(self):
+        """Yield one list of visits per micro step: a contiguous part of it, so that processes make one large batch."""
+        epoch = None
+        for step in self.steps:
+            if step.epoch != epoch:
+                epoch = step.epoch
+                order = make_rng(self.seed, "order", epoch).permutation(self.num_samples)
+            count = step.last - step.first
+            begin = step.first + count * self.rank // self.num_processes
+            end = step.first + count * (self.rank + 1) // self.num_processes
+            idle = [Visit(epoch, int(order[step.first]), weight=0.0)]
+            yield [Visit(epoch, int(index)) for index in order[begin:end]] or idle
+
+
+def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, Tensor]:
+    """Return samples as one batch; for captions that are not cached `input_ids` [b, s], for a second tokenizer _2."""
+    captions = [sample.pop("caption") for sample in samples if "caption" in sample]
+    batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
+    if not captions:
+        return batch
+    for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
+        batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
+                                max_length=tokenizer.model_max_length).input_ids
+    batch["num_long"] = (batch["input_ids"][:, -2] != tokenizers[0].pad_token_id).long()  # full: perhaps cut
+    return batch
+
+
+def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator):
+    """Return a loader of this process's batch of each micro step."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader processes
+    batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
+    tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
+    return torch.utils.data.DataLoader(
+        samples, batch_sampler=batches, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
+        pin_memory=accelerator.device.type == "cuda", worker_init_fn=start_loader_process,
+        generator=torch.Generator())  # its own, to leave the global one alone
+
+
+def start_loader_process(worker_id: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that trains: it ends its loaders."""
+    torch.utils.data.get_worker_info().dataset.is_loader_process = True
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
+              configs: dict[str, dict]) -> Data:
+    """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
+    side = args.resolution // compute_vae_factor(configs["vae"])
+    shapes = {"latent_shape": (configs["vae"]["latent_channels"], side, side),
+              "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
+    if args.max_train_samples is not None and args.max_train_samples < len(images):
+        chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
+        images = images.select(chosen)
+    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
+             "input_perturbation": 0, "timestep_bias_strategy": "none"}
+    plain_args = Namespace(**{**vars(args), **plain})
+    held_out = Samples(held_out_images, plain_args, seed=0, **shapes) if held_out_images is not None else None
+    return Data(Samples(images, args, seed=seed, **shapes), held_out)
+
+
+class EncodedRows:
+    """Arrays with a row per caption, or per crop of an image, in the .safetensors files of a folder.
+
+    They are read through memory maps; a loader process that is sent one opens the files itself.
+    """
+
+    def __init__(self, folder: Path, num_things: int, thing_size: int, rows_per_thing: int = 1) -> None:
+        per_file = max(1, min(SHARD_SIZE // thing_size, math.ceil(num_things / LEAST_SHARDS)))
+        self.rows_per_file, self.num_rows = per_file * rows_per_thing, num_things * rows_per_thing
+        self.folder, self.files = folder.with_name(f"{folder.name}-{self.rows_per_file}"), {}
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "files": {}}
+
+    def get_path(self, number: int) -> Path:
+        """Return the place of a file."""
+        return self.folder / f"{number:06d}.safetensors"
+
+    def read(self, row: int) -> dict[str, np.ndarray]:
+        """Return one row of every array."""
+        number, row = divmod(row, self.rows_per_file)
+        if len(self.files) > 256:  # each open file takes one of the process's descriptors
+            self.files = {}
+        try:
+            file = self.files.get(number) or safe_open(self.get_path(number), framework="numpy")
+        except (OSError, SafetensorError) as error:
+            message = f"{self.get_path(number)} is damaged or gone: {error}. Remove it and start again."
+            raise ValueError(message) from error
+        self.files[number] = file
+        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118 - no dict
+
+    def fill(self, accelerator: Accelerator, encode) -> None:
+        """Write the files that are not there: `encode(first, last)` returns the rows from first to last, exclusive.
+
+        The processes share the work. A file is renamed when it is whole: a run that was killed goes on with the next,
+        and of two runs that make the same one the later wins.
+        """
+        numbers = range(math.ceil(self.num_rows / self.rows_per_file))
+        mine = [number for number in numbers[accelerator.process_index :: accelerator.num_processes]
+                if not self.get_path(number).is_file()]
+        for number in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
+            first = number * self.rows_per_file
+            self.save(number, encode(first, min(first + self.rows_per_file, self.num_rows)))
+        accelerator.wait_for_everyone()
+        if not all(self.get_path(number).is_file() for number in numbers):
+            raise ValueError(f"{self.folder} lacks files that other machines have made: name an --encoded_dir that "
+                             "all of them share.")
+        logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(numbers)} files made now")
+
+    def save(self, number: int, rows: dict[str, np.ndarray]) -> None:
+        """Write a file, aside first."""
+        aside = self.folder / f".partial-{os.urandom(8).hex()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_arrays({name: np.ascontiguousarray(array) for name, array in rows.items()}, aside)
+            finish_file(aside)
+            aside.replace(self.get_path(number))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.folder} cannot be written: {error}. Make room, name another --encoded_dir, or "
+                             "ask for fewer --cache_crops; what is there already is kept.") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def make_key(*facts) -> str:
+    """Return a short name for facts, the same for equal ones only."""
+    return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
+
+
+def digest_caption(caption: str) -> int:
+    """Return a number of 64 bits that stands for a caption."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
+
+
+def digest_images(accelerator: Accelerator, samples: Samples) -> str:
+    """Return a digest of the content of all images in their order, to which every process contributes its part."""
+    def digest(index: int) -> bytes:
+        return hashlib.blake2b(samples.images.read_content(index), digest_size=16).digest()
+
+    mine = np.array_split(np.arange(len(samples)), accelerator.num_processes)[accelerator.process_index]
+    chunks = np.array_split(mine, math.ceil(len(mine) / 1000) or 1)  # a thread pool keeps all that it is given at once
+    part = b"".join(b"".join(samples.map_in_threads(digest, chunk.tolist())) for chunk in tqdm(
+        chunks, desc="reading images", disable=not accelerator.is_main_process))
+    parts = gather_object([part]) if accelerator.num_processes > 1 else [part]
+    return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
+
+
+def digest_variants(samples: Samples) -> str:
+    """Return a digest of what becomes of a few images before the VAE: a user may have edited how they are prepared."""
+    chosen = sorted({0, len(samples) // 2, len(samples) - 1})
+    arrays = [array for index in chosen for variant in samples.make_variants(index) for array in variant.values()]
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=12).hexdigest()
+
+
+def digest_network(network: torch.nn.Module) -> str:
+    """Return a digest of a network's settings, number format and weights, wherever it was loaded from."""
+    settings = network.config.to_dict() if hasattr(network.config, "to_dict") else dict(network.config)
+    settings = {key: value for key, value in settings.items() if key[0] != "_" and key != "transformers_version"}
+    digest = hashlib.blake2b(repr((sorted(settings.items()), network.dtype)).encode(), digest_size=12)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def iterate_ahead(batches):
+    """Yield what `batches` yields, with the next one being made in a thread while the caller uses this one.
+
+    Close it when leaving early: loader processes end with it, and would otherwise outlive an error.
+    """
+    iterator = iter(batches)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            pending = reader.submit(next, iterator, None)
+            while (batch := pending.result()) is not None:
+                pending = reader.submit(next, iterator, None)
+                yield batch
+    finally:
+        if hasattr(iterator, "_shutdown_workers"):  # a DataLoader ends its processes only when its last reference goes
+            iterator._shutdown_workers()
+
+
+def count_cores_per_process() -> int:
+    """Return how many threads may load data in one training process: its share of the cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+# ---- Models ---------------------------------------------------------------------------------------------------------
+
+
+def load_model_configs(args: Namespace) -> dict[str, dict]:
+    """Return the configuration of each part of the model, refusing before any weights are read what cannot work."""
+    configs = {}
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
+    for part in (*kinds, *TEXT_ENCODERS, *TOKENIZERS):
+        where, files = locate_part(args, part)
+        try:
+            if part in kinds:
+                configs[part] = kinds[part].load_config(where, **files)
+            else:
+                name = "tokenizer_config.json" if part in TOKENIZERS else "config.json"
+                path = transformers.utils.cached_file(where, name, **files) or Path(where, part, name)
+                configs[part] = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            flag = f"pretrained_{'' if 'subfolder' in files else 'vae_'}model_name_or_path"
+            layout = f"{part}/ and the others in diffusers layout" if "subfolder" in files else "its config.json"
+            raise ValueError(f"--{flag} {where} has no {part} to load: give a folder with {layout}, or a name on the "
+                             f"hub; for a gated one, run `hf auth login` first. {error}") from error
+        if part == "unet" and configs[part].get("addition_embed_type") != ADDITION_EMBED_TYPE:
+            raise ValueError(f"--pretrained_model_name_or_path {where} is no {MODEL_KIND} model: its UNet has "
+                             f"addition_embed_type {configs[part].get('addition_embed_type')}. The scripts for SDXL "
+                             "have sdxl in their names, those for Stable Diffusion have not.")
+    check_model_configs(args, configs)
+    return configs
+
+
+def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
+    """Return the folder, or name on the hub, that a part of the model is loaded from, and where in it."""
+    if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
+        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
+    revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
+    return args.pretrained_model_name_or_path, {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
+
+
+def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
+    """Refuse a model that this script cannot train with these flags."""
+    where, unet, factor = args.pretrained_model_name_or_path, configs["unet"], compute_vae_factor(configs["vae"])
+    latent_channels = configs["vae"]["latent_channels"]
+    prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
+    num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
+    refusals = (
+        (args.resolution % factor,
+         f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
+         f"try {max(1, args.resolution // factor) * factor}."),
+        (unet["in_channels"] != latent_channels,
+         f"the UNet of {where} takes {unet['in_channels']} channels and the VAE of {locate_part(args, 'vae')[0]} "
+         f"makes {latent_channels}: inpainting models cannot be trained here, nor with a VAE of another kind."),
+        (configs["vae"].get("shift_factor"),
+         f"the VAE of {locate_part(args, 'vae')[0]} shifts its latents (shift_factor), which no {MODEL_KIND} pipeline "
+         "undoes: take the model's own."),
+        (args.dream_training and prediction_type != "epsilon",
+         f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
+        (args.rescale_betas_zero_snr and prediction_type == "epsilon",
+         f"--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, and {where} predicts epsilon."),
+        (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
+         f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            raise ValueError(message)
+    for part, accepted in TEXT_ENCODERS.items():
+        found = (configs[part].get("architectures") or accepted)[0]
+        if found not in accepted:
+            raise ValueError(f"{where} is no {MODEL_KIND} model: its {part} is a {found}, not a "
+                             f"{' or '.join(accepted)}.")
+
+
+def compute_vae_factor(vae_config: dict) -> int:
+    """Return how many pixels one latent value spans in each direction."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def make_scheduler_config(args: Namespace, config: dict) -> dict:
+    """Return the scheduler configuration to train with and to export."""
+    config = {**config, "prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
+    if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if args.rescale_betas_zero_snr or config["prediction_type"] == "sample":  # PNDM, the usual one, can do neither
+        config |= {"_class_name": "DDIMScheduler", "clip_sample": False}
+    return config
+
+
+def get_weight_dtype(mixed_precision: str) -> torch.dtype:
+    """Return the number format of the frozen parts."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+
+
+@contextlib.contextmanager
+def explained_load(args: Namespace):
+    """Say of files that cannot be loaded which flag has named them."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        vae = args.pretrained_vae_model_name_or_path
+        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
+                         f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
+                         f"{error} If its weights are named *.fp16.safetensors, add --variant fp16.") from error
+
+
+def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKL:
+    """Load the VAE in a number format."""
+    where, files = locate_part(args, "vae")
+    vae = AutoencoderKL.from_pretrained(where, **files, torch_dtype=dtype,
+                                        variant=args.variant if "subfolder" in files else None)
+    if args.vae_slicing:
+        vae.enable_slicing()
+    if args.vae_tiling:
+        vae.enable_tiling()
+        vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
+        vae.tile_latent_min_size = vae.tile_sample_min_size // compute_vae_factor(vae.config)
+    return vae
+
+
+def get_vae_dtype(args: Namespace, vae_config: dict, weight_dtype: torch.dtype) -> torch.dtype:
+    """Return the VAE's number format: float32 unless it is known to be safe in the run's precision.
+
+    SDXL's own overflows in fp16, to NaN and black pictures, and its configuration says so (`force_upcast`). One that
+    the flags name and that says nothing is taken for one that does not.
+    """
+    is_named = args.pretrained_vae_model_name_or_path is not None
+    return torch.float32 if vae_config.get("force_upcast", not is_named) else weight_dtype
+
+
+def load_text_encoder(args: Namespace, part: str, config: dict, dtype: torch.dtype) -> torch.nn.Module:
+    """Load a text encoder as the class that its configuration declares."""
+    where, files = locate_part(args, part)
+    kind = getattr(transformers, (config.get("architectures") or TEXT_ENCODERS[part])[0])
+    return kind.from_pretrained(where, **files, variant=args.variant, dtype=dtype)
+
+
+def load_pipeline_config(args: Namespace) -> dict:
+    """Return model_index.json of the base model, or nothing where there is none."""
+    try:
+        return StableDiffusionXLPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision,
+                                                     cache_dir=args.cache_dir)
+    except OSError:
+        return {}
+
+
+def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
+    """Load the networks, frozen and in the run's precision but the VAE; give adapters to those that are trained."""
+    where, weight_dtype = args.pretrained_model_name_or_path, get_weight_dtype(accelerator.mixed_precision)
+    tokenizers = {part: CLIPTokenizer.from_pretrained(where, **locate_part(args, part)[1]) for part in TOKENIZERS}
+    networks = {part: load_text_encoder(args, part, configs[part], weight_dtype) for part in TEXT_ENCODERS}
+    networks["vae"] = load_vae(args, get_vae_dtype(args, configs["vae"], weight_dtype))
+    networks["unet"] = UNet2DConditionModel.from_pretrained(
+        where, **locate_part(args, "unet")[1], variant=args.variant, torch_dtype=weight_dtype)
+    for network in networks.values():
+        network.requires_grad_(False).eval()
+    adapters = {"unet": make_lora_config(args, [
+        module for name in args.lora_target for module in LORA_TARGETS.get(name, (name,))])}
+    for part in TEXT_ENCODERS if args.train_text_encoder else ():
+        adapters[part] = make_lora_config(args, list_text_targets(args, part, networks[part]))
+    models = Models(**tokenizers, **networks, scheduler_config=make_scheduler_config(args, configs["scheduler"]),
+                    force_zeros_for_empty_prompt=load_pipeline_config(args).get("force_zeros_for_empty_prompt", True),
+                    trained=tuple(adapters), metadata=make_lora_metadata(args, adapters))
+    for part, config in adapters.items():
+        add_adapter(networks[part], config)
+    return models
+
+
+def list_text_targets(args: Namespace, part: str, text_encoder: torch.nn.Module) -> list[str]:
+    """Return the names of the layers to adapt in a text encoder, from `layers` on.
+
+    The last layer of the first encoder is left out: only what comes before it is used, and it would get no gradient.
+    """
+    kinds = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())]
+    last = f".layers.{text_encoder.config.num_hidden_layers - 1}." if part == "text_encoder" else None
+    return ["layers." + name.split("layers.", 1)[1] for name, _ in text_encoder.named_modules()
+            if name.split(".")[-1] in (kinds or TEXT_LORA_TARGETS["attention"]) and (last is None or last not in name)]
+
+
+def check_lora_target(args: Namespace, unet_config: dict) -> None:
+    """Refuse names in --lora_target that stand for no layer of this UNet that can be adapted."""
+    with torch.device("meta"):  # the names without the weights
+        unet = UNet2DConditionModel.from_config(unet_config)
+    can_adapt = {f".{name}": isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+                 for name, module in unet.named_modules()}
+    for name in args.lora_target:
+        matched = [can for layer, can in can_adapt.items() if layer.endswith(f".{name}")]
+        if name not in LORA_TARGETS and not (matched and all(matched)):
+            ends = sorted({re.sub(r".*\.(?=\D)", "", layer) for layer, can in can_adapt.items() if can})
+            raise ValueError(f"--lora_target {name} is no linear or convolution layer of the UNet, or not only such: "
+                             f"give some of {', '.join(LORA_TARGETS)}, with spaces, or ends of names such as "
+                             f"{', '.join(ends)}.")
+
+
+def make_lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
+    """Return what PEFT is to add: A drawn with standard deviation 1 / rank, B 0."""
+    return LoraConfig(
+        r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=list(target_modules),
+        use_dora=args.use_dora, use_rslora=args.use_rslora, init_lora_weights="gaussian")
+
+
+def make_lora_metadata(args: Namespace, configs: dict[str, LoraConfig]) -> dict[str, str]:
+    """Return the metadata of the adapter's file: in diffusers' form what rebuilds it, and in words what it is for.
+
+    The dropout is left out: rebuilt with it, an adapter would drop inputs when drawing pictures.
+    """
+    names = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
+    facts = {f"{part}.{name}": getattr(config, name) for part, config in configs.items() for name in names}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(facts, default=sorted),  # of PEFT's set of modules
+            "base_model": args.pretrained_model_name_or_path, "rank": str(args.rank),
+            "lora_alpha": str(args.lora_alpha), "lora_target": " ".join(args.lora_target)}
+
+
+def add_adapter(network: torch.nn.Module, config: LoraConfig) -> None:
+    """Add an adapter to a frozen network in place, in float32 whatever the network's own precision."""
+    network.add_adapter(config)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for module in network.modules():  # the norms that DoRA starts from, which PEFT takes in the network's precision
+        for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
+            norms = module.get_base_layer().weight.float().flatten(1).norm(dim=1)
+            magnitude.weight.data = norms.view_as(magnitude.weight)
+
+
+def set_up_networks(args: Namespace, models: Models) -> None:
+    """Apply the flags that trade memory and speed to what is trained, in place."""
+    for network in list_trained(models):
+        network.train()
+        if args.gradient_checkpointing and isinstance(network, UNet2DConditionModel):
+            network.enable_gradient_checkpointing()
+        elif args.gradient_checkpointing:  # transformers has renamed it
+            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+    if args.enable_xformers_memory_efficient_attention:
+        models.unet.enable_xformers_memory_efficient_attention()
+    if args.enable_npu_flash_attention:
+        models.unet.enable_npu_flash_attention()
+    if args.channels_last:
+        models.unet.to(memory_format=torch.channels_last)
+    if args.torch_compile:
+        models.unet.compile()  # in place, so that names and files stay those of the plain network
+
+
+def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
+    """Return the tokenizers, of which SDXL has two."""
+    return [getattr(models, name) for name in TOKENIZERS]
+
+
+def list_text_encoders(models: Models) -> list[torch.nn.Module]:
+    """Return the text encoders, of which SDXL has two."""
+    return [getattr(models, name) for name in TEXT_ENCODERS]
+
+
+def list_trained(models: Models) -> list[torch.nn.Module]:
+    """Return the networks that are trained, as accelerate has wrapped them."""
+    return [getattr(models, part) for part in models.trained]
+
+
+def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[str, torch.nn.Parameter]:
+    """Return what the optimizer moves by names such as unet.conv_in.weight.
+
+    Those of text encoders have no `text_model.` in front, which comes and goes with the version of transformers.
+    """
+    return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
+            for name, parameter in unwrap_model(accelerator, getattr(models, part)).named_parameters()
+            if parameter.requires_grad}
+
+
+def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+    """Return the plain network inside what accelerate and torch.compile made of it."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
+    """Return the models with the plain networks in place of the wrapped ones."""
+    return dataclasses.replace(
+        models, **{part: unwrap_model(accelerator, getattr(models, part)) for part in models.trained})
+
+
+class EmaWeights:
+    """Exponential moving average of trained weights: average += (1 - decay_n) (weights - average), in float32.
+
+    decay_n of the n-th update is 0 for n = 1, then n / (9 + n), until that exceeds `decay`: the ramp of diffusers'
+    EMAModel, in whose form this keeps its state. `min_decay` is a floor, for averages that come with a model.
+    With `offload` the averages live in host memory and visit the device one tensor at a time.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, offload: bool = False) -> None:
+        self.parameters = parameters
+        self.decay, self.min_decay, self.num_updates, self.offload = decay, 0.0, 0, offload
+        self.averages = {name: self.place(parameter.detach().clone()) for name, parameter in parameters.items()}
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Return a new average where it is to live: on the device, or in host memory that is quick to copy from."""
+        if not self.offload:
+            return tensor.float()
+        tensor = tensor.float().cpu()
+        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+    def compute_decay(self) -> float:
+        """Return the share of the old average that the current update keeps."""
+        ramp = 0.0 if self.num_updates <= 1 else self.num_updates / (9 + self.num_updates)
+        return max(self.min_decay, min(self.decay, ramp))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take the weights of this update into the average, without a copy of all of them."""
+        self.num_updates += 1
+        share = 1 - self.compute_decay()
+        if not self.offload:
+            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
+            return
+        for name, parameter in self.parameters.items():
+            average = self.averages[name]
+            visitor = average.to(parameter.device, non_blocking=True, copy=True)
+            average.copy_(visitor.lerp_(parameter, share), non_blocking=True)
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        """Put the averages into the networks and, whatever happens inside, the trained weights back afterwards."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and weights, one tensor at a time."""
+        for name, parameter in self.parameters.items():
+            weights = parameter.detach().clone()
+            parameter.copy_(self.averages[name])
+            self.averages[name].copy_(weights)
+
+    def save_state(self, config: Path) -> None:
+        """Write how far the averaging has come into a JSON file, among what stands there."""
+        state = {"decay": self.decay, "min_decay": self.min_decay, "optimization_step": self.num_updates,
+                 "update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
+        before = json.loads(config.read_text()) if config.is_file() else {}
+        config.write_text(json.dumps({**before, **state}, indent=2))
+
+    def load(self, weights: dict[str, Tensor], config: Path) -> None:
+        """Take averages, and the state that `save_state` or diffusers' EMAModel has written."""
+        copy_weights(self.averages, weights, str(config.parent))
+        state = json.loads(config.read_text())
+        self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
+
+
+def averaged_weights(models: Models):
+    """Return a context in which what is trained holds the averaged weights, if the run keeps any."""
+    return models.ema.swapped_in() if models.ema is not None else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
+    """Copy weights into tensors of the same names and shapes; ValueError where they are others."""
+    odd = [name for name in sorted(places.keys() | weights.keys())
+           if name not in places or name not in weights or places[name].shape != weights[name].shape]
+    if odd:
+        found = {name: tuple(weights[name].shape) if name in weights else "missing" for name in odd[:3]}
+        raise ValueError(f"{source} does not fit this model and these flags: {len(odd)} tensors are missing, too many "
+                         f"or of another shape, among them {found}. Give the command as it was.")
+    for name, place in places.items():
+        place.copy_(weights[name])
+
+
+def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
+    """Have images and captions encoded once where the flags ask for it.
+
+    VAE and text encoders have the device to themselves until they have done their work: what they are still needed for
+    brings them back, and what is trained comes in `prepare_training`.
+    """
+    folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
+    dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
+    if args.cache_latents:
+        models.vae.to(accelerator.device)
+        cache_latents(args, accelerator, models, samples, folder, dtype)
+        models.vae.to("cpu")
+    if args.cache_text_embeddings:
+        for network in list_text_encoders(models):
+            network.to(accelerator.device)
+        cache_text_states(accelerator, models, samples, folder, dtype)
+    for part in ("vae", *TEXT_ENCODERS):
+        network = getattr(models, part)
+        network.to("cpu" if network in list_cached(args, models) or part in models.trained else accelerator.device)
+    torch.cuda.empty_cache()  # of what encoding has left there
+
+
+def list_cached(args: Namespace, models: Models) -> list[torch.nn.Module]:
+    """Return the networks whose results are cached."""
+    return [models.vae] * args.cache_latents + list_text_encoders(models) * args.cache_text_embeddings
+
+
+@contextlib.contextmanager
+def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
+    """Bring the networks whose results are cached back to the device for a while: to draw, or to measure."""
+    try:
+        for network in list_cached(args, models):
+            network.to(accelerator.device)
+        yield
+    finally:
+        for network in list_cached(args, models):
+            network.to("cpu")
+
+
+def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
+                  dtype: type) -> None:
+    """Give the samples the VAE's moments [2c, h, w] and the time_ids of every variant of every image."""
+    variants, (channels, height, width) = samples.count_variants(), samples.latent_shape
+    key = make_key(digest_images(accelerator, samples), digest_variants(samples), args.resolution,
+                   args.image_interpolation_mode, args.center_crop, args.random_flip, variants,
+                   digest_network(models.vae), args.vae_tiling, dtype)
+    image_size = variants * 2 * channels * height * width * np.dtype(dtype).itemsize
+    samples.latents = EncodedRows(folder / f"images-{key}", len(samples), image_size, variants)
+    samples.latents.fill(accelerator, partial(encode_variants, models.vae, samples, dtype))
+
+
+def encode_variants(vae: AutoencoderKL, samples: Samples, dtype: type, first: int, last: int) -> dict[str, np.ndarray]:
+    """Return the rows first to last, exclusive, of the cache of images, encoded a million pixels at a time."""
+    indices, made, moments = range(first // samples.count_variants(), last // samples.count_variants()), [], []
+    side = samples.args.resolution
+    batch_size = max(1, ENCODED_PIXELS // side**2)
+    step = max(1, batch_size // samples.count_variants())
+    groups = [indices[start : start + step] for start in range(0, len(indices), step)]
+    for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
+        variants, distinct = [variant for variants in group for variant in variants], {}
+        chosen = [distinct.setdefault(variant.pop("images").tobytes(), len(distinct)) for variant in variants]
+        images = torch.frombuffer(bytearray(b"".join(distinct)), dtype=torch.uint8).view(-1, 3, side, side)
+        encoded = [torch.cat(encode_images(vae, part), dim=1).cpu() for part in images.split(batch_size)]
+        moments.append(torch.cat(encoded).numpy().astype(dtype)[chosen])  # crops of a square image are all the same
+        made += variants
+    rows = {name: np.stack([variant[name] for variant in made]) for name in made[0]}
+    rows["moments"] = np.concatenate(moments)
+    is_finite = np.isfinite(rows["moments"]).all(axis=(1, 2, 3))
+    if not is_finite.all():
+        source = int(rows["sources"][is_finite.argmin()])
+        name = make_row_name(source, samples.images.read_stored(source))
+        raise RuntimeError(f"the latents of {name} are not finite, computed in {vae.dtype} and kept in "
+                           f"{np.dtype(dtype)}: look at that image, or try --mixed_precision no and --cache_dtype "
+                           "fp32.")
+    return rows
+
+
+def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path, dtype: type) -> None:
+    """Give the samples the text states of every distinct caption, and of the empty one, in the order of digests."""
+    places = np.fromiter(((index, which, digest_caption(caption)) for index in range(len(samples))
+                          for which, caption in enumerate(samples.images.read_captions(index))),
+                         dtype=[("index", np.int64), ("which", np.int32), ("digest", np.uint64)])
+    digests = np.append(places["digest"], np.uint64(digest_caption("")))
+    samples.caption_digests, chosen = np.unique(digests, return_index=True)
+
+    def encode(first: int, last: int) -> dict[str, np.ndarray]:
+        captions = ["" if number == len(places) else
+                    samples.images.read_captions(int(places["index"][number]))[places["which"][number]]
+                    for number in chosen[first:last]]
+        return encode_texts(models, captions, dtype)
+
+    vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
+                    for tokenizer in list_tokenizers(models)]
+    empty = encode_texts(models, [""], dtype)  # of which some models want zeros
+    key = make_key(samples.caption_digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
+                   [digest_network(network) for network in list_text_encoders(models)], dtype)
+    row_size = sum(array.nbytes for array in empty.values())
+    samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
+    samples.text_states.fill(accelerator, encode)
+
+
+@torch.no_grad()
+def encode_texts(models: Models, captions: list[str], dtype: type) -> dict[str, np.ndarray]:
+    """Return what a visit needs of captions: what `encode_captions` returns, and whether they fill all tokens."""
+    batch, parts = collate([{"caption": caption} for caption in captions], list_tokenizers(models)), []
+    for start in range(0, len(captions), 64):
+        part = {name: tensor[start : start + 64].to(models.text_encoder.device) for name, tensor in batch.items()}
+        parts.append({name: states.float().cpu().numpy().astype(dtype)
+                      for name, states in encode_captions(models, part).items()})
+    states = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for array in states.values():
+        is_finite = np.isfinite(array).reshape(len(captions), -1).all(axis=1)
+        if not is_finite.all():
+            raise RuntimeError(f"the text states of {captions[is_finite.argmin()]!r} are not finite as "
+                               f"{np.dtype(dtype)}: try --cache_dtype fp32, or --mixed_precision no.")
+    return {**states, "num_long": batch["num_long"].numpy()}
+
+
+# ---- Objective ------------------------------------------------------------------------------------------------------
+# b batch, c latent channels, h and w latent height and width, s caption tokens, d text width of both encoders,
+# p pooled width, T timesteps
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the noise schedule, as tables on the device, and the options of the loss."""
+
+    alpha: Tensor  # [T] float32: share of the latents at each timestep; alpha^2 + sigma^2 = 1
+    sigma: Tensor  # [T] float32: share of the noise
+    prediction_type: str
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    dream_detail_preservation: float | None = None  # None: no DREAM
+
+
+def make_objective(args: Namespace, scheduler_config: dict, device: torch.device) -> Objective:
+    """Return the objective that the flags ask for."""
+    alphas_cumprod = DDPMScheduler.from_config(scheduler_config).alphas_cumprod.to(device, torch.float32)
+    return Objective(
+        alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), scheduler_config["prediction_type"], args.snr_gamma,
+        args.noise_offset, args.input_perturbation, args.dream_detail_preservation if args.dream_training else None)
+
+
+def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
+    """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
+    unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
+    latents, conditions = get_latents(models, batch), get_conditions(models, batch)
+
+    # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
+    # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
+    if objective.noise_offset:
+        noise = noise + objective.noise_offset * batch["offset_noise"]
+    input_noise = noise
+    if objective.input_perturbation:
+        input_noise = noise + objective.input_perturbation * batch["perturbation_noise"]
+
+    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma would vanish at the first timesteps
+    alpha, sigma = objective.alpha[timesteps].view(-1, 1, 1, 1), objective.sigma[timesteps].view(-1, 1, 1, 1)
+    noisy_latents = alpha * latents + sigma * input_noise
+    target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
+    if objective.dream_detail_preservation is not None:
+        with torch.no_grad():
+            estimate = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0].float()
+        noisy_latents, target = apply_dream(noisy_latents, target, estimate, sigma,
+                                            objective.dream_detail_preservation)
+
+    model_pred = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0]
+    loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    if objective.snr_gamma is not None:
+        loss = loss * compute_snr_weights(alpha.flatten(), sigma.flatten(), objective.snr_gamma,
+                                          objective.prediction_type)
+    return loss
+
+
+def get_conditions(models: Models, batch: dict) -> dict:
+    """Return what else the UNet is given: `encoder_hidden_states` [b, s, d], pooled states [b, p], sizes [b, 6].
+
+    The sizes are float32: in half precision those above 256 or 2048 pixels would be rounded.
+    """
+    text = get_text_states(models, batch)
+    return {"encoder_hidden_states": text["encoder_hidden_states"],
+            "added_cond_kwargs": {"text_embeds": text["pooled_prompt_embeds"], "time_ids": batch["time_ids"]}}
+
+
+def get_latents(models: Models, batch: dict) -> Tensor:
+    """Return latents [b, c, h, w] in float32, sampled anew at each visit whether their moments are cached or not."""
+    if "moments" in batch:
+        mean, std = batch["moments"].float().chunk(2, dim=1)
+    else:
+        mean, std = encode_images(models.vae, batch["images"])
+    config = models.vae.config
+    latents = mean + std * batch["posterior_noise"]
+    if config.get("latents_mean") is not None:  # of VAEs whose channels are far from zero mean and unit variance
+        mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        latents = (latents - mean) / std
+    return latents * config.scaling_factor
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 mean and standard deviation [b, c, h, w] of what uint8 images [b, 3, H, W] are encoded to."""
+    pixel_values = images.to(vae.device).float() / 127.5 - 1  # [-1, 1]
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
+    """Return what `encode_captions` makes of the captions, or what is cached of it."""
+    names = batch.keys() & {"encoder_hidden_states", "pooled_prompt_embeds"}
+    return {name: batch[name].float() for name in names} or encode_captions(models, batch)
+
+
+def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
+    """Return both encoders' penultimate states side by side [b, s, d] and the second's pooled output [b, p].
+
+    Gradients come only where the encoders are trained. Captions without a token get zeros where the pipeline does the
+    same when it guides (`force_zeros_for_empty_prompt`).
+    """
+    with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
+        outputs = [text_encoder(batch[name], output_hidden_states=True) for name, text_encoder
+                   in zip(("input_ids", "input_ids_2"), list_text_encoders(models), strict=True)]
+    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    pooled = outputs[1].text_embeds
+    if models.force_zeros_for_empty_prompt:
+        is_empty = batch["input_ids"][:, 1] == models.tokenizer.eos_token_id
+        states, pooled = states.masked_fill(is_empty.view(-1, 1, 1), 0), pooled.masked_fill(is_empty.view(-1, 1), 0)
+    return {"encoder_hidden_states": states, "pooled_prompt_embeds": pooled}
+
+
+def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
+                   prediction_type: str) -> Tensor:
+    """Return what the UNet should predict [b, c, h, w]; v as in Salimans & Ho 2022, arXiv:2202.00512."""
+    if prediction_type == "epsilon":
+        return noise
+    return alpha * noise - sigma * latents if prediction_type == "v_prediction" else latents
+
+
+def apply_dream(noisy_latents: Tensor, target: Tensor, estimate: Tensor, sigma: Tensor,
+                detail_preservation: float) -> tuple[Tensor, Tensor]:
+    """Return noisy latents and noise target moved by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8).
+
+    With lambda = sigma^p, p the detail preservation, and delta = lambda (target - estimate).
+    """
+    delta = sigma**detail_preservation * (target - estimate)
+    return noisy_latents + sigma * delta, target + delta
+
+
+def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, prediction_type: str) -> Tensor:
+    """Return Min-SNR loss weights [b] (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+
+    With snr = alpha^2 / sigma^2: min(snr, gamma) / snr for epsilon, / (snr + 1) for v_prediction, / 1 for sample. Ours
+    is 1 where snr is 0, the end of a rescaled schedule: the formula gives 0/0 or never trains the first sampling step.
+    """
+    snr = (alpha / sigma) ** 2
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
+    return torch.where(snr > 0, snr.clamp(max=snr_gamma) / divisor, 1.0)
+
+
+# ---- Optimization ---------------------------------------------------------------------------------------------------
+
+
+def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int) -> None:
+    """Make optimizer, schedule and averages, wrap what is trained for the devices, and say how it is kept on disk."""
+    for network in list_trained(models):
+        network.to(accelerator.device)
+    set_up_networks(args, models)
+    optimizer = make_optimizer(args, make_parameter_groups(args, accelerator, models))
+    lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, num_samples, accelerator.num_processes))
+    for part in models.trained:
+        setattr(models, part, accelerator.prepare(getattr(models, part)))
+    models.optimizer, models.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    if args.optimizer_in_backward:
+        update_in_backward(models.optimizer.optimizer)
+    if args.use_ema:  # only now: wrapping has made the weights the same on all processes
+        models.ema = EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay, offload=args.offload_ema)
+    register_checkpoint_hooks(accelerator, models)
+
+
+def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Models) -> list[dict]:
+    """Return what is trained in groups of one learning rate and one weight decay.
+
+    DoRA's magnitudes are the norms of the frozen weights, which decay would shrink: they have none.
+    """
+    parameters, groups = name_trained_parameters(accelerator, models), []
+    for part in models.trained:
+        own_rate = args.text_encoder_lr if part.startswith("text_encoder") else None
+        rate = args.learning_rate if own_rate is None else own_rate
+        for is_magnitude, weight_decay in ((False, args.adam_weight_decay), (True, 0.0)):
+            chosen = [parameter for name, parameter in parameters.items()
+                      if name.startswith(f"{part}.") and ("lora_magnitude_vector" in name) == is_magnitude]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": weight_decay,
+                               "lr": compute_learning_rate(args, rate, accelerator.num_processes)})
+    return groups
+
+
+def make_optimizer(args: Namespace, groups: list[dict]):
+    """Return AdamW over groups of parameters, fused where the device has it, or with 8-bit moments; or Adafactor."""
+    if args.use_adafactor:  # with plain rates: scaled by the size of the weights, adapters that start at 0 would stay
+        return transformers.optimization.Adafactor(
+            groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False, warmup_init=False)
+    settings = {"lr": groups[0]["lr"], "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    device = groups[0]["params"][0].device.type
+    return torch.optim.AdamW(groups, **settings, fused=device in ("cuda", "cpu", "xpu", "mps"))
+
+
+def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
+    """Have each parameter updated when its gradient is complete, and the gradient freed: all in the backward pass.
+
+    To the optimizer it is a step with one parameter at a time; its states, rates and files are what they always are.
+    """
+    def update(number: int, parameter: torch.nn.Parameter) -> None:
+        groups = optimizer.param_groups
+        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
+        optimizer.step()
+        optimizer.param_groups = groups
+        parameter.grad = None
+
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            parameter.register_post_accumulate_grad_hook(partial(update, number))
+
+
+def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
+    """Return the number of samples in a full update."""
+    return args.train_batch_size * args.gradient_accumulation_steps * num_processes
+
+
+def compute_learning_rate(args: Namespace, rate: float, num_processes: int) -> float:
+    """Return a peak learning rate, scaled by the batch if asked for."""
+    return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
+
+
+def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
+    """Return the schedule of the learning rate, counted in optimizer updates."""
+    decay_end = max(last_step, args.lr_warmup_steps + 1)  # a decay of no length at all would divide by 0
+    return get_scheduler(
+        args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=decay_end, num_cycles=args.lr_num_cycles, power=args.lr_power)
+
+
+def get_learning_rates(models: Models) -> dict[str, float]:
+    """Return the rates of the next update: `lr` of the UNet, `lr_text_encoder` of what else is trained."""
+    rates = models.lr_scheduler.get_last_lr()
+    return {"lr": rates[0], **({"lr_text_encoder": rates[-1]} if len(models.trained) > 1 else {})}
+
+
+def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
+    """Return the number of updates in the whole run: --max_train_steps, else --num_train_epochs of them."""
+    updates_per_epoch = math.ceil(num_samples / compute_total_batch_size(args, num_processes))
+    return args.max_train_steps or args.num_train_epochs * updates_per_epoch
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(output_dir: str) -> list[Path]:
+    """Return the complete checkpoints in a folder, oldest first; other files and folders are passed over."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*")
+             if CHECKPOINT_NAME.fullmatch(path.name) and is_complete_checkpoint(path)]
+    return sorted(found, key=get_checkpoint_step)
+
+
+def get_checkpoint_step(checkpoint: Path) -> int:
+    """Return the update after which a checkpoint was saved, from its record or else its name."""
+    named = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    return int(named[1]) if named else load_run_record(checkpoint)["progress"]["global_step"]
+
+
+def is_complete_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds a whole checkpoint: what is written last, by us or by the reference, is there."""
+    return (folder / RUN_RECORD).is_file() or (folder / "random_states_0.pkl").is_file()
+
+
+def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
+    """Return the checkpoint that --resume_from_checkpoint names; None for no name, or for `latest` where none is."""
+    complete = list_checkpoints(output_dir)
+    if name is None or name == "latest":
+        return complete[-1] if name and complete else None
+    is_bare_name = len(Path(name).parts) == 1
+    for folder in ([Path(output_dir, name)] if is_bare_name else []) + [Path(name)]:
+        is_named = CHECKPOINT_NAME.fullmatch(folder.name) or (folder / RUN_RECORD).is_file()
+        if folder.is_dir() and is_complete_checkpoint(folder) and is_named:
+            return folder
+    holds = ", ".join(folder.name for folder in complete) or "no checkpoint"
+    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint; {output_dir} holds {holds}.")
+
+
+def load_run_record(checkpoint: Path | None) -> dict:
+    """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
+    path = checkpoint / RUN_RECORD if checkpoint else None
+    try:
+        return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Name another checkpoint.") from error
+
+
+def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
+    """Refuse to resume from a checkpoint that does not hold what these flags train."""
+    if checkpoint is None:
+        return
+    missing = [name for name in (TRAINED, "optimizer.bin", "scheduler.bin", "random_states_0.pkl")
+               if not (checkpoint / name).exists()]
+    if missing:
+        raise ValueError(f"{checkpoint} has no {', '.join(missing)}: another script made it, or it is damaged. Name "
+                         "another checkpoint.")
+    averages = sorted(path.name for path in checkpoint.glob("*_ema"))
+    if averages and not args.use_ema:
+        raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
+                         f"flag, or remove {' and '.join(averages)} from the checkpoint.")
+    before = load_run_record(checkpoint).get("flags", {})
+    for name in FIXED_FLAGS:
+        if name in args and name in before and before[name] != getattr(args, name):
+            raise ValueError(f"--{name} is {getattr(args, name)} here and was {before[name]} when {checkpoint} was "
+                             "made, which fits no other: give the command as it was.")
+
+
+def check_base_model(args: Namespace, checkpoint: Path | None) -> None:
+    """Refuse to resume an adapter on a base model of another name; the folder that holds the model may have moved."""
+    if checkpoint is None:
+        return
+    record = load_run_record(checkpoint)
+    if not record and (args.lora_alpha != args.rank or args.use_rslora or args.use_dora):
+        raise ValueError(f"{checkpoint} has no {RUN_RECORD}, so it is the reference's, which knows no --lora_alpha, "
+                         "--use_rslora and --use_dora: leave them out.")
+    before = record.get("flags", {}).get("pretrained_model_name_or_path")
+    if before is not None and Path(before).name != Path(args.pretrained_model_name_or_path).name:
+        raise ValueError(f"{checkpoint} holds an adapter for --pretrained_model_name_or_path {before}, which fits no "
+                         f"other: got {args.pretrained_model_name_or_path}. If that is the same model, make a link of "
+                         "the former name to it.")
+
+
+def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
+    """Write the adapter as a file that load_lora_weights reads, in lora_ema/ if these are averages."""
+    folder = folder / EMA_FOLDER if averaged else folder
+    folder.mkdir(exist_ok=True)
+    weights = {make_lora_name(name): parameter.detach().contiguous()
+               for name, parameter in name_trained_parameters(accelerator, models).items()}
+    save_file(weights, folder / LORA_FILE, metadata=models.metadata)
+
+
+def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
+    """Return what `save_trained`, or the reference in either of its namings, has written.
+
+    The names are those of `name_trained_parameters`.
+    """
+    path, weights = (folder / EMA_FOLDER if averaged else folder) / LORA_FILE, {}
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {LORA_FILE}, so it holds no adapter: name another checkpoint.")
+    for name, tensor in load_file(path).items():
+        part, _, rest = name.replace(".base_model.model.", ".").partition(".")
+        for found, meant in LORA_NAMES.items():
+            rest = rest.replace(found, meant)
+        rest = rest.removeprefix("text_model.") + (".weight" if rest.endswith("magnitude_vector") else "")
+        stem, _, end = rest.rpartition(".")
+        weights[f"{part}.{stem}.default.{end}"] = tensor
+    return weights
+
+
+def make_lora_name(name: str) -> str:
+    """Return the name in a LoRA file of what PEFT calls `name`.
+
+    Text encoders keep an older form, with text_model in front, and their magnitudes the .weight at the end: diffusers
+    loads them so.
+    """
+    part, _, rest = name.replace(".default", "").partition(".")
+    if part == "unet":
+        rest = rest.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
+        return f"{part}.{rest.replace('magnitude_vector.weight', 'magnitude_vector')}"
+    rest = rest.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
+    return f"{part}.text_model.{rest}"
+
+
+def register_checkpoint_hooks(accelerator: Accelerator, models: Models) -> None:
+    """Make accelerate keep what is trained, and its average, in files that diffusers can load."""
+
+    def save(networks: list, weights: list, folder: str) -> None:
+        if accelerator.is_main_process:
+            save_trained(accelerator, models, Path(folder))
+            if models.ema is not None:
+                with models.ema.swapped_in():
+                    save_trained(accelerator, models, Path(folder), averaged=True)
+                models.ema.save_state(Path(folder, EMA_FOLDER, "config.json"))
+        weights.clear()
+
+    def load(networks: list, folder: str) -> None:
+        parameters, averages = name_trained_parameters(accelerator, models), Path(folder, EMA_FOLDER)
+        copy_weights(parameters, load_trained(models, Path(folder)), folder)
+        if models.ema is not None and averages.is_dir():
+            models.ema.load(load_trained(models, Path(folder), averaged=True), averages / "config.json")
+        elif models.ema is not None:
+            logger.warning(f"{folder} has no averaged weights: averaging starts from the trained ones.")
+            models.ema = EmaWeights(parameters, models.ema.decay, offload=models.ema.offload)
+        networks.clear()
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progress, record: dict) -> None:
+    """Save everything that the next update depends on: aside, then renamed; only then are old checkpoints removed."""
+    name = f"checkpoint-{progress.global_step}"
+    aside = Path(args.output_dir, f".partial-{progress.global_step}")
+    try:
+        accelerator.save_state(str(aside))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
+            replace_folder(aside, Path(args.output_dir, name))
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "none"
+        message = (f"{name} could not be written to {args.output_dir}: {error}. Earlier checkpoints are untouched: "
+                   f"{kept}. Make room or mend the cause, then add --resume_from_checkpoint latest.")
+        raise RuntimeError(message) from error
+    if accelerator.is_main_process:
+        others = [folder for folder in list_checkpoints(args.output_dir) if folder.name != name]
+        surplus = others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize))]
+        for old in surplus:  # renamed first: a checkpoint that is half removed must not look like one
+            remove(old.rename(old.with_name(f".partial-removed-{old.name}")))
+        removed = f" (removed {', '.join(old.name for old in surplus)})" if surplus else ""
+        logger.info(f"saved {Path(args.output_dir, name)}{removed}")
+    accelerator.wait_for_everyone()
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Move a finished file or folder to its place by renaming, once its files are on disk; remove what was there."""
+    for file in (path for path in [new, *new.rglob("*")] if path.is_file()):
+        finish_file(file)
+    old = place.with_name(f".partial-old-{place.name}")
+    if os.path.lexists(place):
+        place.rename(old)
+    new.rename(place)
+    if os.path.lexists(old):
+        remove(old)
+
+
+def finish_file(file: Path) -> None:
+    """Have a file written to the disk, with the permissions that others have: safetensors gives its files none."""
+    umask = os.umask(0)  # which can only be read by setting it
+    os.umask(umask)
+    with open(file, "r+b") as stream:
+        os.fsync(stream.fileno())
+    file.chmod(0o666 & ~umask)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link without what it points to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear away what a process that was killed while saving has left, putting back what it had moved aside."""
+    for leftover in folder.glob(".partial-*"):
+        place = folder / leftover.name.removeprefix(".partial-old-")
+        if leftover.name.startswith(".partial-old-") and not place.exists():
+            leftover.rename(place)
+        else:
+            remove(leftover)
+
+
+def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint: Path, record: dict,
+           num_samples: int) -> Progress:
+    """Load a checkpoint and return where it stands; the learning rate and AdamW's settings are the command line's."""
+    groups = models.optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    try:
+        accelerator.load_state(str(checkpoint))
+    except ValueError:
+        raise
+    except Exception as error:  # of several libraries, about files that are cut short
+        raise ValueError(f"{checkpoint} is damaged: {error}. Name another checkpoint.") from error
+    step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
+    for parameter, state in models.optimizer.state.items():
+        for name, value in state.items():
+            if name == "step" and isinstance(value, Tensor):  # the reference, not fused, counts on the CPU
+                state[name] = value.to(parameter.device if groups[0].get("fused") else "cpu")
+            elif isinstance(value, Tensor) and value.shape == parameter.shape:  # laid out as --channels_last says now
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    schedule = models.lr_scheduler.scheduler
+    schedule.last_epoch, schedule.base_lrs = step, [setting["initial_lr"] for setting in settings]
+    for group, setting, factor in zip(models.optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
+        group.update(setting, lr=setting["initial_lr"] * factor(step))
+    schedule._last_lr = [group["lr"] for group in models.optimizer.param_groups]
+    ahead = [other.name for other in list_checkpoints(args.output_dir) if get_checkpoint_step(other) > step]
+    if ahead:
+        logger.warning(f"{', '.join(ahead)} in {args.output_dir} lie ahead of {checkpoint}, and `latest` still means "
+                       "the last of them: move away what is not wanted")
+    log_changes(checkpoint, saved, record)
+    if saved:
+        progress = Progress(**saved["progress"])
+        return progress if progress.samples_seen <= num_samples else Progress(step, progress.epoch + 1, 0)
+    samples_per_update = compute_total_batch_size(args, accelerator.num_processes)
+    epoch, update = divmod(step, math.ceil(num_samples / samples_per_update))
+    return Progress(step, epoch, update * samples_per_update)
+
+
+def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
+    """Warn of all that matters in which a resumed run differs from the one that made its checkpoint."""
+    if not saved:
+        logger.warning(f"{checkpoint} has no {RUN_RECORD}: the run goes on from it, with another order of the data.")
+        return
+    before, now = ({**facts["flags"], **{key: fact for key, fact in facts.items() if key not in ("flags", "progress")}}
+                   for facts in (saved, record))
+    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and key not in INCONSEQUENTIAL_FLAGS]
+    if now["lr_scheduler"] in ("constant", "constant_with_warmup"):  # no update depends on the length of the run
+        changed = [change for change in changed if not change.startswith(("max_train_steps ", "num_train_epochs "))]
+    if changed:
+        logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. The run goes on with the new values, and is no "
+                       "longer the one that would have followed without the stop.")
+    else:
+        logger.info(f"going on from {checkpoint} with the same data, noise and settings")
+
+
+# ---- Validation and export ------------------------------------------------------------------------------------------
+
+
+def make_pipeline(accelerator: Accelerator, models: Models) -> StableDiffusionXLPipeline:
+    """Return the pipeline of the networks in memory."""
+    config, plain = models.scheduler_config, unwrap_models(accelerator, models)
+    noise_scheduler = getattr(diffusers, config.get("_class_name", "EulerDiscreteScheduler")).from_config(config)
+    parts = {part: getattr(plain, part) for part in ("vae", "unet", *TEXT_ENCODERS, *TOKENIZERS)}
+    return StableDiffusionXLPipeline(**parts, scheduler=noise_scheduler, add_watermarker=False,
+                                     force_zeros_for_empty_prompt=models.force_zeros_for_empty_prompt)
+
+
+def get_validation_prompts(args: Namespace) -> list[str]:
+    """Return the prompts to draw, one picture each."""
+    repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt is not None else []
+    return (args.validation_prompts or []) + repeated
+
+
+def is_validation_due(args: Namespace, progress: Progress, step: MicroStep) -> bool:
+    """Return whether the update that `step` ends is one to validate after."""
+    if not get_validation_prompts(args) and args.validation_data_dir is None:
+        return False
+    by_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
+    return by_epoch or (args.validation_steps is not None and progress.global_step % args.validation_steps == 0)
+
+
+def validate(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
+             progress: Progress) -> list[Image.Image]:
+    """Draw the prompts and measure the held-out loss, with averaged weights if there are any; return the pictures."""
+    prompts, images = get_validation_prompts(args), []
+    if not prompts and data.held_out is None:
+        return images
+    for network in list_trained(models):
+        network.eval()
+    with averaged_weights(models), encoders_on_device(args, accelerator, models):
+        if prompts:
+            images = draw_images(args, accelerator, models, prompts, data.train.seed)
+        if data.held_out is not None:
+            loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
+            accelerator.log({"validation_loss": loss}, step=progress.global_step)
+            logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
+    for network in list_trained(models):
+        network.train()
+    if images and accelerator.is_main_process:
+        with log_failure("saving the validation pictures"):
+            save_images(images, prompts, Path(args.output_dir, "validation", f"step-{progress.global_step}"))
+            log_images(accelerator, "validation", images, prompts, progress.global_step)
+    return images
+
+
+@contextlib.contextmanager
+def log_failure(what: str):
+    """Log an exception in place of raising it: looking at a run must not end one that trains well."""
+    try:
+        yield
+    except Exception:  # whatever it is, from out of memory to a full disk
+        logger.exception(f"{what} failed; the run goes on", main_process_only=False)
+
+
+def draw_images(args: Namespace, accelerator: Accelerator, models: Models, prompts: list[str],
+                seed: int) -> list[Image.Image]:
+    """Return one picture per prompt on every process, from the same noise at every call; none where drawing failed.
+
+    Each process draws its share of the prompts.
+    """
+    drawn = []
+    with log_failure("drawing validation pictures"):
+        pipeline = make_pipeline(accelerator, models)
+        pipeline.set_progress_bar_config(disable=True)
+        for index in range(accelerator.process_index, len(prompts), accelerator.num_processes):
+            generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
+            with accelerator.autocast():
+                latents = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
+                                   num_inference_steps=args.validation_inference_steps, output_type="latent",
+                                   guidance_scale=args.validation_guidance_scale).images
+            drawn.append((index, decode_latents(models.vae, latents)))
+    drawn = gather_object(drawn) if accelerator.num_processes > 1 else drawn
+    return [image for _, image in sorted(drawn, key=lambda pair: pair[0])] if len(drawn) == len(prompts) else []
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
+    """Return the picture of latents [1, c, h, w], decoded in the VAE's own number format: autocast may overflow."""
+    config, latents = vae.config, latents.float() / vae.config.scaling_factor
+    if config.get("latents_mean") is not None:
+        mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        latents = latents * std + mean
+    pixel_values = vae.decode(latents.to(vae.dtype), return_dict=False)[0][0].float()  # [3, H, W] in [-1, 1]
+    pixels = ((pixel_values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+@torch.no_grad()
+def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
+                          held_out: Samples) -> float:
+    """Return the mean unweighted loss over the held-out samples, whose draws are the same in every run.
+
+    It is nan where a process failed to compute its part.
+    """
+    plain = Objective(objective.alpha, objective.sigma, objective.prediction_type)
+    steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_processes,
+                             len(held_out))
+    loader = make_dataloader(held_out, steps, models, 0, accelerator)
+    networks, losses = unwrap_models(accelerator, models), [torch.full((1,), math.nan, device=accelerator.device)]
+    with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(loader)) as batches:
+        for batch in batches:
+            batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+            losses.append(compute_loss(networks, plain, batch) * batch["weights"])
+        losses[0].zero_()
+    return accelerator.reduce(torch.cat(losses).sum(), "sum").item() / len(held_out)
+
+
+def save_images(images: list[Image.Image], prompts: list[str], folder: Path) -> None:
+    """Save pictures as 00.png, 01.png, ... and together as grid.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images):
+        image.save(folder / f"{index:02d}.png")
+    make_labeled_grid(images, prompts).save(folder / "grid.png")
+    logger.info(f"saved {len(images)} pictures and grid.png in {folder}")
+
+
+def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
+    """Return the pictures side by side, at most four in a row, each with its label below."""
+    columns, line = min(4, len(images)), 14  # pixels per line of PIL's own font, about 6 per character
+    width, height = max(128, images[0].width), max(128, images[0].height)
+    texts = [textwrap.wrap(label, width // 6)[:3] for label in labels]
+    cell = height + line * max(map(len, texts), default=1) + 6
+    grid = Image.new("RGB", (columns * (width + 4), math.ceil(len(images) / columns) * cell), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
+        left, top = index % columns * (width + 4), index // columns * cell
+        grid.paste(image.resize((width, height)) if image.size != (width, height) else image, (left, top))
+        for row, text in enumerate(lines):
+            draw.text((left + 2, top + height + 2 + row * line), text, fill="black")
+    return grid
+
+
+def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+    """Send pictures to every tracker that shows pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images(tag, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
+            tracker.log({tag: captioned}, step=step)
+        elif tracker.name == "comet_ml":
+            for i, image in enumerate(images):
+                tracker.writer.log_image(image, name=f"{tag}-{i}: {prompts[i]}", step=step)
+        else:
+            logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
+
+
+def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+    """Write the adapter to --output_dir, aside first, so that a failure leaves what was there before."""
+    aside = Path(args.output_dir, ".partial-export")
+    aside.mkdir(exist_ok=True)
+    with averaged_weights(models):
+        save_trained(accelerator, models, aside)
+        if args.save_kohya_format or Path(args.output_dir, KOHYA_FILE).is_file():  # an old one would be out of date
+            save_kohya_file(args, accelerator, models, aside / KOHYA_FILE)
+    for file in sorted(aside.iterdir()):
+        replace_folder(file, Path(args.output_dir, file.name))
+    aside.rmdir()
+    logger.info(f"saved the adapter: pipeline.load_lora_weights({args.output_dir!r}) loads it")
+
+
+def save_kohya_file(args: Namespace, accelerator: Accelerator, models: Models, path: Path) -> None:
+    """Write the adapter with the names, the alphas and the metadata of kohya's sd-scripts, which most tools read.
+
+    Their scale is alpha / rank in every layer, so with --use_rslora alpha grows by sqrt(rank).
+    """
+    alpha = args.lora_alpha * (math.sqrt(args.rank) if args.use_rslora else 1)
+    unet_config, weights = unwrap_model(accelerator, models.unet).config, {}
+    for name, parameter in name_trained_parameters(accelerator, models).items():
+        part, _, rest = name.replace(".default", "").partition(".")
+        layer, _, kind = rest.partition(".lora_")
+        layer = make_kohya_name(part, layer, unet_config)
+        kind = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(kind, "dora_scale")
+        weights[f"{layer}.{kind}"] = parameter.detach().contiguous()
+        weights[f"{layer}.alpha"] = torch.tensor(float(alpha))
+        if kind == "dora_scale":  # one norm per output, as a column beside the weights of that output
+            dimensions = weights[f"{layer}.lora_down.weight"].ndim
+            weights[f"{layer}.{kind}"] = parameter.detach().reshape(-1, *[1] * (dimensions - 1)).contiguous()
+    prediction_type = models.scheduler_config["prediction_type"].removesuffix("_prediction")  # as there: v
+    save_file(weights, path, metadata={
+        "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(args.rank),
+        "ss_network_alpha": str(alpha), **make_kohya_facts(prediction_type, unet_config),
+        "ss_sd_model_name": Path(args.pretrained_model_name_or_path).name, "ss_resolution": str(args.resolution),
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.title": Path(args.output_dir).name,
+        "modelspec.prediction_type": prediction_type})
+
+
+def make_kohya_name(part: str, layer: str, unet_config: dict) -> str:
+    """Return what kohya's tools call a layer of the UNet or of a text encoder."""
+    if part == "unet":
+        return "lora_unet_" + make_sgm_name(layer, unet_config).replace(".", "_")
+    return f"lora_te{2 if part == 'text_encoder_2' else 1}_text_model_" + layer.replace(".", "_")
+
+
+def make_sgm_name(layer: str, unet_config: dict) -> str:
+    """Return what Stability AI's own code, and with it kohya's, calls a layer of SDXL's UNet.
+
+    Its input and output blocks are counted through: conv_in, then of each block its layers and its sampler.
+    """
+    if layer in SGM_LAYERS:
+        return SGM_LAYERS[layer]
+    block, *rest = re.sub(r"^(down|up)_blocks\.", r"\1_", layer).split(".")
+    kind, number, ends = rest[0], int(rest[1]), [SGM_LAYERS.get(word, word) for word in rest[2:]]
+    if block == "mid_block":
+        place = [f"middle_block.{1 if kind == 'attentions' else 2 * number}"]
+    else:
+        direction, index = block.split("_")
+        steps, is_down = unet_config["layers_per_block"] + 1, direction == "down"
+        has_attention = "CrossAttn" in unet_config[f"{direction}_block_types"][int(index)]
+        is_sampler = kind.endswith("samplers")
+        step = int(index) * steps + is_down + (steps - 1 if is_sampler else number)
+        inner = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 1 + has_attention}[kind]
+        place = [f"{'input' if is_down else 'output'}_blocks.{step}.{inner}"]
+        ends = ["op"] if kind == "downsamplers" else ends
+    return ".".join(place + ends)
+
+
+def make_kohya_facts(prediction_type: str, unet_config: dict) -> dict[str, str]:
+    """Return the metadata by which kohya's tools and others know the kind of base model."""
+    return {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False",
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+
+
+def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
+    """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    trained = "UNet and both text encoders" if args.train_text_encoder else "UNet"
+    schedule = {"prediction_type": args.prediction_type} if args.prediction_type else {}
+    if args.rescale_betas_zero_snr:
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    base = [repr(args.pretrained_model_name_or_path)]
+    base += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
+    names = "DDIMScheduler, StableDiffusionXLPipeline" if schedule else "StableDiffusionXLPipeline"
+    if args.pretrained_vae_model_name_or_path:
+        names = f"AutoencoderKL, {names}"
+        base.append(f"vae=AutoencoderKL.from_pretrained({args.pretrained_vae_model_name_or_path!r})")
+    lines = [f"from diffusers import {names}", "",
+             f"pipeline = StableDiffusionXLPipeline.from_pretrained({', '.join(base)})",
+             f"pipeline.load_lora_weights({args.hub_model_id or args.output_dir!r})"]
+    if schedule:  # an adapter brings none along
+        arguments = ", ".join(f"{name}={value!r}" for name, value in {**schedule, "clip_sample": False}.items())
+        lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {arguments})")
+    code = "\n".join([*lines, f"image = pipeline({prompt!r}).images[0]"])
+    tags = ["stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers",
+            "diffusers-training", "lora"]
+    return f"LoRA adapters of the {trained}", code, tags
+
+
+def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progress: Progress) -> None:
+    """Write README.md, the model card, with a grid of the last pictures."""
+    prompts, folder, base = get_validation_prompts(args), Path(args.output_dir), args.pretrained_model_name_or_path
+    prompt = prompts[0] if prompts else "a prompt like the captions it was trained on"
+    trained, code, tags = describe_model(args, prompt)
+    text = f"# Fine-tuned {base}\n\n{trained} were trained on {args.dataset_name or 'images in a local folder'}.\n"
+    if images:
+        make_labeled_grid(images, prompts).save(folder / "val_imgs_grid.png")
+        text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
+    text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
+    names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
+             "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
+             "prediction_type", "rank", "lora_alpha")
+    facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
+    text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
+    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,
+                                           base_model=None if Path(base).exists() else base, inference=True)
+    readme = folder / "README.md"
+    if readme.is_file() and "diffusers-training" not in readme.read_text(encoding="utf-8", errors="replace"):
+        readme = folder / "MODEL_CARD.md"
+        logger.warning(f"{folder / 'README.md'} is not a model card and stays as it is; the card is {readme}")
+    readme.write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def push_to_hub(args: Namespace) -> None:
+    """Upload --output_dir but for checkpoints and logs; what fails here is said with the command that repeats it."""
+    logs = os.path.relpath(Path(args.output_dir, args.logging_dir, args.tracker_project_name), args.output_dir)
+    ignored = ["checkpoint-*/**", ".partial-*/**", f"{logs.split(os.sep)[0]}/**"]
+    try:
+        huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
+                                      commit_message="End of training", ignore_patterns=[*ignored])
+    except Exception as error:
+        excluded = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
+        message = (f"the upload to {args.hub_model_id} failed: {error}. Nothing is lost: {args.output_dir} holds the "
+                   f"model. Try: hf upload {args.hub_model_id} {args.output_dir} . {excluded}")
+        raise RuntimeError(message) from error
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Collects each update's numbers where they are computed and reads them in batches, so that no update waits.
+
+    Logs `train_loss`, `lr`, `grad_norm` and `epoch` of every update with its own step; once per batch of updates
+    `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and counts from the
+    start of the run: `skipped_images`, `long_captions`. With --debug_loss also `loss_for_<file>` of each image.
+    """
+
+    def __init__(self, args: Namespace, accelerator: Accelerator, images: CaptionedImages, first_step: int,
+                 last_step: int) -> None:
+        self.accelerator, self.logging_steps, self.images = accelerator, args.logging_steps, images
+        self.debug_loss = args.debug_loss
+        self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
+        self.loss, self.image_losses, self.updates = 0.0, [], []
+        self.counts = torch.zeros(2, dtype=torch.int64)  # skipped images, long captions: of this process
+        self.restart_clock()
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.close()
+
+    def restart_clock(self) -> None:
+        """Begin to measure speed: after a pause that is not training, such as drawing pictures."""
+        self.started, self.waited, self.num_images = time.perf_counter(), 0.0, 0
+
+    def iterate(self, steps, batches):
+        """Yield each micro step with its batch on the device, measuring how long the batch was waited for."""
+        for step in steps:
+            began = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - began
+            self.counts += torch.stack([batch.pop("num_skipped").sum(), batch.pop("num_long").sum()])
+            self.num_images += step.last - step.first
+            yield step, {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
+
+    def add_losses(self, losses: Tensor, batch: dict[str, Tensor], step: MicroStep) -> None:
+        """Take the loss of each sample [b] of a micro step, still on the device."""
+        self.loss = self.loss + (losses * batch["weights"]).sum() / step.window_size
+        if "indices" in batch:
+            self.image_losses.append((batch["indices"], losses, batch["weights"]))
+
+    def end_update(self, global_step: int, numbers: dict[str, float], grad_norm) -> None:
+        """Close an update; every --logging_steps of them, read and log what has gathered."""
+        norms = {} if grad_norm is None else {"grad_norm": torch.as_tensor(grad_norm, device=self.accelerator.device)}
+        self.updates.append((global_step, numbers, self.loss, norms, self.image_losses))
+        self.loss, self.image_losses = 0.0, []
+        with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not cost the run
+            self.bar.update(1)
+        if len(self.updates) >= self.logging_steps:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the gathered numbers from the device and log them; raise RuntimeError at a loss that is not finite."""
+        if not self.updates:
+            return
+        losses = torch.stack([loss for _, _, loss, _, _ in self.updates]).float()
+        summed = self.accelerator.reduce(torch.cat([losses, self.counts.to(losses.device, torch.float32)]), "sum")
+        *losses, skipped, long = summed.tolist()  # the one place where the loop waits for the device
+        seconds = time.perf_counter() - self.started
+        rows = [(step, {"train_loss": loss, **{name: norm.item() for name, norm in norms.items()}, **numbers, **own})
+                for (step, numbers, _, norms, _), loss, own in zip(self.updates, losses, self.name_image_losses(),
+                                                                   strict=True)]
+        rows[-1][1].update(images_per_second=self.num_images / seconds, data_wait=self.waited / seconds,
+                           peak_memory_gib=get_peak_memory(self.accelerator.device), skipped_images=skipped,
+                           long_captions=long)
+        log_rows(self.accelerator, rows)
+        latest = rows[-1][1]
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix_str(f"loss {latest['train_loss']:.4f}, lr {latest['lr']:.2e}, "
+                                     f"{latest['images_per_second']:.2f} images/s")
+        self.updates.clear()
+        self.restart_clock()
+        for step, numbers in rows:
+            if not math.isfinite(numbers["train_loss"]):
+                raise RuntimeError(
+                    f"the loss is {numbers['train_loss']} at step {step} (lr {numbers['lr']:.0e}, precision "
+                    f"{self.accelerator.mixed_precision}). Usual causes: too high a learning rate, or fp16 with this "
+                    "model; try --mixed_precision bf16 or a lower rate. Earlier checkpoints are untouched.")
+
+    def name_image_losses(self) -> list[dict[str, float]]:
+        """Return for each gathered update the loss of each image that --debug_loss has noted, on all processes."""
+        mine = [[(index, loss) for tensors in noted
+                 for index, loss, weight in zip(*(tensor.tolist() for tensor in tensors), strict=True) if weight]
+                for *_, noted in self.updates]
+        everyone = gather_object([mine]) if self.debug_loss and self.accelerator.num_processes > 1 else [mine]
+        if not self.accelerator.trackers:
+            return [{} for _ in mine]
+        return [{f"loss_for_{make_file_name(index, self.images.read_stored(index))}": loss
+                 for one in everyone for index, loss in one[number]} for number in range(len(mine))]
+
+
+def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
+    """Send the numbers of several updates to the trackers, each with its own step."""
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":
+            for step, numbers in rows:
+                tracker.log(numbers, step=step)
+            continue
+        for step, name, number in ((step, *item) for step, numbers in rows for item in numbers.items()):
+            tracker.writer.add_scalar(name, number, step)
+        tracker.writer.flush()  # once: the tracker's own `log` does so at every row
+
+
+def get_peak_memory(device: torch.device) -> float:
+    """Return the most memory used so far in GiB: of a GPU by its tensors, without one by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not there on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def train_step(accelerator: Accelerator, models: Models, objective: Objective, batch: dict[str, Tensor],
+               step: MicroStep) -> Tensor:
+    """Add one micro step's gradients and return the loss of each of its samples [b].
+
+    Every sample of an update counts the same, however they fall into processes and micro steps. Accelerate divides by
+    the accumulation steps and averages over the processes, which the scale undoes.
+    """
+    accelerator.sync_gradients = step.ends_update
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    with contextlib.ExitStack() as unsynchronized:
+        for network in [] if step.ends_update else list_trained(models):
+            unsynchronized.enter_context(accelerator.no_sync(network))
+        losses = compute_loss(models, objective, batch)
+        loss = (losses * batch["weights"]).sum() / step.window_size
+        accelerator.backward(loss * scale)
+    return losses.detach()
+
+
+def train(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
+          progress: Progress, record: dict) -> int:
+    """Train until the last update, moving `progress` along; return the signal that stopped it early, or 0."""
+    last_step = compute_last_step(args, len(data.train), accelerator.num_processes)
+    if progress.global_step > last_step:
+        logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
+        last_step = progress.global_step + 1
+    plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
+                   args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
+    loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator)
+    parameters = list(name_trained_parameters(accelerator, models).values())
+    meter, signal_number = Meter(args, accelerator, data.train.images, progress.global_step, last_step), 0
+
+    ahead = contextlib.closing(iterate_ahead(loader))
+    with StopRequest(accelerator) as stop_request, meter, logging_redirect_tqdm(), ahead as batches:
+        for step, batch in meter.iterate(plan(), batches):
+            meter.add_losses(train_step(accelerator, models, objective, batch, step), batch, step)
+            if not step.ends_update:
+                continue
+            grad_norm = (None if args.optimizer_in_backward
+                         else accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
+            numbers = {"epoch": step.epoch, **get_learning_rates(models)}
+            models.optimizer.step()
+            models.lr_scheduler.step()
+            models.optimizer.zero_grad()
+            if models.ema is not None:
+                models.ema.step()
+                numbers["ema_decay"] = models.ema.compute_decay()
+            progress.advance(step)
+            meter.end_update(progress.global_step, numbers, grad_norm)
+
+            signal_number = stop_request.agreed()
+            ends_run = progress.global_step == last_step or signal_number
+            if ends_run or progress.global_step % args.checkpointing_steps == 0:
+                meter.flush()
+                save_checkpoint(args, accelerator, progress, record)
+                meter.restart_clock()
+            if ends_run:
+                break
+            if is_validation_due(args, progress, step):
+                meter.flush()
+                validate(args, accelerator, models, objective, data, progress)
+                meter.restart_clock()
+    return signal_number
+
+
+def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
+           progress: Progress) -> None:
+    """Export what was trained with its card, send the last pictures to the trackers, and upload."""
+    if accelerator.is_main_process:
+        export_model(args, accelerator, models)
+        save_model_card(args, images, seed, progress)
+        if images:
+            with log_failure("sending the last pictures to the trackers"):
+                log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
+    accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:  # after the barrier: the others need not wait for an upload
+        push_to_hub(args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train adapters as the flags say."""
+    args = parse_args(argv)
+    accelerator = make_accelerator(args)
+    configs = load_model_configs(args)
+    check_lora_target(args, configs["unet"])
+    lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    check_checkpoint(args, checkpoint)
+    check_base_model(args, checkpoint)
+    with accelerator.main_process_first():
+        images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
+        held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
+    seed = start_run(args, accelerator, checkpoint)
+    data = make_data(args, images, held_out_images, seed, configs)
+
+    with explained_load(args):
+        models = load_models(args, accelerator, configs)
+    cache_encodings(args, accelerator, models, data.train)
+    objective = make_objective(args, models.scheduler_config, accelerator.device)
+    prepare_training(args, accelerator, models, len(data.train))
+    record = make_run_record(args, accelerator, seed, getattr(images, "captions_digest", None))
+    progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
+
+    log_run_header(args, accelerator, models, len(data.train), seed)
+    if args.resume_from_checkpoint and checkpoint is None:
+        logger.warning(f"{args.output_dir} holds no checkpoint yet: starting from the beginning")
+    signal_number = train(args, accelerator, models, objective, data, progress, record)
+    if not signal_number:
+        last_images = validate(args, accelerator, models, objective, data, progress)
+        finish(args, accelerator, models, last_images, seed, progress)
+    accelerator.end_training()
+    if signal_number:
+        logger.warning(f"stopped by {signal.Signals(signal_number).name} after update {progress.global_step}, which "
+                       "is saved. Give the same command with --resume_from_checkpoint latest to go on, or name "
+                       f"checkpoint-{progress.global_step}.")
+        sys.exit(128 + signal_number)
+
+
+if __name__ == "__main__":
+    main()
