@@ -37,6 +37,11 @@ SDXL_SCRIPTS = [name for name in TORCH_SCRIPTS if "sdxl" in name]
 FULL_SCRIPTS = [name for name in TORCH_SCRIPTS if "lora" not in name]  # that train and export whole networks
 
 
+# For a test of what has the same text in each script, and takes long: it runs with the first script alone, which saves
+# the time of the others. tests/check_copies.py keeps them equal.
+in_first_script = pytest.mark.parametrize("script", TORCH_SCRIPTS[:1], indirect=True)
+
+
 def load_script(name: str):
     """Return a script as a module, loaded by its path, once."""
     module_name = Path(name).stem

@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, UNCACHED, list_adapter_flags, make_args, make_image, make_image_folder, read_scalars
+from conftest import (
+    ROOT,
+    UNCACHED,
+    in_first_script,
+    list_adapter_flags,
+    make_args,
+    make_image,
+    make_image_folder,
+    read_scalars,
+)
 from runs import Run, assert_same_checkpoint, list_names, prepare, run, run_pair
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
@@ -132,64 +141,65 @@ def list_caches(tmp_path: Path) -> list[str]:
     return sorted(list_names(tmp_path / "encoded", "*-*"))
 
 
-SAME = [{"learning_rate": 1e-5}, {"seed": 5}, {"train_batch_size": 3},
-        {"max_train_steps": 1}, {"proportion_empty_prompts": 0.5}, {"noise_offset": 0.1},
-        {"dataloader_num_workers": 1}, {"vae_slicing": True}]
+SAME = {"learning_rate": 1e-5, "seed": 5, "train_batch_size": 3, "max_train_steps": 1, "proportion_empty_prompts": 0.5,
+        "noise_offset": 0.1, "dataloader_num_workers": 1, "vae_slicing": True}
 OTHERS = [({"resolution": 16}, "images"), ({"image_interpolation_mode": "nearest"}, "images"),
           ({"center_crop": True}, "images"), ({"random_flip": True}, "images"), ({"cache_crops": 2}, "images"),
-          ({"vae_tiling": True}, "images"),
-          ({"cache_dtype": "fp32"}, "images captions"), ({"mixed_precision": "bf16"}, "images captions")]
+          ({"vae_tiling": True}, "images"), ({"cache_dtype": "fp32"}, "images captions"),
+          ({"mixed_precision": "bf16"}, "images captions")]
 
 
-@pytest.mark.parametrize("flags", SAME, ids=lambda flags: next(iter(flags)))
-def test_what_does_not_matter_uses_the_cache_again(script, train, tmp_path, monkeypatch, flags):
-    """Another rate, folder, seed or batch finds what the run before has encoded, and encodes nothing."""
+def count_caches(tmp_path: Path) -> dict[str, int]:
+    """Return how many caches there are of images, and of captions."""
+    return {kind: len(list_names(tmp_path / "encoded", f"{kind}-*")) for kind in ("images", "captions")}
+
+
+def test_what_does_not_matter_uses_the_cache_again(script, train, tmp_path, monkeypatch):
+    """Another rate, folder, seed, batch and so on find what the run before has encoded, and encode nothing."""
     train("first", **CACHED)
     before = list_caches(tmp_path)
+
     def fail(*given):
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(script, "encode_variants", fail)
-    train("second", **{**CACHED, **flags})
+    train("second", **CACHED, **SAME)
     assert list_caches(tmp_path) == before and len(before) == 2
 
 
-@pytest.mark.parametrize(("flags", "kinds"), OTHERS, ids=lambda flags: str(flags))
-def test_what_matters_makes_another_cache(script, train, tmp_path, flags, kinds):
+def test_what_matters_makes_another_cache(script, train, tmp_path):
     """Another transform or number format is encoded anew, beside the old."""
-    if "sdxl" in script.__name__ and "mixed_precision" in flags:
-        kinds = "captions"  # the VAE is float32 all the same
     train("first", **CACHED, max_train_steps=1)
-    train("second", **{**CACHED, "max_train_steps": 1, **flags})
-    for kind in ("images", "captions"):
-        assert len(list_names(tmp_path / "encoded", f"{kind}-*")) == (2 if kind in kinds else 1)
+    for number, (flags, kinds) in enumerate(OTHERS):
+        if "sdxl" in script.__name__ and "mixed_precision" in flags:
+            kinds = "captions"  # the VAE is float32 all the same
+        before = count_caches(tmp_path)
+        train(str(number), **{**CACHED, "max_train_steps": 1, **flags})
+        assert count_caches(tmp_path) == {kind: count + (kind in kinds) for kind, count in before.items()}, flags
 
 
-@pytest.mark.parametrize("change", ["picture", "caption", "vae", "text_encoder", "text_encoder_2", "force_zeros"])
-def test_other_content_makes_another_cache(train, tiny_model, tmp_path, change):
+def test_other_content_makes_another_cache(train, tiny_model, tmp_path):
     """Another picture under the same name, another caption, or other weights in the same place are encoded anew."""
-    if change in ("text_encoder_2", "force_zeros") and not (tiny_model / "text_encoder_2").is_dir():
-        pytest.skip("only SDXL has it")
     data, model = make_image_folder(tmp_path / "data"), tmp_path / "model"
     shutil.copytree(tiny_model, model)
     train("first", data, model, **CACHED, max_train_steps=1)
-    if change == "picture":
-        make_image(77).save(data / "004.png")
-    elif change == "caption":
-        path = data / "metadata.jsonl"
-        path.write_text(path.read_text().replace("number 4", "number four"))
-    elif change == "force_zeros":
-        path = model / "model_index.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "force_zeros_for_empty_prompt": False}))
-    else:
-        (path,) = (model / change).glob("*.safetensors")
-        weights = {name: 1.01 * tensor if tensor.is_floating_point() else tensor
-                   for name, tensor in load_tensors(path).items()}
-        save_tensors(weights, path, metadata={"format": "pt"})
-    train("second", data, model, **CACHED, max_train_steps=1)
-    changed = "images" if change in ("picture", "vae") else "captions"
-    for kind in ("images", "captions"):
-        assert len(list_names(tmp_path / "encoded", f"{kind}-*")) == (2 if kind == changed else 1)
+    changes = ["picture", "caption", "vae", "text_encoder"]
+    for change in changes + ["text_encoder_2", "force_zeros"] * (model / "text_encoder_2").is_dir():
+        before, metadata, index = count_caches(tmp_path), data / "metadata.jsonl", model / "model_index.json"
+        if change == "picture":
+            make_image(77).save(data / "004.png")
+        elif change == "caption":
+            metadata.write_text(metadata.read_text().replace("number 4", "number four"))
+        elif change == "force_zeros":  # of the pipeline: what the empty caption means
+            index.write_text(json.dumps({**json.loads(index.read_text()), "force_zeros_for_empty_prompt": False}))
+        else:
+            (path,) = (model / change).glob("*.safetensors")
+            weights = {name: 1.01 * tensor if tensor.is_floating_point() else tensor
+                       for name, tensor in load_tensors(path).items()}
+            save_tensors(weights, path, metadata={"format": "pt"})
+        train(change, data, model, **CACHED, max_train_steps=1)
+        changed = "images" if change in ("picture", "vae") else "captions"
+        assert count_caches(tmp_path) == {kind: count + (kind == changed) for kind, count in before.items()}, change
 
 
 def test_a_touched_or_moved_picture_is_the_same(train, tmp_path):
@@ -212,6 +222,7 @@ print(script.digest_network(vae), script.digest_network(text_encoder))
 """
 
 
+@in_first_script
 def test_networks_have_the_same_name_in_every_process_and_place(script, tiny_model, tmp_path):
     """A digest depends on neither Python's hashes nor the folder, also where a configuration lacks newer settings."""
     path = shutil.copytree(tiny_model, tmp_path / "one") / "vae" / "config.json"
@@ -227,6 +238,7 @@ def test_networks_have_the_same_name_in_every_process_and_place(script, tiny_mod
     assert len(found) == 1
 
 
+@in_first_script
 def test_one_changed_row_of_an_embedding_is_seen(script, tiny_model):
     """A token that was taught anew makes another text encoder."""
     text_encoder = CLIPTextModel.from_pretrained(tiny_model, subfolder="text_encoder")
@@ -236,6 +248,7 @@ def test_one_changed_row_of_an_embedding_is_seen(script, tiny_model):
     assert script.digest_network(text_encoder) != before
 
 
+@in_first_script
 def test_samples_can_be_sent_to_loader_processes(script, tiny_model, image_folder, tmp_path):
     """With caches made, samples can be pickled, as loader processes that are not forked need, and read the same."""
     _, _, samples = prepare(script, make_args(
@@ -254,6 +267,7 @@ def test_captions_that_were_not_encoded_are_refused(script, tiny_model, image_fo
         samples[script.Visit(0, 0)]
 
 
+@in_first_script
 def test_killed_in_the_middle_it_goes_on(script, tiny_model, image_folder, tmp_path):
     """kill -9 while encoding leaves whole files only; the next run makes what is missing, and the same result."""
     data = make_image_folder(tmp_path / "many", count=48)
@@ -301,6 +315,7 @@ def test_broken_images_bring_the_caption_of_what_replaces_them(script, tiny_mode
     assert samples[script.Visit(0, 3)]["num_skipped"] == 0
 
 
+@in_first_script
 def test_a_full_disk_is_told(script, tiny_model, image_folder, tmp_path):
     """Where the cache has no room the error names the folder and the flags, and keeps what is there."""
     argv = make_args(tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", **CACHED)

@@ -4,6 +4,7 @@ The text of --help is kept in tests/golden. Renew it after a change of a flag wi
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -125,6 +126,12 @@ def get_flags(script) -> dict[str, argparse.Action]:
             if action.dest != "help" and not isinstance(action, argparse._StoreFalseAction)}
 
 
+@functools.cache
+def find_script(*flags: str):
+    """Return the first script that has some flags, as a module: the others refuse what it refuses by the same text."""
+    return next(script for script in map(load_script, TORCH_SCRIPTS) if set(flags) <= set(get_flags(script)))
+
+
 def describe(action: argparse.Action) -> dict:
     """Return a flag in the form of cli.json."""
     is_switch = action.nargs == 0
@@ -169,11 +176,9 @@ def fill_in(text, places: dict[str, str]):
     return text
 
 
-def get_refusal(script, capsys, places, **flags) -> str:
+def get_refusal(capsys, places, **flags) -> str:
     """Return the one line with which a script ends at a command line, having seen that its status is 2."""
-    unknown = sorted(set(flags) - set(get_flags(script)))
-    if unknown:
-        pytest.skip(f"{script.__name__} has no --{unknown[0]}")
+    script = find_script(*sorted(flags))
     flags = {"train_data_dir": "FOLDER", "output_dir": "MISSING"} | flags
     argv = make_args("no-such-model", flags.pop("train_data_dir"), flags.pop("output_dir"), **flags)
     with pytest.raises(SystemExit) as stopped:
@@ -245,9 +250,9 @@ def test_numbers_have_bounds(script):
 
 
 @pytest.mark.parametrize(("flag", "value", "rule"), IMPOSSIBLE_VALUES)
-def test_impossible_values_are_refused(script, capsys, places, flag, value, rule):
+def test_impossible_values_are_refused(capsys, places, flag, value, rule):
     """A value that cannot work ends with status 2 and one line: the flag, the value, what is accepted."""
-    message = get_refusal(script, capsys, places, **{flag: value})
+    message = get_refusal(capsys, places, **{flag: value})
     assert f"--{flag}" in message
     assert rule in message
     given = value.split(",")[-1]
@@ -255,10 +260,10 @@ def test_impossible_values_are_refused(script, capsys, places, flag, value, rule
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE_PAIRS)
-def test_impossible_pairs_are_refused(script, capsys, places, case):
+def test_impossible_pairs_are_refused(capsys, places, case):
     """Flags that cannot go together end with status 2 and one line that names them and a way out."""
     flags, *parts = IMPOSSIBLE_PAIRS[case]
-    message = get_refusal(script, capsys, places, **flags)
+    message = get_refusal(capsys, places, **flags)
     assert [part for part in (fill_in(part, places) for part in parts) if part not in message] == []
 
 
@@ -273,19 +278,19 @@ def test_impossible_pairs_are_refused(script, capsys, places, case):
         ({"report_to": "tensorboard,comet_ml"}, "comet_ml"),
     ],
 )
-def test_packages_that_are_not_installed_are_named(script, capsys, places, flags, package):
+def test_packages_that_are_not_installed_are_named(capsys, places, flags, package):
     """A flag that needs a package says which, and how to get it."""
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
-    message = get_refusal(script, capsys, places, **flags)
+    message = get_refusal(capsys, places, **flags)
     assert f"--{next(iter(flags))}" in message
     assert f"needs {package}, which is not installed: pip install {package}, or drop the flag" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="this machine has a GPU")
-def test_half_precision_without_a_gpu_is_refused(script, capsys, places):
+def test_half_precision_without_a_gpu_is_refused(capsys, places):
     """fp16 needs a GPU: without one the flag is refused, rather than accelerate's exception shown."""
-    message = get_refusal(script, capsys, places, mixed_precision="fp16")
+    message = get_refusal(capsys, places, mixed_precision="fp16")
     assert "--mixed_precision fp16" in message
     assert "bf16" in message
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, make_image_folder, read_scalars
+from conftest import in_first_script, make_args, make_image_folder, read_scalars
 from PIL import Image
 from runs import (
     assert_same_checkpoint,
@@ -136,6 +136,7 @@ def test_processes_share_the_validation(pair, single):
     assert read_scalars(pair[0], "validation_loss") == pytest.approx(losses, rel=1e-4)
 
 
+@in_first_script
 def test_validation_that_fails_in_one_process_holds_up_neither(script, args, held_out, tmp_path):
     """A picture that one of them cannot read costs the number, not the run, and nobody waits for the other."""
     broken, out = shutil.copytree(held_out, tmp_path / "broken"), tmp_path / "out"
@@ -145,6 +146,7 @@ def test_validation_that_fails_in_one_process_holds_up_neither(script, args, hel
     assert list_names(out / "validation", "*") == {"step-1", "step-2"} and list_names(out) == {"checkpoint-2"}
 
 
+@in_first_script
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_learning_rate_is_scheduled_in_updates(script, args, num_processes, accumulation, tmp_path):
@@ -205,6 +207,7 @@ def test_one_process_goes_on_where_two_stopped(script, args, pair, tmp_path, cap
     assert_close_weights(out / f"checkpoint-{NUM_UPDATES}", pair[0] / f"checkpoint-{NUM_UPDATES}")
 
 
+@in_first_script
 def test_signal_to_the_launcher_stops_all(script, args, tmp_path):
     """`accelerate launch` passes SIGTERM on, to the loaders' processes as well: the run saves once and ends."""
     out, log = tmp_path / "out", tmp_path / "log"

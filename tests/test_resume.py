@@ -14,7 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import UNCACHED, list_adapter_flags, make_args, make_image_folder, read_scalars
+from conftest import (
+    TORCH_SCRIPTS,
+    UNCACHED,
+    in_first_script,
+    list_adapter_flags,
+    make_args,
+    make_image_folder,
+    read_scalars,
+)
 from runs import (
     Run,
     assert_same_checkpoint,
@@ -44,6 +52,7 @@ CASES = {  # what is trained, and the update in which it is stopped: five make a
     "DREAM": ({"dream_training": True, "gradient_checkpointing": True}, 2),
     "without averages": ({"use_ema": False, "random_flip": True}, 2),
 }
+IN_EACH_SCRIPT = ("two loader workers", "every option", "DREAM")  # the others in the first alone, to save time
 
 
 def watch(script, argv: list, stop_in: int | None = None, number: int = signal.SIGTERM) -> list[dict]:
@@ -104,7 +113,9 @@ def assert_same_run(folder: Path, whole: Path, num_updates: int = NUM_UPDATES) -
 # ---- Exactly the same run -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("script", "case"), [(name, case) for name in TORCH_SCRIPTS for case in CASES
+                                              if name == TORCH_SCRIPTS[0] or case in IN_EACH_SCRIPT],
+                         indirect=["script"])
 def test_stopped_and_resumed_run_repeats_the_uninterrupted_one(script, args, never_stopped, case, tmp_path, caplog):
     """Weights, averages, optimizer, schedule, random states, logged numbers and batches are the same bit for bit."""
     flags, stop_in = CASES[case]
@@ -207,6 +218,7 @@ def test_sigterm_to_the_command_saves_and_says_how_to_go_on(script, args, tmp_pa
     assert_same_run(out, tmp_path / "whole", step + 2)
 
 
+@in_first_script
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_signal_to_all_processes_of_a_run_saves_too(script, args, number, tmp_path):
     """Ctrl-C and batch systems signal the loader's processes as well: the run still saves and ends in good order."""
@@ -226,6 +238,7 @@ def test_signal_to_all_processes_of_a_run_saves_too(script, args, number, tmp_pa
     assert "Traceback" not in log.read_text()
 
 
+@in_first_script
 def test_second_ctrl_c_stops_at_once(script, tiny_model, tmp_path):
     """Who cannot wait for the end of an update asks again, and the process is gone without a checkpoint."""
     out, log = tmp_path / "out", tmp_path / "log"
@@ -357,6 +370,7 @@ def test_longer_schedule_is_honoured(script, args, tmp_path):
     assert logged == pytest.approx({step: 1e-3 * (1 - (step - 1) / (2 if step <= 2 else 8)) for step in range(1, 9)})
 
 
+@in_first_script
 def test_interrupt_that_also_closes_the_output_still_saves(script, tiny_model, image_folder, tmp_path):
     """Ctrl-C ends the `tee` that a run writes to as well: the broken pipe must not cost the checkpoint."""
     argv = make_args(tiny_model, image_folder, tmp_path / "out", max_train_steps=4000)
@@ -391,18 +405,19 @@ def test_another_layout_of_the_weights_keeps_the_moments(script, args, tmp_path)
 @pytest.mark.parametrize(("name", "damage"), [
     ("optimizer.bin", "cut"), ("scheduler.bin", "cut"), ("run_record.json", "cut"), ("optimizer.bin", "gone"),
     ("scheduler.bin", "gone"), ("random_states_0.pkl", "gone"), ("run_record.json", "gone")])
-def test_damaged_checkpoints_are_told(script, args, tmp_path, name, damage):
+def test_damaged_checkpoints_are_told(script, args, never_stopped, tmp_path, name, damage):
     """A file that is cut short or gone is said to be so, with the checkpoint's name; the record may be missing."""
+    whole, _ = never_stopped(script, args, checkpointing_steps=3)
     out = tmp_path / "out"
-    run(script, args(out, max_train_steps=2))
-    path = out / "checkpoint-2" / name
+    shutil.copytree(whole / "checkpoint-3", out / "checkpoint-3")
+    path = out / "checkpoint-3" / name
     if damage == "gone":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     if (name, damage) == ("run_record.json", "gone"):
-        run(script, args(out, max_train_steps=3, resume_from_checkpoint="checkpoint-2"))
-        assert (out / "checkpoint-3").is_dir()
+        run(script, args(out, max_train_steps=4, resume_from_checkpoint="checkpoint-3"))
+        assert (out / "checkpoint-4").is_dir()
         return
-    with pytest.raises(ValueError, match="checkpoint-2.*Name another checkpoint"):
-        run(script, args(out, max_train_steps=3, resume_from_checkpoint="checkpoint-2"))
+    with pytest.raises(ValueError, match="checkpoint-3.*Name another checkpoint"):
+        run(script, args(out, max_train_steps=4, resume_from_checkpoint="checkpoint-3"))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from conftest import list_fast_flags, make_args, make_image, make_image_folder, read_scalars
+from conftest import in_first_script, list_fast_flags, make_args, make_image, make_image_folder, read_scalars
 from huggingface_hub import ModelCard
 from PIL import Image
 from runs import assert_same_checkpoint, get_command, list_names, load_pipeline, read_folder, run, run_pair
@@ -317,6 +317,7 @@ def test_two_processes_log_the_losses_of_all_images(first_script, tiny_models, i
         assert numbers == pytest.approx(expected, rel=1e-3)
 
 
+@in_first_script
 def test_weights_and_biases_offline(script, args, tmp_path, monkeypatch):
     """Every update's numbers and all pictures are in the files that `wandb sync` would upload, and no token is."""
     settings = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "HF_TOKEN": TOKEN}
@@ -373,6 +374,7 @@ def test_model_card_of_a_model_from_the_hub(script, args, tmp_path):
         assert card.data.base_model == named and "somebody/fruit" in card.text
 
 
+@in_first_script
 def test_hub_that_cannot_be_reached_is_noticed_before_training(script, args, tmp_path):
     """--push_to_hub makes the repository first, so that a missing network or login costs seconds, not the night."""
     with pytest.raises(Exception, match=r"repos/create.*HF_HUB_OFFLINE"):
@@ -428,6 +430,7 @@ def hub():
         thread.join()
 
 
+@in_first_script
 def test_upload_that_fails_loses_nothing(script, args, hub, drawn, tmp_path):
     """The model is saved by then, the error says how to repeat the upload, and the token is written nowhere."""
     out = tmp_path / "out"
