@@ -531,14 +531,6 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"--lr_step_rules {args.lr_step_rules} is not of the form FACTOR:UPDATE,...,FACTOR, such as 1:1000,0.1."),
         (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
          f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that, got {args.learning_rate}."),
-        (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
-        (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one."),
-        (args.optimizer_in_backward and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0),
-         "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: add --max_grad_norm 0 "
-         f"and --gradient_accumulation_steps 1, got {args.max_grad_norm} and {args.gradient_accumulation_steps}."),
-        (args.optimizer_in_backward and args.torch_compile,
-         "--optimizer_in_backward cannot be combined with --torch_compile, which returns all gradients at once: drop "
-         "one of them."),
         (args.text_encoder_lr is not None and not args.train_text_encoder,
          "--text_encoder_lr needs --train_text_encoder."),
         (args.cache_text_embeddings and args.train_text_encoder,
@@ -553,16 +545,34 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            parser.error(message)
+    check_memory_args(parser, args)
+    try:
+        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse combinations of what trades exactness, memory and speed that cannot work."""
+    refusals = (
+        (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
+        (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one."),
+        (args.optimizer_in_backward and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0),
+         "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: add --max_grad_norm 0 "
+         f"and --gradient_accumulation_steps 1, got {args.max_grad_norm} and {args.gradient_accumulation_steps}."),
+        (args.optimizer_in_backward and args.torch_compile,
+         "--optimizer_in_backward cannot be combined with --torch_compile, which returns all gradients at once: drop "
+         "one of them."),
         (args.mixed_precision == "fp16" and not torch.accelerator.is_available(),
          "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
     )
     for is_wrong, message in refusals:
         if is_wrong:
             parser.error(message)
-    try:
-        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 # ---- Setup ----------------------------------------------------------------------------------------------------------
