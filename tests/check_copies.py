@@ -4,7 +4,7 @@
 Each training script is whole, so what they share stands in each as a copy. The rule that needs no marks: **same
 name, same text**. A function, class or UPPER_CASE constant at the top level of two scripts has one text, with its
 decorators, its docstring, its comments and the comment lines right above it. `OWN` lists the names that each script
-fills in its own way.
+fills in its own way, `OWN_OF` those that one script does: what has the same part in it, on another library.
 
     python3 tests/check_copies.py                             show what has drifted; exit status 1 if anything has
     python3 tests/check_copies.py --list                      show which script has what
@@ -44,6 +44,16 @@ OWN = {
     "make_pipeline",
     "parse_args",
     "save_trained",
+}
+OWN_OF = {
+    "train_text_to_image_flax.py": set(
+        "LR_SCHEDULERS Meter StopRequest TRACKERS cache_encodings cache_latents cache_text_states check_args "
+        "check_checkpoint check_values collate compute_held_out_loss compute_loss compute_snr_weights compute_target "
+        "digest_network draw_images encode_captions encode_images encode_texts encode_variants finish get_latents "
+        "get_peak_memory get_text_states list_cached load_model_configs load_weights log_run_header make_accelerator "
+        "make_dataloader make_objective make_run_record prepare_training resume start_loader_process start_run train "
+        "train_step validate".split()
+    )
 }
 BANNER = re.compile(r"# -+ .+ -+")
 CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
@@ -111,19 +121,30 @@ def collect_copies(scripts: list[pathlib.Path]) -> dict[str, dict[pathlib.Path, 
     return dict(copies)
 
 
+def is_own(name: str, script: pathlib.Path) -> bool:
+    """Return whether a script fills a name in its own way."""
+    return name in OWN or name in OWN_OF.get(script.name, ())
+
+
+def select_shared(name: str, by_script: dict[pathlib.Path, Helper]) -> dict[pathlib.Path, Helper]:
+    """Return those of a name's copies that are to be equal."""
+    return {script: helper for script, helper in by_script.items() if not is_own(name, script)}
+
+
 def is_equal(copies: dict[pathlib.Path, Helper]) -> bool:
     """Return whether all copies have one text."""
-    return len({helper.text for helper in copies.values()}) == 1
+    return len({helper.text for helper in copies.values()}) <= 1
 
 
 def list_drifted(copies: dict[str, dict[pathlib.Path, Helper]]) -> list[str]:
     """Return the shared names whose texts differ."""
-    return [name for name, by_script in copies.items() if name not in OWN and not is_equal(by_script)]
+    return [name for name, by_script in copies.items() if not is_equal(select_shared(name, by_script))]
 
 
 def list_needless(copies: dict[str, dict[pathlib.Path, Helper]]) -> list[str]:
-    """Return the names in `OWN` that are in fact the same in every one of several scripts."""
-    return sorted(name for name in OWN if len(copies.get(name, {})) > 1 and is_equal(copies[name]))
+    """Return the names in `OWN` and `OWN_OF` that are in fact the same in every one of several scripts."""
+    names = OWN.union(*OWN_OF.values())
+    return sorted(name for name in names if len(copies.get(name, {})) > 1 and is_equal(copies[name]))
 
 
 def make_diff(name: str, by_script: dict[pathlib.Path, Helper]) -> str:
@@ -147,21 +168,24 @@ def show_list(copies: dict[str, dict[pathlib.Path, Helper]], scripts: list[pathl
     print("= shared, x drifted, o each its own, . the only one\n")
     drifted = list_drifted(copies)
     for name, by_script in copies.items():
-        mark = "x" if name in drifted else "o" if name in OWN else "." if len(by_script) == 1 else "="
-        print("  ".join(mark if script in by_script else " " for script in scripts) + "  " + name)
+        marks = {script: "o" if is_own(name, script) else "x" if name in drifted else "=" for script in by_script}
+        if len(by_script) == 1 and name not in OWN:
+            marks = dict.fromkeys(by_script, ".")
+        print("  ".join(marks.get(script, " ") for script in scripts) + "  " + name)
 
 
 def take_from(source: pathlib.Path, names: list[str], scripts: list[pathlib.Path]) -> list[str]:
     """Give every script that has one of `names` the text that `source` has; return a line on each script changed."""
     taken, changed = read_helpers(source), []
     for name in names:
-        if name in OWN:
-            raise ValueError(f"{name} is in OWN: each script has its own text; take it off that list first.")
+        if is_own(name, source):
+            listed = "OWN" if name in OWN else "OWN_OF"
+            raise ValueError(f"{name} is in {listed}: that script has its own text; take it off that list first.")
         if name not in taken:
             raise ValueError(f"{name} is not at the top level of {source.name}: --list shows what is.")
         for script in scripts:
             helper = read_helpers(script).get(name)
-            if helper is None or helper.text == taken[name].text:
+            if helper is None or helper.text == taken[name].text or is_own(name, script):
                 continue
             lines = read_lines(script)
             lines[helper.start : helper.stop] = [taken[name].text]
@@ -174,10 +198,11 @@ def check(copies: dict[str, dict[pathlib.Path, Helper]], scripts: list[pathlib.P
     """Print a diff per drifted helper and a note per needless entry of `OWN`; return the exit status."""
     drifted = list_drifted(copies)
     for name in drifted:
-        print(make_diff(name, copies[name]))
+        print(make_diff(name, select_shared(name, copies[name])))
     for name in list_needless(copies):
-        print(f"{name} is in OWN and yet the same in every script: take it off that list.")
-    shared = sum(len(by_script) > 1 and name not in OWN for name, by_script in copies.items())
+        listed = "OWN" if name in OWN else "OWN_OF"
+        print(f"{name} is in {listed} and yet the same in every script: take it off that list.")
+    shared = sum(len(select_shared(name, by_script)) > 1 for name, by_script in copies.items())
     print(f"{len(scripts)} scripts, {shared} shared helpers, {len(drifted)} drifted.")
     return 1 if drifted else 0
 

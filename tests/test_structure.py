@@ -29,12 +29,14 @@ ROOMS = [
 BANNER = re.compile(r"^# -+ (.+?) -+$", re.MULTILINE)
 LINE_LENGTH = 119
 # Not 1,400: exact resume, checks of data and safe saving stand in every script, with no module to share them.
-SCRIPT_LINES = 2850
+# The JAX script also has the networks, which the others take from libraries.
+SCRIPT_LINES = {"train_text_to_image_flax.py": 3400}
+OTHER_SCRIPT_LINES = 2850
 FUNCTION_LINES = 60
 CLOSURE_LINES = 20
 FLAG_LINES = 5
 LINES_OF = {"compute_loss": 50}
-ACCEPTED_ONLY = {"foreach_ema", "local_rank"}  # flags of old commands that ask for what is always done
+ACCEPTED_ONLY = {"foreach_ema", "from_pt", "local_rank"}  # flags of old commands that ask for what is always done
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -246,8 +248,8 @@ def test_script_is_whole(tree):
     assert {name for name in imported if name.split(".")[0] in local | {""}} == set()
 
 
-def test_script_is_not_too_long(source):
-    assert len(source.splitlines()) <= SCRIPT_LINES
+def test_script_is_not_too_long(source, script):
+    assert len(source.splitlines()) <= SCRIPT_LINES.get(script.name, OTHER_SCRIPT_LINES)
 
 
 def test_functions_are_not_too_long(tree):

@@ -1,0 +1,3311 @@
+#!/usr/bin/env python
+# Copyright 2026 The text-to-image fine-tuning authors. Licensed under the Apache License, Version 2.0.
+"""Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned images with JAX, on TPUs, GPUs or CPUs.
+
+The objective, for an image x with caption c, its VAE latents z = scaling_factor * VAE(x), Gaussian noise e and a
+uniform timestep t (Ho et al. 2020, arXiv:2006.11239, eq. 14; Rombach et al. 2022, arXiv:2112.10752, eq. 3):
+
+    z_t  = alpha_t z + sigma_t e,            alpha_t^2 + sigma_t^2 = 1
+    loss = mean over samples of  w_t ||UNet(z_t, t, text(c)) - target||^2 / number of latent values
+    target = e (epsilon), alpha_t e - sigma_t z (v_prediction) or z (sample);  w_t = 1, or Min-SNR
+
+UNet, VAE and text encoder are written here in Flax NNX, with arrays channels-last; torch is not needed. The weights
+that are trained are float32 whatever the precision of the run, which holds for its computations and the frozen parts.
+
+All devices of one machine, several machines (the same command on each), and after a crash or Ctrl-C:
+
+    python train_text_to_image_flax.py --pretrained_model_name_or_path MODEL --train_data_dir FOLDER \\
+        --mixed_precision bf16 --use_ema --validation_prompts "a red apple" --output_dir out
+    python train_text_to_image_flax.py ... --multi_host
+    python train_text_to_image_flax.py ... --resume_from_checkpoint latest
+
+What stands in --output_dir afterwards:
+
+    model_index.json, unet/, vae/, text_encoder/ ...   the pipeline: StableDiffusionPipeline.from_pretrained(folder)
+    checkpoint-N/            everything needed to go on after update N, written by Orbax
+    validation/step-N/       the pictures drawn after update N, and grid.png
+    logs/                    TensorBoard;  README.md: the model card
+
+Every random draw is a function of (seed, purpose, epoch, sample) and travels with the sample, so that a resumed run or
+another number of devices or processes repeats the same training. Rooms meant to be edited: `Data` (your data set:
+`CaptionedImages`) and `Objective` (`compute_loss`). The others should rarely need it.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import glob
+import hashlib
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import textwrap
+import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import flax
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import transformers
+from flax import nnx
+from jax import Array as Tensor
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from PIL import Image, ImageDraw, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file as save_arrays
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import CLIPTokenizer
+
+# ---- Names and types ------------------------------------------------------------------------------------------------
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
+LR_SCHEDULERS = tuple("linear cosine cosine_with_restarts polynomial constant constant_with_warmup "
+                      "piecewise_constant".split())
+INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
+                       for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
+MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: bytes in a file, and how many files
+TRACKERS = ("tensorboard", "wandb", "none")
+POSITIVE_FLAGS = (
+    "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
+    "lr_num_cycles lr_power snr_gamma adam_epsilon max_grad_norm checkpointing_steps logging_steps "
+    "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
+    "rank lora_alpha cache_crops"
+).split()
+NONNEGATIVE_FLAGS = (
+    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay noise_offset input_perturbation "
+    "dream_detail_preservation dataloader_num_workers num_validation_images validation_guidance_scale "
+    "timestep_bias_begin"
+).split()
+FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
+# Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
+# those above are the same in every script, which has some of these flags.
+FIXED_FLAGS = "use_8bit_adam train_text_encoder rank lora_alpha lora_target use_dora use_rslora".split()
+RESULT = "model_index.json"  # in --output_dir: the sign of a finished run
+TRAINED = "state"  # in a checkpoint: weights and moments, and the sign that this script made it
+EMA_FOLDER = "averages"  # in a checkpoint: the averaged weights
+# Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
+INCONSEQUENTIAL_FLAGS = frozenset(
+    "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
+    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
+    "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
+    "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
+    "validation_inference_steps save_kohya_format encoded_dir".split()
+)
+ATTENTIONS = ("plain", "cudnn")
+WEIGHT_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+                "safety_checker": "model"}
+OLD_NAMES = {"query": ".to_q.", "key": ".to_k.", "value": ".to_v.", "proj_attn": ".to_out.0."}  # in the VAE
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}  # in flax and in torch
+# Settings of networks: those that may differ, with what holds where an old file leaves them out, ...
+SETTINGS = {
+    "unet": {"sample_size": None, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_eps": 1e-5,
+             "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1280, "attention_head_dim": 8,
+             "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "num_attention_heads": None,
+             "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "norm_num_groups": 32,
+             "use_linear_projection": False, "upcast_attention": False},
+    "vae": {"sample_size": None, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 1,
+            "block_out_channels": (64,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 32,
+            "up_block_types": ("UpDecoderBlock2D",), "scaling_factor": 0.18215, "latents_mean": None,
+            "latents_std": None, "force_upcast": True, "mid_block_add_attention": True, "use_quant_conv": True,
+            "use_post_quant_conv": True},
+    "text_encoder": {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+                     "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+                     "layer_norm_eps": 1e-5},
+}
+# ... and those that must be as here if they are there at all. Others may only be unset.
+FIXED_SETTINGS = {
+    "unet": {"act_fn": ("silu",), "attention_type": ("default",), "addition_embed_type_num_heads": (64,),
+             "center_input_sample": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+             "downsample_padding": (1,), "dropout": (0.0,), "flip_sin_to_cos": (True,), "freq_shift": (0,),
+             "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+             "resnet_out_scale_factor": (1.0,), "resnet_time_scale_shift": ("default",),
+             "time_embedding_type": ("positional",), "transformer_layers_per_block": (1,)},
+    "vae": {"act_fn": ("silu",)},
+    "text_encoder": {"attention_dropout": (0.0,), "dropout": (0.0,), "model_type": ("clip_text_model",)},
+}
+BLOCK_TYPES = {"unet": ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+               "vae": ("DownEncoderBlock2D", "UpDecoderBlock2D")}
+# Settings of the text encoder that are of no use to it or that its tokenizer knows.
+IDLE_SETTINGS = frozenset(
+    "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_factor initializer_range "
+    "projection_dim transformers_version".split())
+
+
+class ProcessLogger(logging.LoggerAdapter):
+    """Logs what the main process says, and from any process what is marked with main_process_only=False."""
+
+    def log(self, level: int, message: object, *args, main_process_only: bool = True, **kwargs) -> None:
+        """Log a message as `logging` does."""
+        if not main_process_only or jax.process_index() == 0:
+            super().log(level, message, *args, **kwargs)
+
+
+logger = ProcessLogger(logging.getLogger(__name__))
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the seed, all that decides what the next update trains on."""
+
+    global_step: int = 0  # optimizer updates so far
+    epoch: int = 0  # passes over the data that were begun before this one
+    samples_seen: int = 0  # samples of this epoch used so far, over all processes
+
+    def advance(self, step: "MicroStep") -> None:
+        """Count the update that `step` has ended."""
+        self.global_step, self.epoch, self.samples_seen = self.global_step + 1, step.epoch, step.last
+
+
+class Visit(NamedTuple):
+    """One use of one sample: the key that a loader hands to `Samples`."""
+
+    epoch: int
+    index: int  # position in the data set
+    weight: float = 1.0  # 0 for a sample that only keeps a process busy in a batch too small to share
+
+
+class MicroStep(NamedTuple):
+    """One forward and backward pass on all processes: samples first to last (exclusive) in the order of an epoch."""
+
+    epoch: int
+    first: int
+    last: int
+    window_size: int  # samples in the whole update that this micro step belongs to
+    ends_update: bool
+    ends_epoch: bool
+
+
+class Data(NamedTuple):
+    """What a run trains on, and what it only measures."""
+
+    train: "Samples"
+    held_out: "Samples | None"
+
+
+class TrainState(NamedTuple):
+    """All that an update changes: arrays on the devices, by names such as unet.conv_in.weight."""
+
+    step: Tensor  # updates so far
+    weights: dict[str, Tensor]  # float32
+    moments: optax.OptState
+    ema_updates: Tensor  # that the averages have seen
+    averages: dict[str, Tensor] | None
+
+
+class Programs(NamedTuple):
+    """What is compiled, once."""
+
+    train_step: "jax.stages.Wrapped"  # (state, frozen, batch) -> (state, metrics)
+    compute_losses: "jax.stages.Wrapped"  # (weights, frozen, batch) -> their sum
+    draw: "jax.stages.Wrapped"  # (weights, frozen, latents, input_ids) -> images
+
+
+@dataclass
+class Models:
+    """The networks of a run, their weights and what trains them."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: "TextEncoder"  # this and the next two know shapes and formulas; `with_weights` gives them weights
+    vae: "VAE"
+    unet: "UNet"
+    configs: dict[str, dict]  # of the base model: the settings of its parts
+    scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
+    trained: tuple[str, ...]  # the names above of what is trained: unet, perhaps text_encoder
+    frozen: dict[str, np.ndarray]  # in host memory, in the run's precision
+    initial: dict[str, np.ndarray]  # what is trained as it was loaded, float32; empty once it is on the devices
+    files: dict[str, Path]  # of the base model, by their place in the output folder
+    placed: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # of `frozen`, what training needs on devices
+    state: TrainState | None = None  # this and the next are made by `prepare_training`
+    programs: Programs | None = None
+
+
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Return the flags of the command line (or of `argv`), refusing impossible ones with exit status 2."""
+    parser = ArgumentParser(
+        description="Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned images with JAX.",
+        usage="python %(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER [flags]",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    add_model_args(parser)
+    add_raw_weights_args(parser)
+    add_data_args(parser)
+    add_cache_args(parser)
+    add_objective_args(parser)
+    add_length_args(parser)
+    add_adamw_args(parser)
+    add_averaging_args(parser)
+    add_jax_args(parser)
+    add_validation_args(parser)
+    add_checkpoint_and_output_args(parser)
+    add_tracking_and_hub_args(parser)
+    parser.set_defaults(output_dir="sd-model-finetuned", resolution=512, validation_epochs=5, seed=0,
+                        image_interpolation_mode="bilinear")
+    args = read_args(parser, argv)
+    args.non_ema_revision = args.non_ema_revision or args.revision
+    return args
+
+
+def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Return the checked flags of the command line, with ~ in their paths expanded."""
+    args = parser.parse_args(argv)
+    for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir",
+                 "output_dir", "cache_dir", "encoded_dir", "resume_from_checkpoint"):
+        if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+    check_values(parser, args)
+    check_args(parser, args)
+    return args
+
+
+def add_model_args(parser: ArgumentParser) -> None:
+    """Add the flags that say which model to start from."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", type=str, required=True,
+                       help="Model to start from: a folder in diffusers layout or a name on the hub.")
+    group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
+    group.add_argument("--variant", type=str, help="Weight files to read, fp16 for *.fp16.safetensors.")
+    group.add_argument("--cache_dir", type=str, help="Where downloaded models and data are kept.")
+    group.add_argument("--train_text_encoder", action="store_true",
+                       help="Train the text encoder as well as the UNet, and in the same way.")
+
+
+def add_raw_weights_args(parser: ArgumentParser) -> None:
+    """Add the flag for models that are published with raw and averaged weights."""
+    group = parser.add_argument_group("raw weights")
+    group.add_argument("--non_ema_revision", type=str,
+                       help="Revision of the UNet to train when it is not --revision; the averaged weights of "
+                       "--use_ema then start from --revision, at full decay.")
+
+
+def add_data_args(parser: ArgumentParser) -> None:
+    """Add the flags that say which images and captions to train on, and how they are prepared."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_name", type=str,
+                       help="Data set on the hub, or a local folder that `datasets` can load or has saved.")
+    group.add_argument("--dataset_config_name", type=str, help="Configuration of --dataset_name.")
+    group.add_argument("--train_data_dir", type=str,
+                       help="Folder of images with captions in metadata.jsonl, .csv or .parquet (columns file_name "
+                       "and --caption_column), or in one .txt beside each. With --dataset_name: its data_dir.")
+    group.add_argument("--image_column", type=str, default="image", help="Column with the images.")
+    group.add_argument("--caption_column", type=str, default="text",
+                       help="Column with the captions: a string, or a list of strings of which each visit draws one.")
+    group.add_argument("--max_train_samples", type=int, help="Train on at most this many samples, drawn by the seed.")
+    group.add_argument("--resolution", type=int,
+                       help="Side of the training images in pixels: the shorter side is resized to it, then cropped.")
+    group.add_argument("--image_interpolation_mode", type=str, default="lanczos", choices=tuple(INTERPOLATION_MODES),
+                       help="Filter for resizing images.")
+    group.add_argument("--center_crop", action="store_true", help="Crop the centre rather than a random part.")
+    group.add_argument("--random_flip", action="store_true", help="Mirror half of the images left to right.")
+    group.add_argument("--proportion_empty_prompts", type=float, default=0,
+                       help="Share of visits that train without the caption, from 0 to 1, drawn anew each time; 0.1 "
+                       "keeps classifier-free guidance healthy in long runs (arXiv:2207.12598).")
+    group.add_argument("--skip_broken_images", action="store_true",
+                       help="Use the next readable image in place of one that cannot be read, and count it.")
+    group.add_argument("--dataloader_num_workers", type=int, default=0,
+                       help="Processes that load data. 0 loads in threads of the training process, which suits most "
+                       "runs; raise it when `data_wait` in the logs exceeds a few percent.")
+
+
+def add_cache_args(parser: ArgumentParser) -> None:
+    """Add the flags of encodings that are made once and kept on disk."""
+    group = parser.add_argument_group("cache")
+    group.add_argument("--cache_latents", action="store_true",
+                       help="Encode every image once, before training, and keep what the VAE makes of it on disk.")
+    group.add_argument("--no_cache_latents", dest="cache_latents", action="store_false",
+                       help="Encode images at each visit.")
+    group.add_argument("--cache_text_embeddings", action="store_true",
+                       help="Encode every caption once, before training, and keep its text states on disk.")
+    group.add_argument("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
+                       help="Encode captions at each visit.")
+    group.add_argument("--cache_crops", type=int,
+                       help="Random crops of each image that are kept, of which each visit draws one; left out, 4, or "
+                       "1 with --center_crop. --random_flip keeps each mirrored as well.")
+    group.add_argument("--cache_dtype", type=str, default="fp16", choices=("fp16", "fp32"),
+                       help="Number format on disk: fp32 where fp16 overflows.")
+    group.add_argument("--encoded_dir", type=str,
+                       help="Where it is kept, for all runs with the same data and model; left out, in --cache_dir or "
+                       "the hub's cache.")
+
+
+def add_objective_args(parser: ArgumentParser) -> None:
+    """Add the flags that change what is learned."""
+    group = parser.add_argument_group("objective")
+    group.add_argument("--prediction_type", type=str,
+                       help="What the UNet predicts: epsilon, v_prediction or sample; left out, the model's own.")
+    group.add_argument("--snr_gamma", type=float,
+                       help="Weigh the loss by Min-SNR with this gamma; 5.0 is usual (arXiv:2303.09556).")
+    group.add_argument("--noise_offset", type=float, default=0,
+                       help="Size of the noise added to whole channels; 0.1 helps dark and bright pictures.")
+    group.add_argument("--input_perturbation", type=float, default=0,
+                       help="Size of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
+    group.add_argument("--dream_training", action="store_true",
+                       help="Correct input and target by the UNet's own estimate: slower steps, fewer needed "
+                       "(DREAM, arXiv:2312.00210).")
+    group.add_argument("--dream_detail_preservation", type=float, default=1.0,
+                       help="The exponent p of DREAM: larger keeps more detail, smaller converges faster.")
+    group.add_argument("--timestep_bias_strategy", type=str, default="none",
+                       choices=("earlier", "later", "range", "none"),
+                       help="Draw some timesteps more often: the least noisy, the most noisy, or a range.")
+    group.add_argument("--timestep_bias_multiplier", type=float, default=1.0,
+                       help="How many times as often the chosen timesteps are drawn.")
+    group.add_argument("--timestep_bias_portion", type=float, default=0.25,
+                       help="Share of all timesteps that `earlier` and `later` choose.")
+    group.add_argument("--timestep_bias_begin", type=int, default=0, help="First timestep that `range` chooses.")
+    group.add_argument("--timestep_bias_end", type=int, default=1000, help="End of `range`, itself not chosen.")
+    group.add_argument("--rescale_betas_zero_snr", action="store_true",
+                       help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction "
+                       "or sample. The saved scheduler is set to match.")
+
+
+def add_length_args(parser: ArgumentParser) -> None:
+    """Add the flags that say how long to train and from which seed."""
+    group = parser.add_argument_group("length and batch")
+    group.add_argument("--train_batch_size", type=int, default=16, help="Images per device and forward pass.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1,
+                       help="Forward passes per optimizer update: batches larger than memory holds.")
+    group.add_argument("--num_train_epochs", type=int, default=100, help="Passes over the data.")
+    group.add_argument("--max_train_steps", type=int, help="Optimizer updates; overrides --num_train_epochs.")
+    group.add_argument("--seed", type=int, help="Seed of every random draw; left out, one is drawn and logged.")
+
+
+def add_adamw_args(parser: ArgumentParser) -> None:
+    """Add the flags of the optimizer and of the learning-rate schedule."""
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
+    group.add_argument("--text_encoder_lr", type=float,
+                       help="Peak rate of the text encoder with --train_text_encoder; left out, --learning_rate.")
+    group.add_argument("--scale_lr", action="store_true",
+                       help="Multiply the rates by batch size, accumulation steps and number of devices.")
+    group.add_argument("--lr_scheduler", type=str, default="constant",
+                       help=f"Course of the rate over the updates: {', '.join(LR_SCHEDULERS)}.")
+    group.add_argument("--lr_warmup_steps", type=int, default=500,
+                       help="Updates in which the rate rises from 0; `constant` has no such rise.")
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    group.add_argument("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    group.add_argument("--lr_step_rules", type=str,
+                       help="For piecewise_constant: `1:1000,0.1:2000,0.01` is the rate up to update 1000, a tenth of "
+                       "it up to 2000, then a hundredth.")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of squared gradients.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-08, help="Term that keeps AdamW's division finite.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Norm that gradients are clipped to.")
+
+
+def add_averaging_args(parser: ArgumentParser) -> None:
+    """Add the flags of the averaged weights."""
+    group = parser.add_argument_group("averaged weights")
+    group.add_argument("--use_ema", action="store_true",
+                       help="Keep an exponential moving average of the weights; validate with it and export it.")
+    group.add_argument("--ema_decay", type=float, default=0.9999,
+                       help="Share of the old average kept at each update, reached by a ramp of (1 + n) / (10 + n).")
+
+
+def add_jax_args(parser: ArgumentParser) -> None:
+    """Add the flags that trade exactness, memory and speed, and those that say which devices take part."""
+    group = parser.add_argument_group("precision, memory and devices")
+    group.add_argument("--mixed_precision", type=str, default="no", choices=("no", "fp16", "bf16"),
+                       help="Number format of computations: bf16 halves memory and time; fp16 is refused, because it "
+                       "needs a scaled loss and bf16 does not.")
+    group.add_argument("--allow_tf32", action="store_true",
+                       help="Multiply float32 matrices as fast as the device can: in TF32 on GPUs, in bf16 on TPUs.")
+    group.add_argument("--gradient_checkpointing", action="store_true",
+                       help="Compute activations again in the backward pass: less memory, slower updates.")
+    group.add_argument("--fsdp", action="store_true",
+                       help="Divide weights, averages and AdamW's moments among the devices: less memory on each.")
+    group.add_argument("--attention", type=str, default="plain", choices=ATTENTIONS,
+                       help="How pixels attend to each other: by two products and a softmax, or in one kernel of "
+                       "cuDNN on NVIDIA GPUs, which keeps no table of all pairs and needs bf16.")
+    group.add_argument("--multi_host", action="store_true",
+                       help="Train with the other machines of a TPU slice or of a Slurm, MPI or Kubernetes job.")
+    group.add_argument("--from_pt", action="store_true",
+                       help="Weights are those of PyTorch. It is always so; accepted for old commands.")
+    group.add_argument("--local_rank", type=int, default=-1, help="Accepted for old commands.")
+
+
+def add_validation_args(parser: ArgumentParser) -> None:
+    """Add the flags that say what is drawn and measured while training."""
+    group = parser.add_argument_group("validation")
+    group.add_argument("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one picture each.")
+    group.add_argument("--validation_prompt", type=str, help="Prompt to draw --num_validation_images pictures of.")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Pictures of --validation_prompt.")
+    group.add_argument("--validation_epochs", type=int, help="Validate every this many epochs.")
+    group.add_argument("--validation_steps", type=int, help="Validate every this many updates as well.")
+    group.add_argument("--validation_data_dir", type=str,
+                       help="Held-out images with captions, laid out as --train_data_dir: their loss with fixed noise "
+                       "and timesteps, unweighted, is logged as validation_loss and can be compared between runs.")
+    group.add_argument("--validation_inference_steps", type=int, default=20, help="Denoising steps per picture.")
+    group.add_argument("--validation_guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
+
+
+def add_checkpoint_and_output_args(parser: ArgumentParser) -> None:
+    """Add the flags that say what is saved, where, and what to go on from."""
+    group = parser.add_argument_group("checkpoints and output")
+    group.add_argument("--output_dir", type=str, help="Where everything is saved.")
+    group.add_argument("--checkpointing_steps", type=int, default=500,
+                       help="Save a checkpoint every this many updates; the last update always leaves one.")
+    group.add_argument("--checkpoints_total_limit", type=int,
+                       help="Checkpoints to keep; the oldest goes once a newer one is complete.")
+    group.add_argument("--resume_from_checkpoint", type=str,
+                       help="Checkpoint to go on from: `latest`, a name in --output_dir, or a path.")
+
+
+def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
+    """Add the flags of logs, trackers and the hub."""
+    group = parser.add_argument_group("tracking and hub")
+    group.add_argument("--report_to", type=str, default="tensorboard",
+                       help=f"Where numbers and pictures go: {', '.join(TRACKERS)}; several with commas.")
+    group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
+    group.add_argument("--logging_steps", type=int, default=10,
+                       help="Read the numbers from the device every this many updates; each update's are logged.")
+    group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
+                       help="Name of the project in trackers.")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
+    group.add_argument("--hub_model_id", type=str, help="Repository to upload to; left out, --output_dir's name.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
+    group.add_argument("--hub_token", type=str,
+                       help="Token for the upload; `hf auth login` or HF_TOKEN keep it off the command line.")
+
+
+def check_values(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse flags whose value alone is impossible."""
+    bounds = (
+        (POSITIVE_FLAGS, lambda value: 0 < value < math.inf, "must be positive"),
+        (NONNEGATIVE_FLAGS, lambda value: 0 <= value < math.inf, "must not be negative"),
+        (FRACTION_FLAGS, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
+        (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
+        (("seed",), lambda value: value < 2**32, f"must be below {2**32}"),
+    )
+    for names, is_possible, rule in bounds:
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not is_possible(value):
+                parser.error(f"--{name} {rule}, got {value}.")
+    args.report_to = ",".join(tracker.strip() for tracker in args.report_to.split(","))
+    trackers = args.report_to.split(",")
+    for name, given, accepted in (("lr_scheduler", [args.lr_scheduler], LR_SCHEDULERS),
+                                  ("prediction_type", [args.prediction_type], (None, *PREDICTION_TYPES)),
+                                  ("report_to", trackers, TRACKERS)):
+        for value in given:
+            if value not in accepted:
+                parser.error(f"--{name} {value} is unknown: choose from {', '.join(filter(None, accepted))}.")
+    for package in (name for name in trackers if name != "none"):
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"--report_to {package} needs {package}, which is not installed: pip install {package}, or "
+                         "drop the flag.")
+
+
+def check_args(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse combinations of flags, files and devices that cannot work."""
+    trackers = args.report_to.split(",")
+    found = [folder.name for folder in list_checkpoints(args.output_dir)]
+    found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
+    refusals = (
+        (args.dataset_name is None and args.train_data_dir is None,
+         "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
+        (args.dataset_name is None and args.train_data_dir is not None and not Path(args.train_data_dir).is_dir(),
+         f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
+        (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
+         f"--validation_data_dir {args.validation_data_dir} is not a folder."),
+        (Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve() or not args.output_dir,
+         f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
+        (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
+        (found and args.resume_from_checkpoint is None,
+         f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
+         "add --resume_from_checkpoint latest to go on from there, or name another folder."),
+        (args.dream_training and args.input_perturbation > 0,
+         "--dream_training cannot be combined with --input_perturbation: DREAM corrects the input by the noise in it, "
+         "which perturbation changes. Drop one of them."),
+        (args.dream_training and args.prediction_type in ("v_prediction", "sample"),
+         f"--dream_training is defined for epsilon only, got --prediction_type {args.prediction_type}."),
+        (args.rescale_betas_zero_snr and args.prediction_type == "epsilon",
+         "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, got epsilon."),
+        (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
+         f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
+         f"{args.timestep_bias_end}."),
+        ((args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None),
+         "--lr_scheduler piecewise_constant and --lr_step_rules go together, such as --lr_step_rules 1:1000,0.1."),
+        (args.lr_step_rules is not None and not re.fullmatch(rf"({FACTOR}:\d+,)*{FACTOR}", args.lr_step_rules),
+         f"--lr_step_rules {args.lr_step_rules} is not of the form FACTOR:UPDATE,...,FACTOR, such as 1:1000,0.1."),
+        (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
+         f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that, got {args.learning_rate}."),
+        (args.text_encoder_lr is not None and not args.train_text_encoder,
+         "--text_encoder_lr needs --train_text_encoder."),
+        (args.cache_text_embeddings and args.train_text_encoder,
+         "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: drop one."),
+        (args.cache_crops is not None and not args.cache_latents, "--cache_crops needs --cache_latents."),
+        (args.encoded_dir is not None and not (args.cache_latents or args.cache_text_embeddings),
+         "--encoded_dir needs --cache_latents or --cache_text_embeddings."),
+        (args.center_crop and (args.cache_crops or 1) > 1,
+         f"--cache_crops {args.cache_crops} of --center_crop would all be the same: drop one of them."),
+        ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
+        (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
+         f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
+         "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
+        (args.mixed_precision == "fp16",
+         "--mixed_precision fp16 needs a scaled loss, without which small gradients vanish, and this script has none: "
+         "use bf16, which every TPU and every GPU since 2020 computes in, or no."),
+        (args.attention == "cudnn" and args.mixed_precision != "bf16",
+         "--attention cudnn needs --mixed_precision bf16: cuDNN's kernel takes no float32."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            parser.error(message)
+    try:
+        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+# ---- Setup ----------------------------------------------------------------------------------------------------------
+
+
+class Accelerator:
+    """The processes, devices and trackers of a run, under the names that accelerate gives them in the torch scripts.
+
+    Helpers that stand in those scripts as well ask for nothing else.
+    """
+
+    def __init__(self, mixed_precision: str, *, fsdp: bool) -> None:
+        self.process_index, self.num_processes = jax.process_index(), jax.process_count()
+        self.is_main_process = self.process_index == 0
+        self.num_devices, self.mixed_precision, self.fsdp = jax.device_count(), mixed_precision, fsdp
+        self.mesh, self.local_mesh = (Mesh(np.array(devices), ("devices",))
+                                      for devices in (jax.devices(), jax.local_devices()))
+        self.trackers: list[TensorBoardTracker | WandbTracker] = []
+        self.models: Models | None = None  # whose state `save_state` writes
+
+    def wait_for_everyone(self) -> None:
+        """Return when every process has come here."""
+        if self.num_processes > 1:
+            multihost_utils.sync_global_devices("wait_for_everyone")
+
+    def save_state(self, folder: str) -> None:
+        """Write the state of training into a folder, every process its part."""
+        self.wait_for_everyone()
+        save_state(self.models.state, Path(folder).resolve())
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """Send numbers to the trackers."""
+        log_rows(self, [(step, numbers)])
+
+    def end_training(self) -> None:
+        """Close the trackers."""
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def replicate(self, arrays):
+        """Return a tree of host arrays with a copy on every device."""
+        return jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec()))
+
+    def choose_sharding(self, array) -> NamedSharding:
+        """Return how an array of the state lies on the devices: whole on each, or with --fsdp cut along one axis.
+
+        That is the longest axis whose length is a multiple of the number of devices.
+        """
+        sizes = [size if size % self.num_devices == 0 else 0 for size in array.shape]
+        if not self.fsdp or not any(sizes):
+            return NamedSharding(self.mesh, PartitionSpec())
+        axis = sizes.index(max(sizes))
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "devices"))
+
+    def place_batch(self, batch: dict[str, np.ndarray], axis: int) -> dict[str, Tensor]:
+        """Return a batch, of which each process has its part, cut along an axis; scalars are whole on each device."""
+        def place(array: np.ndarray) -> Tensor:
+            spec = PartitionSpec(*[None] * axis, "devices") if np.ndim(array) > axis else PartitionSpec()
+            return jax.make_array_from_process_local_data(NamedSharding(self.mesh, spec), np.asarray(array))
+
+        return {name: place(array) for name, array in batch.items()}
+
+
+def make_accelerator(args: Namespace) -> Accelerator:
+    """Return processes and devices, with quiet libraries and logs on the main process."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO,
+                        force=True)  # in place of the handler that Orbax's logging library has set up
+    for name in ("httpx", "absl", "jax", "orbax"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if args.multi_host:
+        try:
+            jax.distributed.initialize()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"--multi_host finds no other machines: {error}. Start it on each of them by Slurm, MPI, "
+                             "Kubernetes or as a TPU slice, or drop the flag.") from error
+    if args.mixed_precision == "no" and not args.allow_tf32:  # by default JAX multiplies float32 as fast as it can
+        jax.config.update("jax_default_matmul_precision", "highest")
+    accelerator = Accelerator(args.mixed_precision, fsdp=args.fsdp)
+    for library in (datasets, transformers):
+        level = logging.WARNING if accelerator.is_main_process else logging.ERROR
+        library.utils.logging.set_verbosity(level)
+        if library is not datasets or not accelerator.is_main_process:
+            library.utils.logging.disable_progress_bar()
+    if args.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"--attention cudnn needs an NVIDIA GPU, and this run is on {jax.default_backend()}: use "
+                         "--attention plain.")
+    return accelerator
+
+
+def gather_object(things: list) -> list:
+    """Return the lists of all processes as one."""
+    packed = np.frombuffer(pickle.dumps(things), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(packed)))
+    padded = multihost_utils.process_allgather(np.pad(packed, (0, int(sizes.max()) - len(packed))))
+    return [thing for row, size in zip(padded, sizes, strict=True) for thing in pickle.loads(row[:size].tobytes())]
+
+
+def open_output_dir(args: Namespace, accelerator: Accelerator):
+    """Create the output folder, cleared of what a killed run has left; return the lock that keeps other runs out.
+
+    The lock, a file among the temporary ones of this machine, is held until the process ends. Raises ValueError where
+    another run has it, perhaps one that was told to stop and is still saving.
+    """
+    lock, folder = None, Path(args.output_dir).resolve()
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".partial-probe").touch()  # cleared with the leftovers below
+        except OSError as error:
+            raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
+        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+        with contextlib.suppress(ImportError, PermissionError):  # no such locks on Windows, or another user's file
+            import fcntl
+
+            lock = open(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), "w")  # noqa: SIM115 - stays open
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
+                                 "saving: wait for its end, or name another folder.") from error
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
+    return lock
+
+
+def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None) -> int:
+    """Create the repository on the hub and the trackers; return the seed of the run.
+
+    The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
+    """
+    seed = args.seed
+    if accelerator.is_main_process:
+        if args.push_to_hub:
+            name = args.hub_model_id or Path(args.output_dir).resolve().name
+            try:
+                args.hub_model_id = huggingface_hub.create_repo(
+                    name, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token).repo_id
+            except Exception as error:  # no network, no login, no right to that name
+                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Mend that, or drop the flag and give "
+                                 "`hf upload` the output folder afterwards.") from error
+        if seed is None:
+            seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
+        accelerator.trackers = [make_tracker(name, args) for name in args.report_to.split(",") if name != "none"]
+    if accelerator.num_processes > 1:
+        seed, args.hub_model_id = gather_object([(seed, args.hub_model_id)])[0]
+    return seed
+
+
+def make_tracker(name: str, args: Namespace):
+    """Return a tracker that has been told the flags of the run."""
+    config = {key: value if isinstance(value, bool | int | float) else str(value)
+              for key, value in get_public_args(args).items()}
+    if name == "wandb":
+        return WandbTracker(args.tracker_project_name, args.output_dir, config)
+    return TensorBoardTracker(Path(args.output_dir, args.logging_dir, args.tracker_project_name), config)
+
+
+class TensorBoardTracker:
+    """Writes event files for TensorBoard."""
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path, config: dict) -> None:
+        self.writer = EventWriter(folder)
+        self.writer.add_text("flags", "\n".join(f"    {key}: {value}" for key, value in sorted(config.items())))
+
+    def finish(self) -> None:
+        """Write what is left and close the file."""
+        self.writer.close()
+
+
+class EventWriter:
+    """What torch's SummaryWriter is for those who have torch: numbers, pictures and texts in an event file."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.util.tensor_util import make_tensor_proto
+
+        self.file, self.make_event, self.make_tensor = EventFileWriter(str(folder)), event_pb2.Event, make_tensor_proto
+        self.messages = summary_pb2.Summary.Value, summary_pb2.Summary.Image, summary_pb2.SummaryMetadata
+
+    def add(self, step: int, **content) -> None:
+        """Write one value of a summary."""
+        event = self.make_event(wall_time=time.time(), step=step)
+        event.summary.value.append(self.messages[0](**content))
+        self.file.add_event(event)
+
+    def add_scalar(self, tag: str, number: float, step: int) -> None:
+        """Write a number."""
+        self.add(step, tag=tag, simple_value=number)
+
+    def add_images(self, tag: str, images: np.ndarray, step: int, dataformats: str) -> None:
+        """Write uint8 pictures [n, h, w, 3], in the one format NHWC that is asked for here."""
+        for index, array in enumerate(images):
+            stream = io.BytesIO()
+            Image.fromarray(array).save(stream, format="PNG")
+            picture = self.messages[1](height=array.shape[0], width=array.shape[1], colorspace=len(dataformats) - 1,
+                                       encoded_image_string=stream.getvalue())
+            self.add(step, tag=f"{tag}/{index}", image=picture)
+
+    def add_text(self, tag: str, text: str) -> None:
+        """Write a text in Markdown."""
+        metadata = self.messages[2](plugin_data={"plugin_name": "text"})
+        self.add(0, tag=f"{tag}/text_summary", metadata=metadata, tensor=self.make_tensor([text], dtype="string"))
+
+    def flush(self) -> None:
+        """Write what has gathered."""
+        self.file.flush()
+
+    def close(self) -> None:
+        """Write what has gathered and close the file."""
+        self.file.close()
+
+
+class WandbTracker:
+    """Sends numbers and pictures to Weights & Biases."""
+
+    name = "wandb"
+
+    def __init__(self, project: str, folder: str, config: dict) -> None:
+        import wandb
+
+        self.run = wandb.init(project=project, dir=folder, config=config)
+
+    def log(self, numbers: dict, step: int) -> None:
+        """Send numbers or pictures."""
+        self.run.log(numbers, step=step)
+
+    def finish(self) -> None:
+        """End the run there."""
+        self.run.finish()
+
+
+def get_public_args(args: Namespace) -> dict:
+    """Return the flags that may be written down: all that are set, but for the token."""
+    return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
+
+
+def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, captions_digest: str | None) -> dict:
+    """Return what a checkpoint keeps about the run that made it, ready for JSON."""
+    versions = {library.__name__: library.__version__ for library in (jax, flax, optax, transformers)}
+    return {"seed": seed, "num_processes": accelerator.num_devices, "precision": accelerator.mixed_precision,
+            "captions_digest": captions_digest, "versions": versions, "flags": get_public_args(args)}
+
+
+def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
+                   seed: int) -> None:
+    """Log the facts that decide the run."""
+    trained = sum(array.size for array in models.state.weights.values())
+    last_step = compute_last_step(args, num_samples, accelerator.num_devices)
+    logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
+                f"{args.resolution} px, seed {seed}")
+    logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_devices)} samples: "
+                f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
+                f"{accelerator.num_devices} devices ({jax.devices()[0].device_kind}) of "
+                f"{accelerator.num_processes} processes")
+    if args.lr_scheduler not in ("constant", "piecewise_constant") and args.lr_warmup_steps >= last_step:
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} is no shorter than the run of {last_step} updates")
+    logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
+                f"output in {args.output_dir}")
+
+
+class StopRequest:
+    """Turns SIGTERM or the first Ctrl-C into a wish to save and stop, on which all processes agree.
+
+    Of several processes, each sends what it has received along with its batches, and reads the highest signal of all
+    with the numbers of the update before, so that nobody waits for it.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.signal_number, self.previous_metrics, self.is_shared = 0, None, accelerator.num_processes > 1
+
+    def __enter__(self) -> "StopRequest":
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        """Note the signal; a second one of the same kind ends the process at once."""
+        self.signal_number = number
+        signal.signal(number, self.previous[number])
+        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once",
+                       main_process_only=False)
+
+    def agreed(self, metrics: dict[str, Tensor]) -> int:
+        """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
+        if not self.is_shared:
+            return self.signal_number
+        before, self.previous_metrics = self.previous_metrics, metrics
+        return 0 if before is None else int(before["signal"])
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
+class CaptionedImages:
+    """Images with their captions: item i is a dict with `image` (RGB PIL picture) and `captions` (list of strings).
+
+    To train on data of your own, return such items from a class of your own and make it in `make_captioned_images`.
+    Nothing random belongs here: crops, flips and the choice of a caption are drawn in `Samples`.
+    """
+
+    def __init__(self, rows: datasets.Dataset, image_column: str, caption_column: str) -> None:
+        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self.captions = rows.select_columns([caption_column])  # to be read without the images
+        self.image_column, self.caption_column = image_column, caption_column
+        self.captions_digest = hashlib.blake2b(
+            json.dumps(list(rows[caption_column])).encode(), digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        stored = self.read_stored(index)
+        return {"image": decode_image(stored, make_row_name(index, stored)), "captions": self.read_captions(index)}
+
+    def read_stored(self, index: int) -> dict:
+        """Return an item's image as `datasets` stores it: `bytes`, or the `path` of its file."""
+        return self.rows[index][self.image_column] or {"bytes": None, "path": None}
+
+    def select(self, indices: np.ndarray) -> "CaptionedImages":
+        """Return some of the items."""
+        return CaptionedImages(self.rows.select(indices), self.image_column, self.caption_column)
+
+    def read_captions(self, index: int) -> list[str]:
+        """Return the captions of an item; --cache_latents and --cache_text_embeddings need no more at a visit."""
+        captions = self.captions[index][self.caption_column]
+        return [captions] if isinstance(captions, str) else list(captions)
+
+    def read_content(self, index: int) -> bytes:
+        """Return what tells an item's image from any other, without decoding it: for --cache_latents."""
+        stored = self.read_stored(index)
+        try:
+            return stored["bytes"] or Path(stored["path"] or "").read_bytes()
+        except OSError:  # reading the image will say so, or pass it over
+            return b""
+
+
+def make_row_name(index: int, stored: dict) -> str:
+    """Return what to call an item of the data in a message."""
+    return f"row {index} of the data ({stored['path'] or 'no file of its own'})"
+
+
+def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
+    """Return the images of `folder`, or of --dataset_name where it is None."""
+    rows = load_image_folder(folder, args) if folder else load_rows(args)
+    source = folder or args.dataset_name
+    for flag, column in (("image", args.image_column), ("caption", args.caption_column)):
+        if column not in rows.column_names:
+            hint = " No captions were found: add metadata.jsonl with file_name and text, or a .txt beside each image."
+            raise ValueError(f"--{flag}_column {column} is not in {source}: its columns are "
+                             f"{', '.join(rows.column_names)}.{hint if folder and flag == 'caption' else ''}")
+    if len(rows) == 0:
+        raise ValueError(f"{source} has no images: a data set needs at least one.")
+    check_captions(rows[args.caption_column], source, args.caption_column)
+    return CaptionedImages(rows.select_columns([args.image_column, args.caption_column]), args.image_column,
+                           args.caption_column)
+
+
+def load_rows(args: Namespace) -> datasets.Dataset:
+    """Return the `train` rows of --dataset_name: from the hub, or from a local folder."""
+    name = args.dataset_name
+    if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(name)
+    else:
+        try:
+            loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir,
+                                           data_dir=args.train_data_dir)
+        except OSError as error:  # also what is not found, and a hub that is out of reach
+            raise ValueError(f"--dataset_name {name} is neither on the hub nor a local folder: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"--dataset_name {name} has no images that can be loaded: {error}") from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if "train" not in loaded:
+        raise ValueError(f"--dataset_name {name} has no split named train: its splits are {', '.join(loaded)}.")
+    return loaded["train"]
+
+
+def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
+    """Return the rows of a folder with a metadata file, or with a .txt beside each image."""
+    own = Path(args.output_dir).resolve()  # the run's own pictures are no training data
+    hides_own = own.is_relative_to(Path(folder).resolve())
+    paths = [path for path in sorted(Path(folder).rglob("*"))
+             if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+             and path.is_file() and not (hides_own and own in path.resolve().parents)]
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    has_archives = any(path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") for path in paths)
+    if not images and not has_archives:
+        raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
+    if has_archives or any(path.name in METADATA_NAMES for path in paths):
+        try:
+            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(folder)}/**"},
+                                         split="train", cache_dir=args.cache_dir)
+        except Exception as error:  # of `datasets` or Arrow, which name no file
+            raise ValueError(f"the metadata in {folder} cannot be read: {error}. Each row needs file_name and "
+                             f"{args.caption_column}, in one file of UTF-8 per folder.") from error
+        if len(rows) < len(images):
+            logger.warning(f"{len(images) - len(rows)} images in {folder} are not in its metadata and are left out")
+        return rows
+    missing = [path for path in images if not path.with_suffix(".txt").is_file()]
+    if missing:
+        raise ValueError(f"{folder} has no metadata file, and {len(missing)} of its {len(images)} images have no "
+                         f"caption: {missing[0]} needs {missing[0].with_suffix('.txt').name} beside it, or the folder "
+                         f"a metadata.jsonl with file_name and {args.caption_column}.")
+    captions = [read_caption(path.with_suffix(".txt")) for path in images]
+    return datasets.Dataset.from_dict({args.image_column: list(map(str, images)), args.caption_column: captions})
+
+
+def read_caption(path: Path) -> str:
+    """Return the text of a caption file."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+
+
+def check_captions(captions: list, source: str, column: str) -> None:
+    """Refuse captions that are neither a string nor a list with at least one string."""
+    for row, caption in enumerate(captions):
+        texts = [caption] if isinstance(caption, str) else caption
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"row {row} of {source} has {caption!r} in --caption_column {column}: a caption is a "
+                             "string or a list of at least one string. Mend or drop that row.")
+
+
+def decode_image(stored: dict, name: str) -> Image.Image:
+    """Return an image of a `datasets` row as RGB: upright as its EXIF says, transparency over white."""
+    try:
+        image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
+        image = ImageOps.exif_transpose(image)
+        if max(image.size) > MOST_ASPECT * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels are too thin a strip to crop from")
+        low, high = image.getextrema() if image.mode in ("I", "F") else (0, 0)
+        if image.mode == "F" or low < 0 or high > 65535:
+            raise ValueError(f"its values of type {image.mode} are not 8 or 16 bits per pixel")
+        if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
+            image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
+        message = f"{name} cannot be read as an image: {error}. Mend or remove it, or add --skip_broken_images."
+        raise ValueError(message) from error
+
+
+def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
+    """Return the generator of the one draw for `purpose` at `where`, such as (epoch, index).
+
+    Philox is counter-based (Salmon et al. 2011, doi:10.1145/2063384.2063405): keys that differ at all give independent
+    streams, so adding, leaving out or reordering draws changes no other.
+    """
+    digest = hashlib.blake2b(repr((seed, purpose, *where)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, portion: float, begin: int,
+                         end: int) -> np.ndarray:
+    """Return the cumulative probability of each timestep [num_timesteps], uniform but for the chosen ones."""
+    weights = np.ones(num_timesteps)
+    count = max(1, int(portion * num_timesteps))
+    chosen = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
+              "range": slice(begin, end)}[strategy]
+    weights[chosen] *= multiplier
+    cumulative = np.cumsum(weights)
+    return cumulative / cumulative[-1]
+
+
+def transform_image(image: Image.Image, resolution: int, interpolation: str, corner: tuple[float, float] | None,
+                    flip: bool) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the image as uint8 [3, resolution, resolution]: resized by its shorter side, mirrored, cropped.
+
+    With it come the crop's top and left, in pixels of the resized and mirrored image.
+
+    `corner` is the crop's top left as fractions of the free way down and across; None crops the centre.
+    """
+    shorter = min(image.size)
+    image = image.resize([resolution * side // shorter for side in image.size], INTERPOLATION_MODES[interpolation])
+    image = ImageOps.mirror(image) if flip else image
+    down, across = image.height - resolution, image.width - resolution
+    top, left = ((round(down / 2), round(across / 2)) if corner is None
+                 else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), (top, left)
+
+
+class Samples:
+    """What each visit to a sample trains on: its image, caption, and every random number that its loss needs."""
+
+    def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int,
+                 latent_shape: tuple[int, int, int], num_timesteps: int) -> None:
+        self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
+        self.timestep_cdf = compute_timestep_cdf(
+            num_timesteps, args.timestep_bias_strategy, args.timestep_bias_multiplier, args.timestep_bias_portion,
+            args.timestep_bias_begin, args.timestep_bias_end)
+        self.latents: EncodedRows | None = None  # with --cache_latents
+        self.text_states: EncodedRows | None = None  # with --cache_text_embeddings, in the order of these:
+        self.caption_digests: np.ndarray | None = None
+        self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape}
+        if args.noise_offset:
+            self.noise_shapes["offset_noise"] = (latent_shape[0], 1, 1)
+        if args.input_perturbation:
+            self.noise_shapes["perturbation_noise"] = latent_shape
+        self.threads, self.is_loader_process = None, False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "threads": None}  # which cannot be sent to a loader process
+
+    def __getitems__(self, visits: list[Visit]) -> list[dict]:
+        """Return several samples, read side by side in threads unless this is one of several loader processes."""
+        if self.is_loader_process:
+            return [self[visit] for visit in visits]
+        return self.map_in_threads(self.__getitem__, visits)
+
+    def map_in_threads(self, function, things) -> list:
+        """Return the results of a function for several things at once."""
+        if self.threads is None:
+            self.threads = ThreadPoolExecutor(max_workers=count_cores_per_process())
+        return list(self.threads.map(function, things))
+
+    def __getitem__(self, visit: Visit) -> dict:
+        """Return one sample: image and caption, or what is cached of them, `timesteps` and noises."""
+        rng, where = partial(make_rng, self.seed), (visit.epoch, visit.index)
+        corner, flip = rng("crop", *where).random(2), rng("flip", *where).random() < 0.5
+        image, captions, num_skipped = self.get_image(visit.index, corner, self.args.random_flip and flip)
+        caption = captions[rng("caption", *where).integers(len(captions))]
+        if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
+            caption = ""
+        noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
+                  for purpose, shape in self.noise_shapes.items()}
+        timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
+        return {**image, **self.get_text(caption), "timesteps": np.int64(timestep),
+                "weights": np.float32(visit.weight), "num_skipped": np.int64(num_skipped), **noises}
+
+    def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
+        """Return an image, its captions, and how many broken ones were passed over to find it.
+
+        It is `images` uint8 [3, resolution, resolution] or, cached, the `moments` [2c, h, w] of the crop that `corner`
+        stands for; either way with its `time_ids` [6].
+        """
+        if self.latents is None:
+            item, num_skipped = self.read(index)
+            return self.transform(item["image"], corner, flip), item["captions"], num_skipped
+        crop = int(corner[0] * self.count_crops())
+        variant = 2 * crop + flip if self.args.random_flip else crop
+        cached = self.latents.read(index * self.count_variants() + variant)
+        source = int(cached["sources"])
+        if source != index and not self.args.skip_broken_images:
+            self.read(index)  # which says what is wrong with it
+        image = {"moments": cached["moments"], "time_ids": cached["time_ids"]}
+        return image, self.images.read_captions(source), (source - index) % len(self)
+
+    def get_text(self, caption: str) -> dict:
+        """Return the caption, or what is cached of it."""
+        if self.text_states is None:
+            return {"caption": caption}
+        digest = np.uint64(digest_caption(caption))
+        row = int(np.searchsorted(self.caption_digests, digest))
+        if row == len(self.caption_digests) or self.caption_digests[row] != digest:
+            raise ValueError(f"caption {caption!r} was not there when captions were encoded: `read_captions` must "
+                             "return what `__getitem__` does, each time.")
+        return self.text_states.read(row)
+
+    def transform(self, image: Image.Image, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
+        """Return `images`, the image as the flags ask for, and its `time_ids`, which SDXL is conditioned on.
+
+        They are original height and width, top and left of the crop, and the crop's height and width (Podell et al.
+        2023, arXiv:2307.01952, section 2.2).
+        """
+        resolution = self.args.resolution
+        images, place = transform_image(image, resolution, self.args.image_interpolation_mode,
+                                        None if self.args.center_crop else tuple(corner), flip)
+        return {"images": images,
+                "time_ids": np.array([image.height, image.width, *place, resolution, resolution], np.float32)}
+
+    def count_crops(self) -> int:
+        """Return how many crops of an image are cached."""
+        return self.args.cache_crops or (1 if self.args.center_crop else 4)
+
+    def count_variants(self) -> int:
+        """Return how many rows an image has in the cache: its crops, each perhaps mirrored as well."""
+        return self.count_crops() * (2 if self.args.random_flip else 1)
+
+    def make_variants(self, index: int) -> list[dict[str, np.ndarray]]:
+        """Return the variants of an image that are cached, each with `sources`: the item that it was found in.
+
+        The crops are the same whatever the seed of the run.
+        """
+        (item, num_skipped), flips = self.read(index), (False, True) if self.args.random_flip else (False,)
+        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.count_crops())]
+        source = np.int64((index + num_skipped) % len(self))
+        return [{**self.transform(item["image"], corner, flip), "sources": source}
+                for corner in corners for flip in flips]
+
+    def read(self, index: int) -> tuple[dict, int]:
+        """Return item `index` and 0, or with --skip_broken_images the next readable one and how many were skipped."""
+        for num_skipped in range(len(self.images)):
+            try:
+                return self.images[(index + num_skipped) % len(self.images)], num_skipped
+            except ValueError as error:
+                if not self.args.skip_broken_images:
+                    raise
+                logging.getLogger(__name__).warning(f"skipped: {error}")
+        raise ValueError(f"none of the {len(self.images)} images can be read.")
+
+
+def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
+    """Yield the micro steps of the next `num_updates` updates, from where `progress` stands.
+
+    `micro_batch_size` counts samples over all processes. An epoch ends with whatever is left: a smaller micro batch, a
+    smaller update. No sample is repeated or left out, also when a resumed run has another batch size.
+    """
+    epoch, first = progress.epoch, progress.samples_seen
+    for _ in range(num_updates):
+        if first >= num_samples:
+            epoch, first = epoch + 1, 0
+        end = min(first + micro_batch_size * accumulation, num_samples)
+        window_size = end - first
+        while first < end:
+            last = min(first + micro_batch_size, end)
+            yield MicroStep(epoch, first, last, window_size, ends_update=last == end, ends_epoch=last == num_samples)
+            first = last
+
+
+class VisitBatches:
+    """This process's share of each micro step as a list of visits: the batch sampler of a DataLoader."""
+
+    def __init__(self, steps, num_samples: int, seed: int, rank: int, num_processes: int) -> None:
+        self.steps, self.num_samples, self.seed = steps, num_samples, seed
+        self.rank, self.num_processes = rank, num_processes
+
+    def __iter__(self):
+        """Yield one list of visits per micro step: a contiguous part of it, so that processes make one large batch."""
+        epoch = None
+        for step in self.steps:
+            if step.epoch != epoch:
+                epoch = step.epoch
+                order = make_rng(self.seed, "order", epoch).permutation(self.num_samples)
+            count = step.last - step.first
+            begin = step.first + count * self.rank // self.num_processes
+            end = step.first + count * (self.rank + 1) // self.num_processes
+            idle = [Visit(epoch, int(order[step.first]), weight=0.0)]
+            yield [Visit(epoch, int(index)) for index in order[begin:end]] or idle
+
+
+def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, np.ndarray]:
+    """Return samples as one batch, channels last; for captions that are not cached `input_ids` [b, s]."""
+    captions = [sample.pop("caption") for sample in samples if "caption" in sample]
+    batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0] if name != "time_ids"}
+    batch = {name: np.moveaxis(array, 1, -1) if array.ndim == 4 else array for name, array in batch.items()}
+    batch = {name: array.astype(np.int32) if array.dtype == np.int64 else array for name, array in batch.items()}
+    if not captions:
+        return batch
+    batch["input_ids"] = tokenizers[0](captions, padding="max_length", truncation=True, return_tensors="np",
+                                       max_length=tokenizers[0].model_max_length).input_ids.astype(np.int32)
+    batch["num_long"] = batch["input_ids"][:, -2] != tokenizers[0].pad_token_id  # full: perhaps cut
+    return batch
+
+
+def pad_batch(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """Return a batch of `size` samples, filled up with its first one where short: without weight, and not counted."""
+    missing = size - len(batch["weights"])
+    if missing == 0:
+        return batch
+    filled = {name: np.concatenate([array, np.repeat(array[:1], missing, axis=0)]) for name, array in batch.items()}
+    for name in ("weights", "num_skipped", "num_long"):
+        filled[name][size - missing :] = 0
+    return filled
+
+
+def read_samples(samples: Samples, batches: VisitBatches, num_workers: int):
+    """Yield the samples of each list of visits, read side by side in threads, or in processes of their own."""
+    if num_workers == 0:
+        for visits in batches:
+            yield samples.__getitems__(visits)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that JAX's threads hold at that moment
+    with ProcessPoolExecutor(num_workers, spawn, initializer=start_loader_process, initargs=(samples,)) as pool:
+        waiting = []
+        for visits in itertools.chain(batches, [None]):
+            if waiting and (visits is None or len(waiting) > 1):  # one batch is read while another is waited for
+                yield [sample for part in waiting.pop(0) for sample in part.result()]
+            if visits is not None:
+                step = math.ceil(len(visits) / num_workers)
+                waiting.append([pool.submit(read_in_loader_process, visits[start : start + step])
+                                for start in range(0, len(visits), step)])
+        for parts in waiting:
+            yield [sample for part in parts for sample in part.result()]
+
+
+def start_loader_process(samples: Samples) -> None:
+    """Keep the samples; leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that trains."""
+    samples.is_loader_process = True
+    read_in_loader_process.samples = samples  # sent once, not with every batch
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def read_in_loader_process(visits: list[Visit]) -> list[dict]:
+    """Return some samples from those that the process was started with."""
+    return read_in_loader_process.samples.__getitems__(visits)
+
+
+def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator, size: int):
+    """Yield this process's batch of each micro step, always of `size` samples for each of its devices."""
+    batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
+    tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
+    for read in read_samples(samples, batches, num_workers):
+        yield pad_batch(collate(read, tokenizers), size * jax.local_device_count())
+
+
+def make_updates(args: Namespace, accelerator: Accelerator, steps, batches, stop_request: StopRequest):
+    """Yield each update's last micro step and, on the devices, its batch: all micro steps [a, b, ...], filled up.
+
+    It always has as many micro steps as a whole update, so that shapes never change; `num_micro_steps` says how many
+    are to be used.
+    """
+    micro_batches = []
+    for step, micro_batch in zip(steps, batches, strict=True):
+        micro_batches.append(micro_batch)
+        if not step.ends_update:
+            continue
+        count, first = len(micro_batches), micro_batches[0]
+        missing = args.gradient_accumulation_steps - count
+        batch = {name: np.stack([micro[name] for micro in micro_batches] + [np.zeros_like(first[name])] * missing)
+                 for name in first}
+        batch["signal"] = np.full(batch["weights"].shape, stop_request.signal_number, np.int32)
+        yield step, accelerator.place_batch(
+            {**batch, "num_micro_steps": np.int32(count), "window_size": np.float32(step.window_size)}, axis=1)
+        micro_batches = []
+
+
+def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
+              configs: dict[str, dict]) -> Data:
+    """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
+    side = args.resolution // compute_vae_factor(configs["vae"])
+    shapes = {"latent_shape": (configs["vae"]["latent_channels"], side, side),
+              "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
+    if args.max_train_samples is not None and args.max_train_samples < len(images):
+        chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
+        images = images.select(chosen)
+    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
+             "input_perturbation": 0, "timestep_bias_strategy": "none"}
+    plain_args = Namespace(**{**vars(args), **plain})
+    held_out = Samples(held_out_images, plain_args, seed=0, **shapes) if held_out_images is not None else None
+    return Data(Samples(images, args, seed=seed, **shapes), held_out)
+
+
+class EncodedRows:
+    """Arrays with a row per caption, or per crop of an image, in the .safetensors files of a folder.
+
+    They are read through memory maps; a loader process that is sent one opens the files itself.
+    """
+
+    def __init__(self, folder: Path, num_things: int, thing_size: int, rows_per_thing: int = 1) -> None:
+        per_file = max(1, min(SHARD_SIZE // thing_size, math.ceil(num_things / LEAST_SHARDS)))
+        self.rows_per_file, self.num_rows = per_file * rows_per_thing, num_things * rows_per_thing
+        self.folder, self.files = folder.with_name(f"{folder.name}-{self.rows_per_file}"), {}
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "files": {}}
+
+    def get_path(self, number: int) -> Path:
+        """Return the place of a file."""
+        return self.folder / f"{number:06d}.safetensors"
+
+    def read(self, row: int) -> dict[str, np.ndarray]:
+        """Return one row of every array."""
+        number, row = divmod(row, self.rows_per_file)
+        if len(self.files) > 256:  # each open file takes one of the process's descriptors
+            self.files = {}
+        try:
+            file = self.files.get(number) or safe_open(self.get_path(number), framework="numpy")
+        except (OSError, SafetensorError) as error:
+            message = f"{self.get_path(number)} is damaged or gone: {error}. Remove it and start again."
+            raise ValueError(message) from error
+        self.files[number] = file
+        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118 - no dict
+
+    def fill(self, accelerator: Accelerator, encode) -> None:
+        """Write the files that are not there: `encode(first, last)` returns the rows from first to last, exclusive.
+
+        The processes share the work. A file is renamed when it is whole: a run that was killed goes on with the next,
+        and of two runs that make the same one the later wins.
+        """
+        numbers = range(math.ceil(self.num_rows / self.rows_per_file))
+        mine = [number for number in numbers[accelerator.process_index :: accelerator.num_processes]
+                if not self.get_path(number).is_file()]
+        for number in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
+            first = number * self.rows_per_file
+            self.save(number, encode(first, min(first + self.rows_per_file, self.num_rows)))
+        accelerator.wait_for_everyone()
+        if not all(self.get_path(number).is_file() for number in numbers):
+            raise ValueError(f"{self.folder} lacks files that other machines have made: name an --encoded_dir that "
+                             "all of them share.")
+        logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(numbers)} files made now")
+
+    def save(self, number: int, rows: dict[str, np.ndarray]) -> None:
+        """Write a file, aside first."""
+        aside = self.folder / f".partial-{os.urandom(8).hex()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_arrays({name: np.ascontiguousarray(array) for name, array in rows.items()}, aside)
+            finish_file(aside)
+            aside.replace(self.get_path(number))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.folder} cannot be written: {error}. Make room, name another --encoded_dir, or "
+                             "ask for fewer --cache_crops; what is there already is kept.") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def make_key(*facts) -> str:
+    """Return a short name for facts, the same for equal ones only."""
+    return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
+
+
+def digest_caption(caption: str) -> int:
+    """Return a number of 64 bits that stands for a caption."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
+
+
+def digest_images(accelerator: Accelerator, samples: Samples) -> str:
+    """Return a digest of the content of all images in their order, to which every process contributes its part."""
+    def digest(index: int) -> bytes:
+        return hashlib.blake2b(samples.images.read_content(index), digest_size=16).digest()
+
+    mine = np.array_split(np.arange(len(samples)), accelerator.num_processes)[accelerator.process_index]
+    chunks = np.array_split(mine, math.ceil(len(mine) / 1000) or 1)  # a thread pool keeps all that it is given at once
+    part = b"".join(b"".join(samples.map_in_threads(digest, chunk.tolist())) for chunk in tqdm(
+        chunks, desc="reading images", disable=not accelerator.is_main_process))
+    parts = gather_object([part]) if accelerator.num_processes > 1 else [part]
+    return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
+
+
+def digest_network(models: Models, part: str) -> str:
+    """Return a digest of a frozen network's settings, number format and weights, wherever it was loaded from."""
+    settings = {key: value for key, value in models.configs[part].items()
+                if key[0] != "_" and key != "transformers_version"}
+    digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=12)
+    for name, array in sorted(select_part(models.frozen, part).items()):
+        digest.update(repr((name, array.dtype, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def iterate_ahead(batches):
+    """Yield what `batches` yields, with the next one being made in a thread while the caller uses this one.
+
+    Close it when leaving early: loader processes end with it, and would otherwise outlive an error.
+    """
+    iterator = iter(batches)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            pending = reader.submit(next, iterator, None)
+            while (batch := pending.result()) is not None:
+                pending = reader.submit(next, iterator, None)
+                yield batch
+    finally:
+        if hasattr(iterator, "_shutdown_workers"):  # a DataLoader ends its processes only when its last reference goes
+            iterator._shutdown_workers()
+
+
+def count_cores_per_process() -> int:
+    """Return how many threads may load data in one training process: its share of the cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+# ---- Models ---------------------------------------------------------------------------------------------------------
+
+
+class Layers(NamedTuple):
+    """Makes the layers of a network, with the epsilons and formulas that torch has by default.
+
+    Weights are float32 unless loaded otherwise; layers compute in `dtype`, norms and softmax in float32 within.
+    """
+
+    rngs: nnx.Rngs
+    dtype: type = jnp.float32
+    attention: str = "plain"  # of the UNet's pixels among themselves: plain or cudnn
+    remat: bool = False  # compute activations again in the backward pass
+
+    def linear(self, inputs: int, outputs: int, *, bias: bool = True) -> nnx.Linear:
+        """Return a layer [..., inputs] -> [..., outputs]."""
+        return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, rngs=self.rngs)
+
+    def conv(self, inputs: int, outputs: int, size: int = 3, *, stride: int = 1, padding=None) -> nnx.Conv:
+        """Return a convolution [b, h, w, inputs] -> [b, h / stride, w / stride, outputs]."""
+        around = ((size // 2, size // 2),) * 2
+        return nnx.Conv(inputs, outputs, (size, size), stride, padding=padding or around, dtype=self.dtype,
+                        rngs=self.rngs)
+
+    def group_norm(self, channels: int, groups: int, epsilon: float) -> nnx.GroupNorm:
+        """Return a norm over each group of channels of [b, h, w, channels]."""
+        return nnx.GroupNorm(channels, groups, epsilon=epsilon, use_fast_variance=False, dtype=self.dtype,
+                             rngs=self.rngs)
+
+    def layer_norm(self, width: int, epsilon: float = 1e-5) -> nnx.LayerNorm:
+        """Return a norm over the last axis of [..., width]."""
+        return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=self.dtype, rngs=self.rngs)
+
+
+def compute_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, *, method: str = "plain",
+                      is_causal: bool = False) -> Tensor:
+    """Return what queries [b, q, d] find in keys and values [b, k, d], as [b, q, d]."""
+    query, key, value = (x.reshape(*x.shape[:2], num_heads, -1) for x in (query, key, value))
+    if method == "plain":
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        logits = logits / math.sqrt(query.shape[-1])
+        if is_causal:
+            logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool), logits, -jnp.inf)
+        found = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(value.dtype), value)
+    else:
+        found = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation=method)
+    return found.reshape(*found.shape[:2], -1)
+
+
+def run_layer(layer: nnx.Module, *inputs, remat: bool):
+    """Return what a layer makes of its inputs; with `remat` its activations are not kept for the backward pass."""
+    return jax.checkpoint(lambda *values: layer(*values))(*inputs) if remat else layer(*inputs)
+
+
+class ResnetBlock(nnx.Module):
+    """Two convolutions beside a shortcut; the timestep's embedding, where there is one, is added between them."""
+
+    def __init__(self, layers: Layers, inputs: int, outputs: int, *, groups: int, epsilon: float,
+                 time_width: int | None = None) -> None:
+        self.norm1 = layers.group_norm(inputs, groups, epsilon)
+        self.conv1 = layers.conv(inputs, outputs)
+        self.time_emb_proj = layers.linear(time_width, outputs) if time_width else None
+        self.norm2 = layers.group_norm(outputs, groups, epsilon)
+        self.conv2 = layers.conv(outputs, outputs)
+        self.conv_shortcut = layers.conv(inputs, outputs, 1) if inputs != outputs else None
+
+    def __call__(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """[b, h, w, inputs], [b, time_width] -> [b, h, w, outputs]."""
+        hidden = self.conv1(nnx.silu(self.norm1(x)))
+        if self.time_emb_proj is not None:
+            hidden = hidden + self.time_emb_proj(nnx.silu(embedding))[:, None, None]
+        hidden = self.conv2(nnx.silu(self.norm2(hidden)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
+
+
+class Attention(nnx.Module):
+    """Attention to other tokens, or where no context is given to the own ones."""
+
+    def __init__(self, layers: Layers, width: int, context_width: int, num_heads: int, *, bias: bool = False,
+                 method: str = "plain") -> None:
+        self.num_heads, self.method = num_heads, method
+        self.to_q = layers.linear(width, width, bias=bias)
+        self.to_k = layers.linear(context_width, width, bias=bias)
+        self.to_v = layers.linear(context_width, width, bias=bias)
+        self.to_out = nnx.List([layers.linear(width, width)])
+
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """[b, q, width], [b, k, context_width] -> [b, q, width]."""
+        context = x if context is None else context
+        return self.to_out[0](compute_attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads,
+                                                method=self.method))
+
+
+class GatedProjection(nnx.Module):
+    """GEGLU (Shazeer 2020, arXiv:2002.05202): a linear layer, half of whose outputs gate the others."""
+
+    def __init__(self, layers: Layers, inputs: int, outputs: int) -> None:
+        self.proj = layers.linear(inputs, 2 * outputs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
+        hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return hidden * nnx.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    """Four times as wide inside."""
+
+    def __init__(self, layers: Layers, width: int) -> None:
+        self.net = nnx.List([GatedProjection(layers, width, 4 * width), nnx.Dropout(0.0),  # which holds its place
+                             layers.linear(4 * width, width)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nnx.Module):
+    """Attention among pixels, attention to the caption, feed-forward."""
+
+    def __init__(self, layers: Layers, width: int, context_width: int, num_heads: int) -> None:
+        self.norm1 = layers.layer_norm(width)
+        self.attn1 = Attention(layers, width, width, num_heads, method=layers.attention)
+        self.norm2 = layers.layer_norm(width)
+        self.attn2 = Attention(layers, width, context_width, num_heads)
+        self.norm3 = layers.layer_norm(width)
+        self.ff = FeedForward(layers, width)
+
+    def __call__(self, x: Tensor, context: Tensor) -> Tensor:
+        """[b, pixels, width], [b, s, context_width] -> [b, pixels, width]."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer(nnx.Module):
+    """A transformer over the pixels of a feature map. SD 1.x projects with 1 x 1 convolutions, 2.x with matrices."""
+
+    def __init__(self, layers: Layers, width: int, num_heads: int, config: dict) -> None:
+        project = layers.linear if config["use_linear_projection"] else partial(layers.conv, size=1)
+        self.norm = layers.group_norm(width, config["norm_num_groups"], 1e-6)
+        self.proj_in = project(width, width)
+        self.transformer_blocks = nnx.List(
+            [TransformerBlock(layers, width, config["cross_attention_dim"], num_heads)])
+        self.proj_out = project(width, width)
+
+    def __call__(self, x: Tensor, context: Tensor) -> Tensor:
+        """[b, h, w, width], [b, s, context_width] -> [b, h, w, width]."""
+        batch, height, width, channels = x.shape
+        tokens = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
+        tokens = self.transformer_blocks[0](tokens, context)
+        return x + self.proj_out(tokens.reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """Halve height and width with a convolution; the VAE's pads to the right and below only."""
+
+    def __init__(self, layers: Layers, channels: int, *, padding=None) -> None:
+        self.conv = layers.conv(channels, channels, stride=2, padding=padding)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[b, h, w, c] -> [b, h / 2, w / 2, c]."""
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Repeat each pixel twice in both directions, then convolve."""
+
+    def __init__(self, layers: Layers, channels: int) -> None:
+        self.conv = layers.conv(channels, channels)
+
+    def __call__(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """[b, h, w, c] -> [b, 2 h, 2 w, c], or as high and wide as `size`, which is odd where the skips are."""
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        return self.conv(x if size is None else x[:, : size[0], : size[1]])
+
+
+class UNetBlock(nnx.Module):
+    """One level of the UNet: resnets with or without transformers, and a change of resolution at its end."""
+
+    def __init__(self, layers: Layers, inputs: list[int], outputs: int, config: dict, *, num_heads: int | None,
+                 resampler: str | None) -> None:
+        self.resnets = nnx.List([
+            ResnetBlock(layers, channels, outputs, groups=config["norm_num_groups"], epsilon=config["norm_eps"],
+                        time_width=4 * config["block_out_channels"][0]) for channels in inputs])
+        if num_heads is not None:
+            self.attentions = nnx.List([Transformer(layers, outputs, num_heads, config) for _ in inputs])
+        if resampler == "downsamplers":
+            self.downsamplers = nnx.List([Downsample(layers, outputs)])
+        elif resampler == "upsamplers":
+            self.upsamplers = nnx.List([Upsample(layers, outputs)])
+        self.remat = layers.remat
+
+    def run(self, index: int, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        """Return [b, h, w, outputs] after a resnet and, if there are any, its transformer."""
+        x = run_layer(self.resnets[index], x, embedding, remat=self.remat)
+        if hasattr(self, "attentions"):
+            x = run_layer(self.attentions[index], x, context, remat=self.remat)
+        return x
+
+
+class DownBlock(UNetBlock):
+    """A level on the way down, all of whose results go across to the way up."""
+
+    def __call__(self, x: Tensor, embedding: Tensor, context: Tensor) -> list[Tensor]:
+        """Return the result of each layer [b, h, w, outputs], the last at half the resolution unless it is lowest."""
+        results = []
+        for index in range(len(self.resnets)):
+            results.append(x := self.run(index, x, embedding, context))
+        return [*results, self.downsamplers[0](x)] if hasattr(self, "downsamplers") else results
+
+
+class UpBlock(UNetBlock):
+    """A level on the way up, whose resnets also see what came across."""
+
+    def __call__(self, x: Tensor, skips: list[Tensor], embedding: Tensor, context: Tensor) -> Tensor:
+        """Return [b, 2 h, 2 w, outputs], taking the last of the skips for each resnet."""
+        for index in range(len(self.resnets)):
+            x = self.run(index, jnp.concatenate([x, skips.pop()], axis=-1), embedding, context)
+        return self.upsamplers[0](x, skips[-1].shape[1:3]) if hasattr(self, "upsamplers") else x
+
+
+class MidBlock(nnx.Module):
+    """The lowest level of a network: resnet, attention if there is any, resnet."""
+
+    def __init__(self, layers: Layers, channels: int, attention: nnx.Module | None, *, remat: bool = False,
+                 **settings) -> None:
+        self.resnets = nnx.List([ResnetBlock(layers, channels, channels, **settings) for _ in range(2)])
+        self.attentions = nnx.List([attention] if attention is not None else [])
+        self.remat = remat
+
+    def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
+        """[b, h, w, c] and, in a UNet, embedding [b, e] and context [b, s, d] -> [b, h, w, c]."""
+        x = run_layer(self.resnets[0], x, *conditions[:1], remat=self.remat)
+        for attention in self.attentions:
+            x = run_layer(attention, x, *conditions[1:], remat=self.remat)
+        return run_layer(self.resnets[1], x, *conditions[:1], remat=self.remat)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two linear layers over sines and cosines of the timestep."""
+
+    def __init__(self, layers: Layers, inputs: int, outputs: int) -> None:
+        self.inputs = inputs
+        self.linear_1 = layers.linear(inputs, outputs)
+        self.linear_2 = layers.linear(outputs, outputs)
+
+    def __call__(self, timesteps: Tensor) -> Tensor:
+        """[b] -> [b, outputs]."""
+        half = self.inputs // 2
+        angles = timesteps[:, None] * jnp.exp(-math.log(10000) * jnp.arange(half) / half)
+        return self.linear_2(nnx.silu(self.linear_1(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))))
+
+
+class UNet(nnx.Module):
+    """The denoising network of Stable Diffusion 1.x and 2.x, with diffusers' names: a way down, across and up."""
+
+    def __init__(self, config: dict, layers: Layers) -> None:
+        channels, per_block = config["block_out_channels"], config["layers_per_block"]
+        heads = config["num_attention_heads"] or config["attention_head_dim"]  # which is a number of heads, misnamed
+        heads = [heads] * len(channels) if isinstance(heads, int) else heads
+        self.conv_in = layers.conv(config["in_channels"], channels[0])
+        self.time_embedding = TimestepEmbedding(layers, channels[0], 4 * channels[0])
+
+        down_blocks, skips, width = [], [channels[0]], channels[0]  # skips: the channels of what goes across
+        for level, (kind, outputs) in enumerate(zip(config["down_block_types"], channels, strict=True)):
+            is_lowest = level == len(channels) - 1
+            down_blocks.append(DownBlock(
+                layers, [width, *[outputs] * (per_block - 1)], outputs, config,
+                num_heads=heads[level] if "CrossAttn" in kind else None,
+                resampler=None if is_lowest else "downsamplers"))
+            skips += [outputs] * (per_block + (not is_lowest))
+            width = outputs
+        self.down_blocks = nnx.List(down_blocks)
+
+        self.mid_block = MidBlock(
+            layers, width, Transformer(layers, width, heads[-1], config), remat=layers.remat,
+            groups=config["norm_num_groups"], epsilon=config["norm_eps"], time_width=4 * channels[0])
+
+        up_blocks = []
+        for level, kind in zip(reversed(range(len(channels))), config["up_block_types"], strict=True):
+            outputs, inputs = channels[level], []
+            for _ in range(per_block + 1):
+                inputs.append(width + skips.pop())
+                width = outputs
+            up_blocks.append(UpBlock(layers, inputs, outputs, config,
+                                     num_heads=heads[level] if "CrossAttn" in kind else None,
+                                     resampler="upsamplers" if level else None))
+        self.up_blocks = nnx.List(up_blocks)
+        self.conv_norm_out = layers.group_norm(width, config["norm_num_groups"], config["norm_eps"])
+        self.conv_out = layers.conv(width, config["out_channels"])
+
+    def __call__(self, noisy_latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        """[b, h, w, c], [b], [b, s, d] -> [b, h, w, c]."""
+        embedding, x = self.time_embedding(timesteps), self.conv_in(noisy_latents)
+        skips = [x]
+        for block in self.down_blocks:
+            skips += block(skips[-1], embedding, encoder_hidden_states)
+        x = self.mid_block(skips[-1], embedding, encoder_hidden_states)
+        for block in self.up_blocks:
+            x = block(x, skips, embedding, encoder_hidden_states)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+
+class PixelAttention(Attention):
+    """The VAE's attention among all pixels, in one head, beside a shortcut."""
+
+    def __init__(self, layers: Layers, channels: int, groups: int) -> None:
+        super().__init__(layers, channels, channels, 1, bias=True)
+        self.group_norm = layers.group_norm(channels, groups, 1e-6)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[b, h, w, c] -> [b, h, w, c]."""
+        tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        return x + super().__call__(tokens).reshape(x.shape)
+
+
+class VaeBlock(nnx.Module):
+    """One level of the VAE: resnets, then a change of resolution unless it is the last."""
+
+    def __init__(self, layers: Layers, inputs: int, outputs: int, count: int, *, resampler: str | None,
+                 groups: int) -> None:
+        self.resnets = nnx.List([ResnetBlock(layers, inputs if index == 0 else outputs, outputs, groups=groups,
+                                             epsilon=1e-6) for index in range(count)])
+        self.resampler = resampler
+        if resampler == "downsamplers":
+            self.downsamplers = nnx.List([Downsample(layers, outputs, padding=((0, 1), (0, 1)))])
+        elif resampler == "upsamplers":
+            self.upsamplers = nnx.List([Upsample(layers, outputs)])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[b, h, w, inputs] -> [b, h', w', outputs]."""
+        for resnet in self.resnets:
+            x = resnet(x)
+        return getattr(self, self.resampler)[0](x) if self.resampler else x
+
+
+class VaeHalf(nnx.Module):
+    """What the VAE's encoder and decoder have in common: ends, and a middle with attention."""
+
+    def __init__(self, layers: Layers, config: dict, inputs: int, outputs: int, widths: tuple[int, int, int]) -> None:
+        first, middle, last = widths  # channels after conv_in, in the middle, before conv_out
+        groups = config["norm_num_groups"]
+        attention = PixelAttention(layers, middle, groups) if config["mid_block_add_attention"] else None
+        self.conv_in = layers.conv(inputs, first)
+        self.mid_block = MidBlock(layers, middle, attention, groups=groups, epsilon=1e-6)
+        self.conv_norm_out = layers.group_norm(last, groups, 1e-6)
+        self.conv_out = layers.conv(last, outputs)
+
+
+class Encoder(VaeHalf):
+    """The VAE's way from pixels to moments of latents."""
+
+    def __init__(self, config: dict, layers: Layers) -> None:
+        channels = config["block_out_channels"]
+        super().__init__(layers, config, config["in_channels"], 2 * config["latent_channels"],
+                         (channels[0], channels[-1], channels[-1]))
+        pairs = zip([channels[0], *channels], channels, strict=False)
+        self.down_blocks = nnx.List([
+            VaeBlock(layers, inputs, outputs, config["layers_per_block"], groups=config["norm_num_groups"],
+                     resampler="downsamplers" if level < len(channels) - 1 else None)
+            for level, (inputs, outputs) in enumerate(pairs)])
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """[b, H, W, 3] -> [b, h, w, 2c]."""
+        x = self.conv_in(pixel_values)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(VaeHalf):
+    """The VAE's way from latents to pixels."""
+
+    def __init__(self, config: dict, layers: Layers) -> None:
+        channels = config["block_out_channels"][::-1]
+        super().__init__(layers, config, config["latent_channels"], config["out_channels"],
+                         (channels[0], channels[0], channels[-1]))
+        pairs = zip([channels[0], *channels], channels, strict=False)
+        self.up_blocks = nnx.List([
+            VaeBlock(layers, inputs, outputs, config["layers_per_block"] + 1, groups=config["norm_num_groups"],
+                     resampler="upsamplers" if level < len(channels) - 1 else None)
+            for level, (inputs, outputs) in enumerate(pairs)])
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """[b, h, w, c] -> [b, H, W, 3]."""
+        x = self.mid_block(self.conv_in(latents))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+
+
+class VAE(nnx.Module):
+    """The autoencoder between pixels and latents, with the scale and the shift that latents are trained in."""
+
+    def __init__(self, config: dict, layers: Layers) -> None:
+        channels = config["latent_channels"]
+        self.scaling_factor = config["scaling_factor"]
+        self.latents_mean, self.latents_std = (tuple(config[name]) if config[name] else None
+                                               for name in ("latents_mean", "latents_std"))
+        self.encoder = Encoder(config, layers)
+        self.quant_conv = layers.conv(2 * channels, 2 * channels, 1) if config["use_quant_conv"] else None
+        self.post_quant_conv = layers.conv(channels, channels, 1) if config["use_post_quant_conv"] else None
+        self.decoder = Decoder(config, layers)
+
+    def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """[b, H, W, 3] in [-1, 1] -> mean and standard deviation [b, h, w, c] in float32."""
+        moments = self.encoder(pixel_values)
+        moments = (moments if self.quant_conv is None else self.quant_conv(moments)).astype(jnp.float32)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30, 20))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[b, h, w, c] as the UNet knows them -> [b, H, W, 3] in [-1, 1], float32."""
+        latents = latents / self.scaling_factor
+        if self.latents_mean is not None:
+            latents = latents * jnp.array(self.latents_std) + jnp.array(self.latents_mean)
+        latents = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
+        return self.decoder(latents).astype(jnp.float32)
+
+
+class ClipAttention(nnx.Module):
+    """Attention of each token to itself and those before it."""
+
+    def __init__(self, layers: Layers, width: int, num_heads: int) -> None:
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width) for _ in range(4))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[b, s, d] -> [b, s, d]."""
+        return self.out_proj(compute_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads,
+                                               is_causal=True))
+
+
+class ClipFeedForward(nnx.Module):
+    """Two linear layers with one of CLIP's two GELUs between them."""
+
+    def __init__(self, layers: Layers, width: int, inner: int, activation: str) -> None:
+        self.activation = activation
+        self.fc1, self.fc2 = layers.linear(width, inner), layers.linear(inner, width)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[b, s, d] -> [b, s, d]."""
+        hidden = self.fc1(x)
+        return self.fc2(hidden * nnx.sigmoid(1.702 * hidden) if self.activation == "quick_gelu"
+                        else nnx.gelu(hidden, approximate=False))
+
+
+class ClipLayer(nnx.Module):
+    """Attention and feed-forward, each behind a norm and beside a shortcut."""
+
+    def __init__(self, layers: Layers, config: dict) -> None:
+        width, epsilon = config["hidden_size"], config["layer_norm_eps"]
+        self.layer_norm1 = layers.layer_norm(width, epsilon)
+        self.self_attn = ClipAttention(layers, width, config["num_attention_heads"])
+        self.layer_norm2 = layers.layer_norm(width, epsilon)
+        self.mlp = ClipFeedForward(layers, width, config["intermediate_size"], config["hidden_act"])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[b, s, d] -> [b, s, d]."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ClipEmbeddings(nnx.Module):
+    """A vector for each token and one for each place."""
+
+    def __init__(self, layers: Layers, config: dict) -> None:
+        self.token_embedding = nnx.Embed(config["vocab_size"], config["hidden_size"], dtype=layers.dtype,
+                                         rngs=layers.rngs)
+        self.position_embedding = nnx.Embed(config["max_position_embeddings"], config["hidden_size"],
+                                            dtype=layers.dtype, rngs=layers.rngs)
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """[b, s] -> [b, s, d]."""
+        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
+
+
+class ClipLayers(nnx.Module):
+    """The layers of the text encoder, one after the other."""
+
+    def __init__(self, layers: Layers, config: dict) -> None:
+        self.layers = nnx.List([ClipLayer(layers, config) for _ in range(config["num_hidden_layers"])])
+        self.remat = layers.remat
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[b, s, d] -> [b, s, d]."""
+        for layer in self.layers:
+            x = run_layer(layer, x, remat=self.remat)
+        return x
+
+
+class TextEncoder(nnx.Module):
+    """CLIP's text transformer, up to its last states."""
+
+    def __init__(self, config: dict, layers: Layers) -> None:
+        self.embeddings = ClipEmbeddings(layers, config)
+        self.encoder = ClipLayers(layers, config)
+        self.final_layer_norm = layers.layer_norm(config["hidden_size"], config["layer_norm_eps"])
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """[b, s] -> [b, s, d]."""
+        return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+
+
+def find_file(args: Namespace, part: str, name: str, revision: str | None) -> Path | None:
+    """Return a file of the base model, downloaded if it is on the hub, or None where there is no such file."""
+    found = transformers.utils.cached_file(
+        args.pretrained_model_name_or_path, name, subfolder=part, revision=revision, cache_dir=args.cache_dir,
+        _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def get_revision(args: Namespace, part: str) -> str | None:
+    """Return the revision of the base model that a part is taken from."""
+    return args.non_ema_revision if part == "unet" else args.revision
+
+
+def load_model_configs(args: Namespace) -> dict[str, dict]:
+    """Return the settings of all parts, refusing before any weights are read what cannot work."""
+    where, configs = args.pretrained_model_name_or_path, {}
+    names = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json",
+             "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    for part, name in names.items():
+        try:
+            file = find_file(args, part, name, get_revision(args, part))
+            configs[part] = json.loads(file.read_text()) if file is not None else None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--pretrained_model_name_or_path {where} has no {part} to load: {error}") from error
+        if configs[part] is None:
+            raise ValueError(f"--pretrained_model_name_or_path {where} has no {part}/{name}: give a folder in "
+                             "diffusers layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) or a name on the "
+                             "hub; for a gated one, run `hf auth login` first.")
+    configs["unet"].setdefault("in_channels", SETTINGS["unet"]["in_channels"])
+    check_model_configs(args, configs)
+    for part in SETTINGS:
+        configs[part] = check_settings(where, part, configs[part])
+    compute_alphas_cumprod(configs["scheduler"])
+    return configs
+
+
+def check_settings(where: str, part: str, config: dict) -> dict:
+    """Return a network's settings, complete, refusing by name those that this script has not implemented."""
+    for name, value in config.items():
+        accepted = FIXED_SETTINGS[part].get(name, (None, False))
+        is_free = name in SETTINGS[part] or name in IDLE_SETTINGS or name.startswith("_")
+        if not is_free and value not in accepted and value is not None:
+            raise ValueError(f"{part}/config.json of {where} has {name} = {value!r}, which this script has not "
+                             f"implemented: it knows {', '.join(map(repr, accepted))}. Use train_text_to_image.py.")
+    config = {**SETTINGS[part], **config}
+    kinds = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
+    odd = [kind for kind in kinds if kind not in BLOCK_TYPES[part]]
+    if part == "text_encoder" and config["hidden_act"] not in ("gelu", "quick_gelu"):
+        odd.append(config["hidden_act"])
+    odd += [f"{name} {config[name]}" for name in ("cross_attention_dim", "layers_per_block")
+            if not isinstance(config.get(name, 1), int)]
+    if odd:
+        raise ValueError(f"{part}/config.json of {where} asks for {', '.join(odd)}, which this script has not "
+                         "implemented. Use train_text_to_image.py.")
+    return config
+
+
+def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
+    """Refuse a model that this script cannot train with these flags."""
+    where, unet, factor = args.pretrained_model_name_or_path, configs["unet"], compute_vae_factor(configs["vae"])
+    latent_channels = configs["vae"]["latent_channels"]
+    prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
+    num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
+    refusals = (
+        (args.resolution % factor,
+         f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
+         f"try {max(1, args.resolution // factor) * factor}."),
+        (unet["in_channels"] != latent_channels,
+         f"the UNet of {where} takes {unet['in_channels']} channels and its VAE makes {latent_channels}: inpainting "
+         "and similar models cannot be trained here."),
+        (unet.get("addition_embed_type") is not None,
+         f"{where} is not a Stable Diffusion 1.x or 2.x model: its UNet wants {unet.get('addition_embed_type')} "
+         "conditions. For SDXL use the SDXL script."),
+        (args.dream_training and prediction_type != "epsilon",
+         f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
+        (args.rescale_betas_zero_snr and prediction_type == "epsilon",
+         f"--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, and {where} predicts epsilon."),
+        (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
+         f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            raise ValueError(message)
+
+
+def compute_vae_factor(vae_config: dict) -> int:
+    """Return how many pixels one latent value spans in each direction."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def make_scheduler_config(args: Namespace, config: dict) -> dict:
+    """Return the scheduler configuration to train with and to export."""
+    config = {**config, "prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
+    if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if args.rescale_betas_zero_snr or config["prediction_type"] == "sample":  # PNDM, the usual one, can do neither
+        config |= {"_class_name": "DDIMScheduler", "clip_sample": False}
+    return config
+
+
+@contextlib.contextmanager
+def explained_load(args: Namespace):
+    """Say of files that cannot be loaded which flag has named them."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: "
+                         f"{error} If its weights are named *.fp16.safetensors, add --variant fp16.") from error
+
+
+def get_dtype(mixed_precision: str) -> type:
+    """Return the number format of computations, and of the frozen parts."""
+    return jnp.bfloat16 if mixed_precision == "bf16" else jnp.float32
+
+
+def find_weights(args: Namespace, part: str, revision: str | None) -> dict[str, Path]:
+    """Return the files with the weights of a part, by the names that they have without --variant."""
+    stem, variant = WEIGHT_FILES[part], f".{args.variant}" if args.variant else ""
+    whole = find_file(args, part, f"{stem}{variant}.safetensors", revision)
+    if whole is not None:
+        return {f"{stem}.safetensors": whole}
+    index = find_file(args, part, f"{stem}.safetensors.index{variant}.json", revision)
+    if index is None:
+        raise OSError(f"{part}/ has no {stem}{variant}.safetensors, whole or in shards; where it has .bin files, load "
+                      "and save it with diffusers once.")
+    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = {shard: find_file(args, part, shard, revision) for shard in shards}
+    missing = [shard for shard, file in files.items() if file is None]
+    if missing:
+        raise OSError(f"{part}/{index.name} names {', '.join(missing)}, which are not there.")
+    return {f"{stem}.safetensors.index.json": index, **files}
+
+
+def read_arrays(files: dict[str, Path]) -> dict[str, np.ndarray]:
+    """Return the arrays of safetensors files by today's names of torch's."""
+    arrays = {}
+    for path in (path for name, path in files.items() if name.endswith(".safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            arrays |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    renamed = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda match: OLD_NAMES[match[1]],
+                      name.removeprefix("text_model.")): array for name, array in arrays.items()}
+    return {name: array for name, array in renamed.items() if not name.endswith("position_ids")}
+
+
+def list_leaves(network: nnx.Module) -> dict[str, tuple]:
+    """Return a network's variables by the names of torch's, each as its path and itself."""
+    return {".".join([*map(str, path[:-1]), LEAF_NAMES[path[-1]]]): (path, variable)
+            for path, variable in nnx.to_flat_state(nnx.state(network, nnx.Param))}
+
+
+def change_layout(path: tuple, array: np.ndarray, *, to_torch: bool = False) -> np.ndarray:
+    """Return weights in the layout of flax, or of torch: kernels are [h, w, i, o] and [i, o], or [o, i, h, w], [o, i].
+
+    Other arrays are the same in both.
+    """
+    if path[-1] != "kernel":
+        return array
+    if array.ndim == 4:
+        return array.transpose((3, 2, 0, 1) if to_torch else (2, 3, 1, 0))
+    return array.T
+
+
+def load_weights(network: nnx.Module, part: str, arrays: dict[str, np.ndarray], dtype: type,
+                 source: str) -> dict[str, np.ndarray]:
+    """Return the arrays as weights of a network by names with its part in front; ValueError where they are others."""
+    leaves = list_leaves(network)
+    laid_out = {name: change_layout(leaves[name][0], array) if name in leaves else array
+                for name, array in arrays.items()}
+    odd = [name for name in sorted(leaves.keys() | laid_out.keys()) if name not in leaves or name not in laid_out
+           or tuple(leaves[name][1].shape) != laid_out[name].shape]
+    if odd:
+        found = {name: arrays[name].shape if name in arrays else "missing" for name in odd[:3]}
+        raise ValueError(f"{source} does not fit {part}/config.json: {len(odd)} tensors are missing, too many or of "
+                         f"another shape, among them {found}. Mend or replace that model.")
+    return {f"{part}.{name}": np.asarray(array, dtype) for name, array in laid_out.items()}
+
+
+def with_weights(models: Models, weights: dict[str, Tensor]) -> Models:
+    """Return the models with the networks that `weights` are of, ready to be called."""
+    networks = {}
+    for part in sorted({name.split(".")[0] for name in weights}):
+        graph, own = nnx.graphdef(getattr(models, part)), select_part(weights, part)
+        networks[part] = nnx.merge(graph, nnx.from_flat_state(
+            [(path, variable.replace(own[name])) for name, (path, variable) in
+             list_leaves(getattr(models, part)).items()]))
+    return dataclasses.replace(models, **networks)
+
+
+def select_part(weights: dict, part: str) -> dict:
+    """Return the weights of one part by their names in it."""
+    return {name.removeprefix(f"{part}."): array for name, array in weights.items() if name.startswith(f"{part}.")}
+
+
+def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
+    """Load the networks: what is to be trained in float32, what is frozen in the run's precision."""
+    kinds, dtype = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}, get_dtype(accelerator.mixed_precision)
+    trained = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
+    networks, frozen, initial, files = {}, {}, {}, find_copied_files(args)
+    for part, kind in kinds.items():
+        settings = {"dtype": dtype, "attention": args.attention,
+                    "remat": args.gradient_checkpointing and part in trained}
+        networks[part] = make_network(kind, configs[part], settings)
+        found = find_weights(args, part, get_revision(args, part))
+        source = f"{part}/ of --pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+        weights = load_weights(networks[part], part, read_arrays(found), jnp.float32 if part in trained else dtype,
+                               source)
+        (initial if part in trained else frozen).update(weights)
+        if part not in trained:
+            files |= {f"{part}/{name}": file for name, file in found.items()}
+    tokenizer = CLIPTokenizer.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
+    scheduler_config = make_scheduler_config(args, configs["scheduler"])
+    return Models(tokenizer, **networks, configs=configs, scheduler_config=scheduler_config, trained=trained,
+                  frozen=frozen, initial=initial, files=files)
+
+
+def make_network(kind: type, config: dict, settings: dict) -> nnx.Module:
+    """Return a network that knows its shapes and has no weights."""
+    return nnx.eval_shape(lambda: kind(config, Layers(nnx.Rngs(0), **settings)))
+
+
+def find_copied_files(args: Namespace) -> dict[str, Path]:
+    """Return what is copied from the base model at the end, by its place; nothing has to be fetched then.
+
+    It is the settings of its networks, and its safety checker and feature extractor if it has them to give.
+    """
+    files = {f"{part}/config.json": find_file(args, part, "config.json", get_revision(args, part))
+             for part in SETTINGS}
+    try:
+        index = find_file(args, "", RESULT, args.revision)
+        parts = json.loads(index.read_text()) if index is not None else {}
+        for part, name in (("safety_checker", "config.json"), ("feature_extractor", "preprocessor_config.json")):
+            if (parts.get(part) or [None])[0] is not None:
+                found = {name: find_file(args, part, name, args.revision)}
+                found |= find_weights(args, part, args.revision) if part in WEIGHT_FILES else {}
+                files |= {f"{part}/{name}": file for name, file in found.items()}
+        files |= {RESULT: index} if index is not None else {}
+    except (OSError, ValueError) as error:  # offline, a partial download: neither may cost the model
+        logger.warning(f"exporting without a safety checker: that of the base model did not load ({error})")
+    return {name: file for name, file in files.items() if file is not None}
+
+
+def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
+    """Return the tokenizers, of which SDXL has two."""
+    return [getattr(models, name) for name in ("tokenizer", "tokenizer_2") if hasattr(models, name)]
+
+
+def load_first_averages(args: Namespace, models: Models) -> dict[str, np.ndarray]:
+    """Return what the averages of --use_ema begin with: the weights at --revision, where others are trained."""
+    if args.non_ema_revision == args.revision:
+        return models.initial
+    arrays = read_arrays(find_weights(args, "unet", args.revision))
+    return {**models.initial,
+            **load_weights(models.unet, "unet", arrays, jnp.float32, f"the UNet at --revision {args.revision}")}
+
+
+def compute_ema_decay(num_updates: Tensor, decay: float, min_decay: float) -> Tensor:
+    """Return the share of the old average that the n-th update keeps: 0 for n = 1, then n / (9 + n) up to `decay`.
+
+    That is the ramp of diffusers' EMAModel. `min_decay` is a floor, for averages that come with a model.
+    """
+    ramp = jnp.where(num_updates <= 1, 0.0, num_updates / (9.0 + num_updates))
+    return jnp.maximum(min_decay, jnp.minimum(decay, ramp))
+
+
+def list_cached(args: Namespace) -> list[str]:
+    """Return the parts whose results are cached."""
+    return ["vae"] * args.cache_latents + ["text_encoder"] * args.cache_text_embeddings
+
+
+def place_frozen(accelerator: Accelerator, models: Models, parts: list[str]) -> dict[str, Tensor]:
+    """Return the frozen weights of some parts on the devices; those that are there are not copied."""
+    chosen = {name: array for name, array in models.frozen.items() if name.split(".")[0] in parts}
+    missing = {name: array for name, array in chosen.items() if name not in models.placed}
+    return {**{name: models.placed[name] for name in chosen if name in models.placed},
+            **accelerator.replicate(missing)}
+
+
+def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
+    """Have images and captions encoded once where the flags ask for it."""
+    folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
+    dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
+    if args.cache_latents:
+        cache_latents(args, accelerator, models, samples, folder, dtype)
+    if args.cache_text_embeddings:
+        cache_text_states(accelerator, models, samples, folder, dtype)
+
+
+class LocalEncoder:
+    """A frozen network on this process's devices, whatever the other processes do, compiled for one size of batch."""
+
+    def __init__(self, accelerator: Accelerator, models: Models, part: str, encode, batch_size: int) -> None:
+        self.batch_size = batch_size * jax.local_device_count()
+        self.split = NamedSharding(accelerator.local_mesh, PartitionSpec("devices"))
+        weights = {name: array for name, array in models.frozen.items() if name.startswith(f"{part}.")}
+        self.weights = jax.device_put(weights, NamedSharding(accelerator.local_mesh, PartitionSpec()))
+        self.encode = jax.jit(lambda weights, inputs: encode(with_weights(models, weights), inputs))
+
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        """Return what [n, ...] are encoded to, for any n."""
+        results = []
+        for start in range(0, len(inputs), self.batch_size):
+            part = inputs[start : start + self.batch_size]
+            padded = np.concatenate([part, np.repeat(part[:1], self.batch_size - len(part), axis=0)])
+            results.append(np.asarray(self.encode(self.weights, jax.device_put(padded, self.split)))[: len(part)])
+        return np.concatenate(results)
+
+
+def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
+                  dtype: type) -> None:
+    """Give the samples the VAE's moments [2c, h, w] and the time_ids of every variant of every image."""
+    variants, (channels, height, width) = samples.count_variants(), samples.latent_shape
+    key = make_key("flax", digest_images(accelerator, samples), args.resolution, args.image_interpolation_mode,
+                   args.center_crop, args.random_flip, variants, digest_network(models, "vae"), dtype)
+    image_size = variants * 2 * channels * height * width * np.dtype(dtype).itemsize
+    samples.latents = EncodedRows(folder / f"images-{key}", len(samples), image_size, variants)
+    encoder = LocalEncoder(accelerator, models, "vae", lambda models, images: jnp.concatenate(
+        encode_images(models.vae, images), axis=-1), args.train_batch_size)
+    samples.latents.fill(accelerator, partial(encode_variants, encoder, samples, dtype))
+
+
+def encode_variants(encoder: LocalEncoder, samples: Samples, dtype: type, first: int,
+                    last: int) -> dict[str, np.ndarray]:
+    """Return the rows first to last, exclusive, of the cache of images."""
+    indices, made, moments = range(first // samples.count_variants(), last // samples.count_variants()), [], []
+    step = max(1, encoder.batch_size // samples.count_variants())
+    groups = [indices[start : start + step] for start in range(0, len(indices), step)]
+    for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
+        variants = [variant for variants in group for variant in variants]
+        images = np.stack([variant.pop("images") for variant in variants])
+        moments.append(np.moveaxis(encoder(np.moveaxis(images, 1, -1)), -1, 1).astype(dtype))
+        made += variants
+    rows = {name: np.stack([variant[name] for variant in made]) for name in made[0]}
+    rows["moments"] = np.concatenate(moments)
+    is_finite = np.isfinite(rows["moments"]).all(axis=(1, 2, 3))
+    if not is_finite.all():
+        source = int(rows["sources"][is_finite.argmin()])
+        name = make_row_name(source, samples.images.read_stored(source))
+        raise RuntimeError(f"the latents of {name} are not finite, kept in {np.dtype(dtype)}: look at that image, or "
+                           "try --mixed_precision no and --cache_dtype fp32.")
+    return rows
+
+
+def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path, dtype: type) -> None:
+    """Give the samples the text states of every distinct caption, and of the empty one, in the order of digests."""
+    places = np.fromiter(((index, which, digest_caption(caption)) for index in range(len(samples))
+                          for which, caption in enumerate(samples.images.read_captions(index))),
+                         dtype=[("index", np.int64), ("which", np.int32), ("digest", np.uint64)])
+    digests = np.append(places["digest"], np.uint64(digest_caption("")))
+    samples.caption_digests, chosen = np.unique(digests, return_index=True)
+    encoder = LocalEncoder(accelerator, models, "text_encoder", lambda models, input_ids: encode_captions(
+        models, {"input_ids": input_ids})["encoder_hidden_states"].astype(jnp.float32), 64)
+
+    def encode(first: int, last: int) -> dict[str, np.ndarray]:
+        captions = ["" if number == len(places) else
+                    samples.images.read_captions(int(places["index"][number]))[places["which"][number]]
+                    for number in chosen[first:last]]
+        return encode_texts(encoder, models, captions, dtype)
+
+    vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
+                    for tokenizer in list_tokenizers(models)]
+    key = make_key("flax", samples.caption_digests.tobytes(), vocabularies, digest_network(models, "text_encoder"),
+                   dtype)
+    row_size = sum(array.nbytes for array in encode_texts(encoder, models, [""], dtype).values())
+    samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
+    samples.text_states.fill(accelerator, encode)
+
+
+def encode_texts(encoder: LocalEncoder, models: Models, captions: list[str], dtype: type) -> dict[str, np.ndarray]:
+    """Return what a visit needs of captions: their text states, and whether they fill all tokens."""
+    batch = collate([{"caption": caption} for caption in captions], list_tokenizers(models))
+    states = encoder(batch["input_ids"]).astype(dtype)
+    is_finite = np.isfinite(states).reshape(len(captions), -1).all(axis=1)
+    if not is_finite.all():
+        raise RuntimeError(f"the text states of {captions[is_finite.argmin()]!r} are not finite as "
+                           f"{np.dtype(dtype)}: try --cache_dtype fp32, or --mixed_precision no.")
+    return {"encoder_hidden_states": states, "num_long": batch["num_long"]}
+
+
+# ---- Objective ------------------------------------------------------------------------------------------------------
+# b batch, c latent channels, h and w latent height and width, s caption tokens, d text width, T timesteps
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the noise schedule, as tables on the device, and the options of the loss."""
+
+    alpha: Tensor  # [T] float32: share of the latents at each timestep; alpha^2 + sigma^2 = 1
+    sigma: Tensor  # [T] float32: share of the noise
+    prediction_type: str
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    dream_detail_preservation: float | None = None  # None: no DREAM
+
+
+def compute_alphas_cumprod(config: dict) -> np.ndarray:
+    """Return the share of the signal's variance at each timestep [T] in float32, from a scheduler's settings.
+
+    With rescale_betas_zero_snr its root is shifted and stretched to end in 0 (Lin et al. 2023, arXiv:2305.08891,
+    algorithm 1).
+    """
+    count, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    first, last = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    times = np.arange(count + 1) / count
+    cosine = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
+    betas = {"linear": lambda: np.linspace(first, last, count),
+             "scaled_linear": lambda: np.linspace(first**0.5, last**0.5, count) ** 2,
+             "squaredcos_cap_v2": lambda: np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)}
+    if config.get("trained_betas") is None and schedule not in betas:
+        raise ValueError(f"the scheduler's beta_schedule {schedule} is not implemented here: it knows "
+                         f"{', '.join(betas)}. Use train_text_to_image.py.")
+    trained = config.get("trained_betas")
+    alphas_cumprod = np.cumprod(1 - (np.array(trained) if trained is not None else betas[schedule]()))
+    if config.get("rescale_betas_zero_snr"):
+        root = np.sqrt(alphas_cumprod)
+        alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alphas_cumprod.astype(np.float32)
+
+
+def make_objective(args: Namespace, scheduler_config: dict) -> Objective:
+    """Return the objective that the flags ask for."""
+    alphas_cumprod = jnp.asarray(compute_alphas_cumprod(scheduler_config))
+    return Objective(
+        jnp.sqrt(alphas_cumprod), jnp.sqrt(1 - alphas_cumprod), scheduler_config["prediction_type"], args.snr_gamma,
+        args.noise_offset, args.input_perturbation, args.dream_detail_preservation if args.dream_training else None)
+
+
+def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
+    """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
+    unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
+    latents, conditions = get_latents(models, batch), get_conditions(models, batch)
+
+    # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
+    # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
+    if objective.noise_offset:
+        noise = noise + objective.noise_offset * batch["offset_noise"]
+    input_noise = noise
+    if objective.input_perturbation:
+        input_noise = noise + objective.input_perturbation * batch["perturbation_noise"]
+
+    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma would vanish at the first timesteps
+    alpha, sigma = (table[timesteps].reshape(-1, 1, 1, 1) for table in (objective.alpha, objective.sigma))
+    noisy_latents = alpha * latents + sigma * input_noise
+    target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
+    if objective.dream_detail_preservation is not None:
+        estimate = jax.lax.stop_gradient(unet(noisy_latents, timesteps, **conditions)).astype(jnp.float32)
+        noisy_latents, target = jax.lax.stop_gradient(apply_dream(
+            noisy_latents, target, estimate, sigma, objective.dream_detail_preservation))
+
+    model_pred = unet(noisy_latents, timesteps, **conditions)
+    loss = jnp.square(model_pred.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
+    if objective.snr_gamma is not None:
+        loss = loss * compute_snr_weights(alpha.ravel(), sigma.ravel(), objective.snr_gamma,
+                                          objective.prediction_type)
+    return loss
+
+
+def get_conditions(models: Models, batch: dict) -> dict:
+    """Return what else the UNet is given: `encoder_hidden_states` [b, s, d]."""
+    return get_text_states(models, batch)
+
+
+def get_latents(models: Models, batch: dict) -> Tensor:
+    """Return latents [b, h, w, c] in float32, sampled anew at each visit whether their moments are cached or not."""
+    if "moments" in batch:
+        mean, std = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
+    else:
+        mean, std = encode_images(models.vae, batch["images"])
+    latents = mean + std * batch["posterior_noise"]
+    if models.vae.latents_mean is not None:  # of VAEs whose channels are far from zero mean and unit variance
+        latents = (latents - jnp.array(models.vae.latents_mean)) / jnp.array(models.vae.latents_std)
+    return latents * models.vae.scaling_factor
+
+
+def encode_images(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 mean and standard deviation [b, h, w, c] of what uint8 images [b, H, W, 3] are encoded to."""
+    return vae.encode(images.astype(jnp.float32) / 127.5 - 1)  # [-1, 1]
+
+
+def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
+    """Return what `encode_captions` makes of the captions, or what is cached of it."""
+    if "encoder_hidden_states" in batch:
+        return {"encoder_hidden_states": batch["encoder_hidden_states"].astype(jnp.float32)}
+    return encode_captions(models, batch)
+
+
+def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
+    """Return the text encoder's last states [b, s, d]."""
+    return {"encoder_hidden_states": models.text_encoder(batch["input_ids"])}
+
+
+def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
+                   prediction_type: str) -> Tensor:
+    """Return what the UNet should predict [b, h, w, c]; v as in Salimans & Ho 2022, arXiv:2202.00512."""
+    if prediction_type == "epsilon":
+        return noise
+    return alpha * noise - sigma * latents if prediction_type == "v_prediction" else latents
+
+
+def apply_dream(noisy_latents: Tensor, target: Tensor, estimate: Tensor, sigma: Tensor,
+                detail_preservation: float) -> tuple[Tensor, Tensor]:
+    """Return noisy latents and noise target moved by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8).
+
+    With lambda = sigma^p, p the detail preservation, and delta = lambda (target - estimate).
+    """
+    delta = sigma**detail_preservation * (target - estimate)
+    return noisy_latents + sigma * delta, target + delta
+
+
+def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, prediction_type: str) -> Tensor:
+    """Return Min-SNR loss weights [b] (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+
+    With snr = alpha^2 / sigma^2: min(snr, gamma) / snr for epsilon, / (snr + 1) for v_prediction, / 1 for sample. Ours
+    is 1 where snr is 0, the end of a rescaled schedule: the formula gives 0/0 or never trains the first sampling step.
+    """
+    snr = (alpha / sigma) ** 2
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": jnp.ones_like(snr)}[prediction_type]
+    return jnp.where(snr > 0, jnp.minimum(snr, snr_gamma) / divisor, 1.0)
+
+
+# ---- Optimization ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `train_step` does with a loss, apart from the loss itself."""
+
+    optimizer: optax.GradientTransformation  # what AdamW moves weights by, before the rate
+    lr_factor: optax.Schedule  # of the updates so far
+    rates: dict[str, float]  # peak rate of each part
+    max_grad_norm: float
+    ema_decay: float
+    min_ema_decay: float
+
+
+def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
+                     num_samples: int) -> None:
+    """Put weights, moments and averages on the devices, and make the programs that use them."""
+    recipe = make_recipe(args, compute_last_step(args, num_samples, accelerator.num_devices), accelerator.num_devices)
+    with explained_load(args):
+        averages = load_first_averages(args, models) if args.use_ema else None
+    shapes = jax.eval_shape(lambda: make_state(recipe, models.initial, averages))
+    places = jax.tree.map(accelerator.choose_sharding, shapes)
+    weights, averages = ({name: jax.make_array_from_callback(array.shape, places.weights[name], array.__getitem__)
+                          for name, array in arrays.items()} if arrays is not None else None
+                         for arrays in (models.initial, averages))
+    models.state = jax.jit(partial(make_state, recipe), out_shardings=places, donate_argnums=(0, 1))(
+        weights, averages)
+    models.initial = {}
+    used = [part for part in SETTINGS if part not in (*models.trained, *list_cached(args))]
+    models.placed = place_frozen(accelerator, models, used)
+    models.programs = make_programs(args, models, objective, recipe, places)
+    accelerator.models = models
+
+
+def make_state(recipe: Recipe, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> TrainState:
+    """Return the state before the first update."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, weights, recipe.optimizer.init(weights), zero, averages)
+
+
+def make_programs(args: Namespace, models: Models, objective: Objective, recipe: Recipe,
+                  places: TrainState) -> Programs:
+    """Return what is compiled when it is first called: nothing is, as long as shapes do not change, a second time."""
+    plain = Objective(objective.alpha, objective.sigma, objective.prediction_type)
+
+    def compute_losses(weights: dict, frozen: dict, batch: dict) -> Tensor:
+        losses = compute_loss(with_weights(models, {**weights, **frozen}), plain, batch)
+        return (losses * batch["weights"]).sum()
+
+    draw = partial(draw_latents, models, make_ddim_steps(models.scheduler_config, args.validation_inference_steps),
+                   max(1.0, args.validation_guidance_scale))
+    return Programs(
+        jax.jit(partial(train_step, models, objective, recipe), donate_argnums=0, out_shardings=(places, None)),
+        jax.jit(compute_losses), jax.jit(draw))
+
+
+def make_recipe(args: Namespace, last_step: int, num_devices: int) -> Recipe:
+    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with a schedule, as the flags ask for."""
+    optimizer = optax.chain(optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon),
+                            optax.add_decayed_weights(args.adam_weight_decay))
+    rates = {"unet": args.learning_rate,
+             "text_encoder": args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr}
+    rates = {part: compute_learning_rate(args, rate, num_devices) for part, rate in rates.items()}
+    own_averages = args.non_ema_revision == args.revision  # others come with the model: the ramp would forget them
+    return Recipe(optimizer, make_lr_factor(args, rates["unet"], last_step), rates, args.max_grad_norm,
+                  args.ema_decay, 0.0 if own_averages else args.ema_decay)
+
+
+def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
+    """Return the number of samples in a full update."""
+    return args.train_batch_size * args.gradient_accumulation_steps * num_processes
+
+
+def compute_learning_rate(args: Namespace, rate: float, num_processes: int) -> float:
+    """Return a peak learning rate, scaled by the batch if asked for."""
+    return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
+
+
+def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedule:
+    """Return what the peak rate is multiplied by, from the number of updates so far."""
+    warmup = args.lr_warmup_steps
+    length = max(last_step, warmup + 1) - warmup  # a decay of no length at all would divide by 0
+
+    def restart(count: Tensor) -> Tensor:
+        progress = count / length
+        return jnp.where(progress < 1, 0.5 * (1 + jnp.cos(jnp.pi * (args.lr_num_cycles * progress % 1))), 0.0)
+
+    after_warmup = {
+        "constant_with_warmup": lambda: optax.constant_schedule(1.0),
+        "linear": lambda: optax.linear_schedule(1.0, 0.0, length),
+        "cosine": lambda: optax.cosine_decay_schedule(1.0, length),
+        "cosine_with_restarts": lambda: restart,
+        "polynomial": lambda: optax.polynomial_schedule(1.0, 1e-7 / rate, args.lr_power, length),
+    }
+    if args.lr_scheduler in after_warmup:
+        return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after_warmup[args.lr_scheduler]()],
+                                    [warmup])
+    if args.lr_scheduler == "constant":
+        return optax.constant_schedule(1.0)
+    *rules, last = args.lr_step_rules.split(",")
+    ends = sorted((int(end), float(factor)) for factor, end in (rule.split(":") for rule in rules))
+    return optax.join_schedules([optax.constant_schedule(factor) for _, factor in ends] +
+                                [optax.constant_schedule(float(last))], [end for end, _ in ends])
+
+
+def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
+    """Return the number of updates in the whole run: --max_train_steps, else --num_train_epochs of them."""
+    updates_per_epoch = math.ceil(num_samples / compute_total_batch_size(args, num_processes))
+    return args.max_train_steps or args.num_train_epochs * updates_per_epoch
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints(output_dir: str) -> list[Path]:
+    """Return the complete checkpoints in a folder, oldest first; other files and folders are passed over."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*")
+             if CHECKPOINT_NAME.fullmatch(path.name) and is_complete_checkpoint(path)]
+    return sorted(found, key=get_checkpoint_step)
+
+
+def get_checkpoint_step(checkpoint: Path) -> int:
+    """Return the update after which a checkpoint was saved, from its record or else its name."""
+    named = CHECKPOINT_NAME.fullmatch(checkpoint.name)
+    return int(named[1]) if named else load_run_record(checkpoint)["progress"]["global_step"]
+
+
+def is_complete_checkpoint(folder: Path) -> bool:
+    """Return whether a folder holds a whole checkpoint: what is written last, by us or by the reference, is there."""
+    return (folder / RUN_RECORD).is_file() or (folder / "random_states_0.pkl").is_file()
+
+
+def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
+    """Return the checkpoint that --resume_from_checkpoint names; None for no name, or for `latest` where none is."""
+    complete = list_checkpoints(output_dir)
+    if name is None or name == "latest":
+        return complete[-1] if name and complete else None
+    is_bare_name = len(Path(name).parts) == 1
+    for folder in ([Path(output_dir, name)] if is_bare_name else []) + [Path(name)]:
+        is_named = CHECKPOINT_NAME.fullmatch(folder.name) or (folder / RUN_RECORD).is_file()
+        if folder.is_dir() and is_complete_checkpoint(folder) and is_named:
+            return folder
+    holds = ", ".join(folder.name for folder in complete) or "no checkpoint"
+    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint; {output_dir} holds {holds}.")
+
+
+def load_run_record(checkpoint: Path | None) -> dict:
+    """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
+    path = checkpoint / RUN_RECORD if checkpoint else None
+    try:
+        return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Name another checkpoint.") from error
+
+
+def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
+    """Refuse to resume from a checkpoint that does not hold what these flags train."""
+    if checkpoint is None:
+        return
+    if not (checkpoint / TRAINED).is_dir():
+        raise ValueError(f"{checkpoint} has no {TRAINED}: another script made it, or it is damaged. Name another "
+                         "checkpoint.")
+    if (checkpoint / EMA_FOLDER).is_dir() and not args.use_ema:
+        raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
+                         f"flag, or remove {EMA_FOLDER} from the checkpoint.")
+    before = load_run_record(checkpoint).get("flags", {})
+    for name in FIXED_FLAGS:
+        if name in args and name in before and before[name] != getattr(args, name):
+            raise ValueError(f"--{name} is {getattr(args, name)} here and was {before[name]} when {checkpoint} was "
+                             "made, which fits no other: give the command as it was.")
+
+
+def split_state(state: TrainState) -> dict[str, dict]:
+    """Return a state as it lies in a checkpoint: by the names of the folders, averages apart."""
+    parts = {TRAINED: {"step": state.step, "weights": state.weights, "moments": state.moments}}
+    if state.averages is not None:
+        parts[EMA_FOLDER] = {"updates": state.ema_updates, "weights": state.averages}
+    return parts
+
+
+def save_state(state: TrainState, folder: Path) -> None:
+    """Write a state with Orbax; each process writes what its devices hold."""
+    for name, part in split_state(state).items():
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / name, part)
+
+
+def load_state(state: TrainState, folder: Path) -> TrainState:
+    """Return the state that `save_state` has written, laid out as `state`, which gives averages that are not there."""
+    parts = split_state(state)
+    for name in parts:
+        if (folder / name).is_dir():
+            with ocp.StandardCheckpointer() as checkpointer:
+                parts[name] = checkpointer.restore(folder / name, parts[name])
+        else:
+            logger.warning(f"{folder} has no averaged weights: averaging starts from the trained ones.")
+            copies = jax.tree.map(jnp.copy, parts[TRAINED]["weights"])
+            parts[name] = {"updates": jnp.zeros_like(state.ema_updates), "weights": copies}
+    trained, averages = parts[TRAINED], parts.get(EMA_FOLDER, {"updates": state.ema_updates, "weights": None})
+    return TrainState(trained["step"], trained["weights"], trained["moments"], averages["updates"],
+                      averages["weights"])
+
+
+def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progress, record: dict) -> None:
+    """Save everything that the next update depends on: aside, then renamed; only then are old checkpoints removed."""
+    name = f"checkpoint-{progress.global_step}"
+    aside = Path(args.output_dir, f".partial-{progress.global_step}")
+    try:
+        accelerator.save_state(str(aside))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
+            replace_folder(aside, Path(args.output_dir, name))
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "none"
+        message = (f"{name} could not be written to {args.output_dir}: {error}. Earlier checkpoints are untouched: "
+                   f"{kept}. Make room or mend the cause, then add --resume_from_checkpoint latest.")
+        raise RuntimeError(message) from error
+    if accelerator.is_main_process:
+        others = [folder for folder in list_checkpoints(args.output_dir) if folder.name != name]
+        surplus = others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize))]
+        for old in surplus:  # renamed first: a checkpoint that is half removed must not look like one
+            remove(old.rename(old.with_name(f".partial-removed-{old.name}")))
+        removed = f" (removed {', '.join(old.name for old in surplus)})" if surplus else ""
+        logger.info(f"saved {Path(args.output_dir, name)}{removed}")
+    accelerator.wait_for_everyone()
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Move a finished file or folder to its place by renaming, once its files are on disk; remove what was there."""
+    for file in (path for path in [new, *new.rglob("*")] if path.is_file()):
+        finish_file(file)
+    old = place.with_name(f".partial-old-{place.name}")
+    if os.path.lexists(place):
+        place.rename(old)
+    new.rename(place)
+    if os.path.lexists(old):
+        remove(old)
+
+
+def finish_file(file: Path) -> None:
+    """Have a file written to the disk, with the permissions that others have: safetensors gives its files none."""
+    umask = os.umask(0)  # which can only be read by setting it
+    os.umask(umask)
+    with open(file, "r+b") as stream:
+        os.fsync(stream.fileno())
+    file.chmod(0o666 & ~umask)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link without what it points to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear away what a process that was killed while saving has left, putting back what it had moved aside."""
+    for leftover in folder.glob(".partial-*"):
+        place = folder / leftover.name.removeprefix(".partial-old-")
+        if leftover.name.startswith(".partial-old-") and not place.exists():
+            leftover.rename(place)
+        else:
+            remove(leftover)
+
+
+def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint: Path, record: dict,
+           num_samples: int) -> Progress:
+    """Load a checkpoint and return where it stands; the learning rate and AdamW's settings are the command line's."""
+    try:
+        models.state = load_state(models.state, checkpoint.resolve())
+    except Exception as error:  # of several libraries, about files that are cut short
+        raise ValueError(f"{checkpoint} is damaged, or of another model: {error}. Name another checkpoint.") from error
+    step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
+    ahead = [other.name for other in list_checkpoints(args.output_dir) if get_checkpoint_step(other) > step]
+    if ahead:
+        logger.warning(f"{', '.join(ahead)} in {args.output_dir} lie ahead of {checkpoint}, and `latest` still means "
+                       "the last of them: move away what is not wanted")
+    log_changes(checkpoint, saved, record)
+    progress = Progress(**saved["progress"])
+    return progress if progress.samples_seen <= num_samples else Progress(step, progress.epoch + 1, 0)
+
+
+def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
+    """Warn of all that matters in which a resumed run differs from the one that made its checkpoint."""
+    if not saved:
+        logger.warning(f"{checkpoint} has no {RUN_RECORD}: the run goes on from it, with another order of the data.")
+        return
+    before, now = ({**facts["flags"], **{key: fact for key, fact in facts.items() if key not in ("flags", "progress")}}
+                   for facts in (saved, record))
+    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
+               if before.get(key) != now.get(key) and key not in INCONSEQUENTIAL_FLAGS]
+    if now["lr_scheduler"] in ("constant", "constant_with_warmup"):  # no update depends on the length of the run
+        changed = [change for change in changed if not change.startswith(("max_train_steps ", "num_train_epochs "))]
+    if changed:
+        logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. The run goes on with the new values, and is no "
+                       "longer the one that would have followed without the stop.")
+    else:
+        logger.info(f"going on from {checkpoint} with the same data, noise and settings")
+
+
+# ---- Validation and export ------------------------------------------------------------------------------------------
+
+
+def get_validation_prompts(args: Namespace) -> list[str]:
+    """Return the prompts to draw, one picture each."""
+    repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt is not None else []
+    return (args.validation_prompts or []) + repeated
+
+
+def is_validation_due(args: Namespace, progress: Progress, step: MicroStep) -> bool:
+    """Return whether the update that `step` ends is one to validate after."""
+    if not get_validation_prompts(args) and args.validation_data_dir is None:
+        return False
+    by_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
+    return by_epoch or (args.validation_steps is not None and progress.global_step % args.validation_steps == 0)
+
+
+def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
+             progress: Progress) -> list[Image.Image]:
+    """Draw the prompts and measure the held-out loss, with averaged weights if there are any; return the pictures."""
+    prompts, images = get_validation_prompts(args), []
+    if not prompts and data.held_out is None:
+        return images
+    frozen = place_frozen(accelerator, models, [part for part in SETTINGS if part not in models.trained])
+    if prompts:
+        images = draw_images(args, accelerator, models, frozen, prompts, data.train.seed)
+    if data.held_out is not None:
+        loss = compute_held_out_loss(args, accelerator, models, frozen, data.held_out)
+        accelerator.log({"validation_loss": loss}, step=progress.global_step)
+        logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
+    if images and accelerator.is_main_process:
+        with log_failure("saving the validation pictures"):
+            save_images(images, prompts, Path(args.output_dir, "validation", f"step-{progress.global_step}"))
+            log_images(accelerator, "validation", images, prompts, progress.global_step)
+    return images
+
+
+@contextlib.contextmanager
+def log_failure(what: str):
+    """Log an exception in place of raising it: looking at a run must not end one that trains well."""
+    try:
+        yield
+    except Exception:  # whatever it is, from out of memory to a full disk
+        logger.exception(f"{what} failed; the run goes on", main_process_only=False)
+
+
+def get_best_weights(models: Models) -> dict[str, Tensor]:
+    """Return the averaged weights if the run keeps any, else the trained ones."""
+    return models.state.weights if models.state.averages is None else models.state.averages
+
+
+def make_ddim_steps(config: dict, num_steps: int) -> tuple[np.ndarray, ...]:
+    """Return timesteps [n], and alpha^2 there and after each step [n] of it, as diffusers' DDIMScheduler has them."""
+    alphas_cumprod, spacing = compute_alphas_cumprod(config), config.get("timestep_spacing", "leading")
+    count = len(alphas_cumprod)
+    timesteps = {
+        "leading": lambda: np.arange(num_steps)[::-1] * (count // num_steps) + config.get("steps_offset", 0),
+        "trailing": lambda: np.round(np.arange(count, 0, -count / num_steps))[:num_steps] - 1,
+        "linspace": lambda: np.linspace(0, count - 1, num_steps).round()[::-1],
+    }[spacing]().astype(np.int32).clip(0, count - 1)
+    after = timesteps - count // num_steps
+    last = 1.0 if config.get("set_alpha_to_one", True) else alphas_cumprod[0]
+    return timesteps, alphas_cumprod[timesteps], np.where(after < 0, last, alphas_cumprod[after]).astype(np.float32)
+
+
+def draw_latents(models: Models, steps: tuple[np.ndarray, ...], guidance_scale: float, weights: dict, frozen: dict,
+                 latents: Tensor, input_ids: Tensor) -> Tensor:
+    """Return uint8 images [b, H, W, 3] from noise [b, h, w, c] and the tokens [2, b, s] of no caption and of one.
+
+    By DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 without added noise) and classifier-free guidance (Ho &
+    Salimans 2022, arXiv:2207.12598).
+    """
+    models = with_weights(models, {**weights, **frozen})
+    conditions = encode_captions(models, {"input_ids": input_ids.reshape(-1, input_ids.shape[-1])})
+    prediction_type = models.scheduler_config["prediction_type"]
+
+    def denoise(latents: Tensor, step: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, None]:
+        timestep, variance, next_variance = step
+        alpha, sigma = jnp.sqrt(variance), jnp.sqrt(1 - variance)
+        pair = jnp.concatenate([latents, latents])
+        model_pred = models.unet(pair, jnp.full(len(pair), timestep), **conditions).astype(jnp.float32)
+        without, given = jnp.split(model_pred, 2)
+        model_pred = without + guidance_scale * (given - without)
+        if prediction_type == "epsilon":
+            clean, noise = (latents - sigma * model_pred) / alpha, model_pred
+        elif prediction_type == "v_prediction":
+            clean, noise = alpha * latents - sigma * model_pred, alpha * model_pred + sigma * latents
+        else:
+            clean, noise = model_pred, (latents - alpha * model_pred) / sigma
+        return jnp.sqrt(next_variance) * clean + jnp.sqrt(1 - next_variance) * noise, None
+
+    latents, _ = jax.lax.scan(denoise, latents, steps)
+    return jnp.clip(models.vae.decode(latents) * 127.5 + 127.5, 0, 255).round().astype(jnp.uint8)
+
+
+def draw_images(args: Namespace, accelerator: Accelerator, models: Models, frozen: dict[str, Tensor],
+                prompts: list[str], seed: int) -> list[Image.Image]:
+    """Return one picture per prompt on every process, from the same noise at every call; none where drawing failed.
+
+    Each device draws one picture at a time.
+    """
+    drawn, side = [], args.resolution // compute_vae_factor(models.configs["vae"])
+    shape = (models.configs["vae"]["latent_channels"], side, side)
+    with log_failure("drawing validation pictures"):
+        for start in range(0, len(prompts), accelerator.num_devices):
+            chunk = prompts[start : start + accelerator.num_devices]
+            rows = [start + min(row, len(chunk) - 1) for row in range(accelerator.num_devices)]
+            noise = np.stack([make_rng(seed, "validation", row).standard_normal(shape, np.float32) for row in rows])
+            captions = [{"caption": caption} for caption in [""] * len(rows) + [prompts[row] for row in rows]]
+            input_ids = collate(captions, list_tokenizers(models))["input_ids"].reshape(2, len(rows), -1)
+            local = np.array_split(np.arange(len(rows)), accelerator.num_processes)[accelerator.process_index]
+            batch = {**accelerator.place_batch({"latents": np.moveaxis(noise, 1, -1)[local]}, axis=0),
+                     **accelerator.place_batch({"input_ids": input_ids[:, local]}, axis=1)}
+            images = models.programs.draw(get_best_weights(models), frozen, **batch)
+            drawn += list(multihost_utils.process_allgather(images, tiled=True)[: len(chunk)])
+    return [Image.fromarray(image) for image in drawn] if len(drawn) == len(prompts) else []
+
+
+def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, frozen: dict[str, Tensor],
+                          held_out: Samples) -> float:
+    """Return the mean unweighted loss over the held-out samples, whose draws are the same in every run.
+
+    It is nan where measuring it failed.
+    """
+    steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_devices,
+                             len(held_out))
+    batches, losses = make_dataloader(held_out, steps, models, 0, accelerator, args.train_batch_size), []
+    with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(batches)) as ahead:
+        for batch in ahead:
+            losses.append(models.programs.compute_losses(get_best_weights(models), frozen,
+                                                         accelerator.place_batch(batch, axis=0)))
+        return float(sum(jax.device_get(losses))) / len(held_out)
+    return math.nan
+
+
+def save_images(images: list[Image.Image], prompts: list[str], folder: Path) -> None:
+    """Save pictures as 00.png, 01.png, ... and together as grid.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(images):
+        image.save(folder / f"{index:02d}.png")
+    make_labeled_grid(images, prompts).save(folder / "grid.png")
+    logger.info(f"saved {len(images)} pictures and grid.png in {folder}")
+
+
+def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
+    """Return the pictures side by side, at most four in a row, each with its label below."""
+    columns, line = min(4, len(images)), 14  # pixels per line of PIL's own font, about 6 per character
+    width, height = max(128, images[0].width), max(128, images[0].height)
+    texts = [textwrap.wrap(label, width // 6)[:3] for label in labels]
+    cell = height + line * max(map(len, texts), default=1) + 6
+    grid = Image.new("RGB", (columns * (width + 4), math.ceil(len(images) / columns) * cell), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
+        left, top = index % columns * (width + 4), index // columns * cell
+        grid.paste(image.resize((width, height)) if image.size != (width, height) else image, (left, top))
+        for row, text in enumerate(lines):
+            draw.text((left + 2, top + height + 2 + row * line), text, fill="black")
+    return grid
+
+
+def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+    """Send pictures to every tracker that shows pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images(tag, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
+            tracker.log({tag: captioned}, step=step)
+        elif tracker.name == "comet_ml":
+            for i, image in enumerate(images):
+                tracker.writer.log_image(image, name=f"{tag}-{i}: {prompts[i]}", step=step)
+        else:
+            logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
+
+
+def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+    """Write the pipeline to --output_dir, aside first, so that a failure leaves what was there before.
+
+    What was not trained is a copy of the base model's files.
+    """
+    weights = multihost_utils.process_allgather(get_best_weights(models), tiled=True)
+    if not accelerator.is_main_process:
+        return
+    aside = Path(args.output_dir, ".partial-export")
+    for name, source in models.files.items():
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, aside / name)
+    models.tokenizer.save_pretrained(aside / "tokenizer")
+    for part in models.trained:
+        own = select_part(weights, part)
+        save_arrays({name: np.ascontiguousarray(change_layout(path, own[name], to_torch=True))
+                     for name, (path, _) in list_leaves(getattr(models, part)).items()},
+                    aside / part / f"{WEIGHT_FILES[part]}.safetensors", metadata={"format": "pt"})
+    write_pipeline_files(models, aside)
+    for part in sorted(aside.iterdir()):
+        replace_folder(part, Path(args.output_dir, part.name))
+    aside.rmdir()
+    logger.info(f"saved the pipeline: StableDiffusionPipeline.from_pretrained({args.output_dir!r}) loads it")
+
+
+def write_pipeline_files(models: Models, folder: Path) -> None:
+    """Write the scheduler's settings, and the index that says which class each part of the pipeline is of."""
+    config = {"_class_name": "PNDMScheduler", **models.scheduler_config}
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    base = json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else {}
+    classes = {"scheduler": ["diffusers", config["_class_name"]], "text_encoder": ["transformers", "CLIPTextModel"],
+               "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+               "vae": ["diffusers", "AutoencoderKL"]}
+    for part in ("safety_checker", "feature_extractor"):
+        classes[part] = base[part] if (folder / part).is_dir() else [None, None]
+    index = {"_class_name": "StableDiffusionPipeline", **classes,
+             "requires_safety_checker": classes["safety_checker"][0] is not None}
+    (folder / RESULT).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
+    """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
+    code = (
+        "from diffusers import StableDiffusionPipeline\n\n"
+        f"pipeline = StableDiffusionPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
+        f"image = pipeline({prompt!r}).images[0]"
+    )
+    tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training",
+            "jax"]
+    return f"All weights of the {trained}", code, tags
+
+
+def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progress: Progress) -> None:
+    """Write README.md, the model card, with a grid of the last pictures."""
+    prompts, folder, base = get_validation_prompts(args), Path(args.output_dir), args.pretrained_model_name_or_path
+    prompt = prompts[0] if prompts else "a prompt like the captions it was trained on"
+    trained, code, tags = describe_model(args, prompt)
+    text = f"# Fine-tuned {base}\n\n{trained} were trained on {args.dataset_name or 'images in a local folder'}.\n"
+    if images:
+        make_labeled_grid(images, prompts).save(folder / "val_imgs_grid.png")
+        text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
+    text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
+    names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
+             "mixed_precision", "use_ema", "snr_gamma", "noise_offset", "prediction_type", "rank", "lora_alpha")
+    facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
+    text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
+    header = huggingface_hub.ModelCardData(license="creativeml-openrail-m", library_name="diffusers", tags=tags,
+                                           base_model=None if Path(base).exists() else base, inference=True)
+    readme = folder / "README.md"
+    if readme.is_file() and "diffusers-training" not in readme.read_text(encoding="utf-8", errors="replace"):
+        readme = folder / "MODEL_CARD.md"
+        logger.warning(f"{folder / 'README.md'} is not a model card and stays as it is; the card is {readme}")
+    readme.write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+
+
+def push_to_hub(args: Namespace) -> None:
+    """Upload --output_dir but for checkpoints and logs; what fails here is said with the command that repeats it."""
+    logs = os.path.relpath(Path(args.output_dir, args.logging_dir, args.tracker_project_name), args.output_dir)
+    ignored = ["checkpoint-*/**", ".partial-*/**", f"{logs.split(os.sep)[0]}/**"]
+    try:
+        huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
+                                      commit_message="End of training", ignore_patterns=[*ignored])
+    except Exception as error:
+        excluded = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
+        message = (f"the upload to {args.hub_model_id} failed: {error}. Nothing is lost: {args.output_dir} holds the "
+                   f"model. Try: hf upload {args.hub_model_id} {args.output_dir} . {excluded}")
+        raise RuntimeError(message) from error
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Keeps each update's numbers where they are computed and reads them late, when they have long been there.
+
+    Logs `train_loss`, `lr`, `grad_norm` and `epoch` of every update with its own step; with every --logging_steps
+    updates `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and counts
+    from the start of the run: `skipped_images`, `long_captions`.
+    """
+
+    def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
+        self.accelerator, self.logging_steps = accelerator, args.logging_steps
+        self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
+        self.updates, self.counts = [], {"skipped_images": 0, "long_captions": 0}
+        self.restart_clock()
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.close()
+
+    def restart_clock(self) -> None:
+        """Begin to measure speed: after a pause that is not training, such as drawing pictures."""
+        self.started, self.waited = time.perf_counter(), 0.0
+
+    def iterate(self, updates):
+        """Yield each update's last micro step with its batch, measuring how long the batch was waited for."""
+        while True:
+            began = time.perf_counter()
+            update = next(updates, None)
+            self.waited += time.perf_counter() - began
+            if update is None:
+                return
+            yield update
+
+    def end_update(self, global_step: int, step: MicroStep, metrics: dict[str, Tensor]) -> None:
+        """Take an update's numbers; read those of --logging_steps updates while as many later ones are computed."""
+        self.updates.append((global_step, step, metrics))
+        with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not cost the run
+            self.bar.update(1)
+        if len(self.updates) >= 2 * self.logging_steps:
+            self.read(self.logging_steps)
+
+    def flush(self) -> None:
+        """Read and log all numbers; raise RuntimeError at a loss that is not finite."""
+        self.read(len(self.updates))
+
+    def read(self, count: int) -> None:
+        """Read the oldest numbers from the devices and log them; raise RuntimeError at a loss that is not finite."""
+        chosen, self.updates = self.updates[:count], self.updates[count:]
+        if not chosen:
+            return
+        rows = []
+        for (global_step, step, _), metrics in zip(chosen, jax.device_get([metrics for *_, metrics in chosen]),
+                                                   strict=True):
+            for name in self.counts:
+                self.counts[name] += int(metrics.pop(name))
+            metrics.pop("signal")
+            rows.append((global_step, {"epoch": step.epoch, **{key: float(value) for key, value in metrics.items()}}))
+        seconds = time.perf_counter() - self.started
+        rows[-1][1].update(images_per_second=sum(step.window_size for _, step, _ in chosen) / seconds,
+                           data_wait=self.waited / seconds, peak_memory_gib=get_peak_memory(), **self.counts)
+        log_rows(self.accelerator, rows)
+        latest = rows[-1][1]
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix_str(f"loss {latest['train_loss']:.4f}, lr {latest['lr']:.2e}, "
+                                     f"{latest['images_per_second']:.2f} images/s")
+        self.restart_clock()
+        for global_step, numbers in rows:
+            if not math.isfinite(numbers["train_loss"]):
+                raise RuntimeError(
+                    f"the loss is {numbers['train_loss']} at step {global_step} (lr {numbers['lr']:.0e}, precision "
+                    f"{self.accelerator.mixed_precision}). Usual cause: too high a learning rate; try a lower one, or "
+                    "--mixed_precision no. Earlier checkpoints are untouched.")
+
+
+def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
+    """Send the numbers of several updates to the trackers, each with its own step."""
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":
+            for step, numbers in rows:
+                tracker.log(numbers, step=step)
+            continue
+        for step, name, number in ((step, *item) for step, numbers in rows for item in numbers.items()):
+            tracker.writer.add_scalar(name, number, step)
+        tracker.writer.flush()  # once: the tracker's own `log` does so at every row
+
+
+def get_peak_memory() -> float:
+    """Return the most memory used so far in GiB: of a device where it counts it, else by the whole process."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "peak_bytes_in_use" in statistics:
+        return statistics["peak_bytes_in_use"] / 2**30
+    import resource  # not there on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def train_step(models: Models, objective: Objective, recipe: Recipe, state: TrainState, frozen: dict[str, Tensor],
+               batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
+    """Return the state after one update, and its numbers. Every sample of an update counts the same.
+
+    The batch is that of a whole update [a, b, ...], a micro steps of b samples over all devices.
+    """
+    loss, gradients = compute_gradients(models, objective, state.weights, frozen, batch)
+    norm = optax.global_norm(gradients)
+    clip = jnp.minimum(1.0, recipe.max_grad_norm / (norm + 1e-6))  # as torch clips
+    gradients = jax.tree.map(lambda gradient: gradient * clip, gradients)
+
+    factor = recipe.lr_factor(state.step)
+    rates = {part: rate * factor for part, rate in recipe.rates.items() if part in models.trained}
+    changes, moments = recipe.optimizer.update(gradients, state.moments, state.weights)
+    weights = {name: weight - rates[name.split(".")[0]] * changes[name] for name, weight in state.weights.items()}
+
+    metrics = {"train_loss": loss, "grad_norm": norm, "lr": rates["unet"], "signal": batch["signal"].max(),
+               "skipped_images": batch["num_skipped"].sum(), "long_captions": batch["num_long"].sum()}
+    if len(rates) > 1:
+        metrics["lr_text_encoder"] = rates["text_encoder"]
+    averages, ema_updates = state.averages, state.ema_updates
+    if averages is not None:
+        ema_updates = ema_updates + 1
+        decay = metrics["ema_decay"] = compute_ema_decay(ema_updates, recipe.ema_decay, recipe.min_ema_decay)
+        averages = {name: average + (1 - decay) * (weights[name] - average) for name, average in averages.items()}
+    return TrainState(state.step + 1, weights, moments, ema_updates, averages), metrics
+
+
+def compute_gradients(models: Models, objective: Objective, weights: dict[str, Tensor], frozen: dict[str, Tensor],
+                      batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of an update and its gradients, from the batch's first `num_micro_steps` micro steps."""
+    micro_batches = {name: array for name, array in batch.items() if array.ndim > 1 and name != "signal"}
+
+    def compute_part(index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        micro_batch = {name: array[index] for name, array in micro_batches.items()}
+
+        def compute_mean(weights: dict[str, Tensor]) -> Tensor:
+            losses = compute_loss(with_weights(models, {**frozen, **weights}), objective, micro_batch)
+            return (losses * micro_batch["weights"]).sum() / batch["window_size"]
+
+        return jax.value_and_grad(compute_mean)(weights)
+
+    if len(micro_batches["weights"]) == 1:
+        return compute_part(0)
+    nothing = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), weights))
+    return jax.lax.fori_loop(0, batch["num_micro_steps"],
+                             lambda index, total: jax.tree.map(jnp.add, total, compute_part(index)), nothing)
+
+
+def compile_train_step(models: Models, batch: dict[str, Tensor]) -> "jax.stages.Compiled":
+    """Return `train_step` compiled for batches like this one; it takes no others, so that it is compiled once."""
+    began = time.perf_counter()
+    compiled = models.programs.train_step.lower(models.state, models.placed, batch).compile()
+    logger.info(f"compiled the update in {time.perf_counter() - began:.1f} s")
+    return compiled
+
+
+def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data, progress: Progress,
+          record: dict) -> int:
+    """Train until the last update, moving `progress` along; return the signal that stopped it early, or 0."""
+    last_step = compute_last_step(args, len(data.train), accelerator.num_devices)
+    if progress.global_step > last_step:
+        logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
+        last_step = progress.global_step + 1
+    plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
+                   args.train_batch_size * accelerator.num_devices, args.gradient_accumulation_steps)
+    loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator,
+                             args.train_batch_size)
+    meter, stop_request = Meter(args, accelerator, progress.global_step, last_step), StopRequest(accelerator)
+    ahead = contextlib.closing(iterate_ahead(make_updates(args, accelerator, plan(), loader, stop_request)))
+    compiled, signal_number = None, 0
+
+    with stop_request, meter, logging_redirect_tqdm(), ahead as updates:
+        for step, batch in meter.iterate(updates):
+            if compiled is None:
+                compiled = compile_train_step(models, batch)
+                meter.restart_clock()
+            models.state, metrics = compiled(models.state, models.placed, batch)
+            progress.advance(step)
+            meter.end_update(progress.global_step, step, metrics)
+
+            signal_number = stop_request.agreed(metrics)
+            ends_run = progress.global_step == last_step or signal_number
+            if ends_run or progress.global_step % args.checkpointing_steps == 0:
+                meter.flush()
+                save_checkpoint(args, accelerator, progress, record)
+                meter.restart_clock()
+            if ends_run:
+                break
+            if is_validation_due(args, progress, step):
+                meter.flush()
+                validate(args, accelerator, models, data, progress)
+                meter.restart_clock()
+    return signal_number
+
+
+def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
+           progress: Progress) -> None:
+    """Export what was trained with its card, send the last pictures to the trackers, and upload."""
+    export_model(args, accelerator, models)
+    if accelerator.is_main_process:
+        save_model_card(args, images, seed, progress)
+        if images:
+            with log_failure("sending the last pictures to the trackers"):
+                log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
+    accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:  # after the barrier: the others need not wait for an upload
+        push_to_hub(args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Fine-tune the UNet as the flags say."""
+    args = parse_args(argv)
+    accelerator = make_accelerator(args)
+    configs = load_model_configs(args)
+    lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    check_checkpoint(args, checkpoint)
+    images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
+    held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
+    seed = start_run(args, accelerator, checkpoint)
+    data = make_data(args, images, held_out_images, seed, configs)
+
+    with explained_load(args):
+        models = load_models(args, accelerator, configs)
+    cache_encodings(args, accelerator, models, data.train)
+    objective = make_objective(args, models.scheduler_config)
+    prepare_training(args, accelerator, models, objective, len(data.train))
+    record = make_run_record(args, accelerator, seed, getattr(images, "captions_digest", None))
+    progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
+
+    log_run_header(args, accelerator, models, len(data.train), seed)
+    if args.resume_from_checkpoint and checkpoint is None:
+        logger.warning(f"{args.output_dir} holds no checkpoint yet: starting from the beginning")
+    signal_number = train(args, accelerator, models, data, progress, record)
+    if not signal_number:
+        last_images = validate(args, accelerator, models, data, progress)
+        finish(args, accelerator, models, last_images, seed, progress)
+    accelerator.end_training()
+    if signal_number:
+        logger.warning(f"stopped by {signal.Signals(signal_number).name} after update {progress.global_step}, which "
+                       "is saved. Give the same command with --resume_from_checkpoint latest to go on, or name "
+                       f"checkpoint-{progress.global_step}.")
+        sys.exit(128 + signal_number)
+
+
+if __name__ == "__main__":
+    main()
