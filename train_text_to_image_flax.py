@@ -604,6 +604,7 @@ class Accelerator:
         self.num_devices, self.mixed_precision, self.fsdp = jax.device_count(), mixed_precision, fsdp
         self.mesh, self.local_mesh = (Mesh(np.array(devices), ("devices",))
                                       for devices in (jax.devices(), jax.local_devices()))
+        self.whole = NamedSharding(self.mesh, PartitionSpec())  # of what every device has a copy of
         self.trackers: list[TensorBoardTracker | WandbTracker] = []
         self.models: Models | None = None  # whose state `save_state` writes
 
@@ -611,6 +612,15 @@ class Accelerator:
         """Return when every process has come here."""
         if self.num_processes > 1:
             multihost_utils.sync_global_devices("wait_for_everyone")
+
+    @contextlib.contextmanager
+    def main_process_first(self):
+        """Let the main process do what is inside first, and then the others, which find it done."""
+        if not self.is_main_process:
+            self.wait_for_everyone()
+        yield
+        if self.is_main_process:
+            self.wait_for_everyone()
 
     def save_state(self, folder: str) -> None:
         """Write the state of training into a folder, every process its part."""
@@ -626,9 +636,12 @@ class Accelerator:
         for tracker in self.trackers:
             tracker.finish()
 
-    def replicate(self, arrays):
-        """Return a tree of host arrays with a copy on every device."""
-        return jax.device_put(arrays, NamedSharding(self.mesh, PartitionSpec()))
+    def place(self, arrays: dict[str, np.ndarray],
+              places: dict[str, NamedSharding] | None = None) -> dict[str, Tensor]:
+        """Return host arrays, which every process has whole, on the devices: in their places, or whole on each."""
+        return {name: jax.make_array_from_callback(
+            array.shape, self.whole if places is None else places[name], array.__getitem__)
+            for name, array in arrays.items()}
 
     def choose_sharding(self, array) -> NamedSharding:
         """Return how an array of the state lies on the devices: whole on each, or with --fsdp cut along one axis.
@@ -637,17 +650,15 @@ class Accelerator:
         """
         sizes = [size if size % self.num_devices == 0 else 0 for size in array.shape]
         if not self.fsdp or not any(sizes):
-            return NamedSharding(self.mesh, PartitionSpec())
+            return self.whole
         axis = sizes.index(max(sizes))
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "devices"))
 
     def place_batch(self, batch: dict[str, np.ndarray], axis: int) -> dict[str, Tensor]:
         """Return a batch, of which each process has its part, cut along an axis; scalars are whole on each device."""
-        def place(array: np.ndarray) -> Tensor:
-            spec = PartitionSpec(*[None] * axis, "devices") if np.ndim(array) > axis else PartitionSpec()
-            return jax.make_array_from_process_local_data(NamedSharding(self.mesh, spec), np.asarray(array))
-
-        return {name: place(array) for name, array in batch.items()}
+        split = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "devices"))
+        return {name: jax.make_array_from_process_local_data(
+            split if np.ndim(array) > axis else self.whole, np.asarray(array)) for name, array in batch.items()}
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
@@ -1971,10 +1982,15 @@ class TextEncoder(nnx.Module):
 
 def find_file(args: Namespace, part: str, name: str, revision: str | None) -> Path | None:
     """Return a file of the base model, downloaded if it is on the hub, or None where there is no such file."""
-    found = transformers.utils.cached_file(
-        args.pretrained_model_name_or_path, name, subfolder=part, revision=revision, cache_dir=args.cache_dir,
-        _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
+    where = args.pretrained_model_name_or_path
+    if Path(where).is_dir():
+        path = Path(where, part, name)
+        return path if path.is_file() else None
+    try:
+        return Path(huggingface_hub.hf_hub_download(where, name, subfolder=part or None, revision=revision,
+                                                    cache_dir=args.cache_dir))
+    except huggingface_hub.errors.EntryNotFoundError:  # also offline, of what has not been downloaded
+        return None
 
 
 def get_revision(args: Namespace, part: str) -> str | None:
@@ -1996,7 +2012,7 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
         if configs[part] is None:
             raise ValueError(f"--pretrained_model_name_or_path {where} has no {part}/{name}: give a folder in "
                              "diffusers layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) or a name on the "
-                             "hub; for a gated one, run `hf auth login` first.")
+                             "hub, which takes a network the first time, and `hf auth login` for a gated one.")
     configs["unet"].setdefault("in_channels", SETTINGS["unet"]["in_channels"])
     check_model_configs(args, configs)
     for part in SETTINGS:
@@ -2243,8 +2259,7 @@ def place_frozen(accelerator: Accelerator, models: Models, parts: list[str]) -> 
     """Return the frozen weights of some parts on the devices; those that are there are not copied."""
     chosen = {name: array for name, array in models.frozen.items() if name.split(".")[0] in parts}
     missing = {name: array for name, array in chosen.items() if name not in models.placed}
-    return {**{name: models.placed[name] for name in chosen if name in models.placed},
-            **accelerator.replicate(missing)}
+    return {**{name: models.placed[name] for name in chosen if name in models.placed}, **accelerator.place(missing)}
 
 
 def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
@@ -2513,15 +2528,14 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
         averages = load_first_averages(args, models) if args.use_ema else None
     shapes = jax.eval_shape(lambda: make_state(recipe, models.initial, averages))
     places = jax.tree.map(accelerator.choose_sharding, shapes)
-    weights, averages = ({name: jax.make_array_from_callback(array.shape, places.weights[name], array.__getitem__)
-                          for name, array in arrays.items()} if arrays is not None else None
+    weights, averages = (None if arrays is None else accelerator.place(arrays, places.weights)
                          for arrays in (models.initial, averages))
     models.state = jax.jit(partial(make_state, recipe), out_shardings=places, donate_argnums=(0, 1))(
         weights, averages)
     models.initial = {}
     used = [part for part in SETTINGS if part not in (*models.trained, *list_cached(args))]
     models.placed = place_frozen(accelerator, models, used)
-    models.programs = make_programs(args, models, objective, recipe, places)
+    models.programs = make_programs(args, accelerator, models, objective, recipe, places)
     accelerator.models = models
 
 
@@ -2531,7 +2545,7 @@ def make_state(recipe: Recipe, weights: dict[str, Tensor], averages: dict[str, T
     return TrainState(zero, weights, recipe.optimizer.init(weights), zero, averages)
 
 
-def make_programs(args: Namespace, models: Models, objective: Objective, recipe: Recipe,
+def make_programs(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, recipe: Recipe,
                   places: TrainState) -> Programs:
     """Return what is compiled when it is first called: nothing is, as long as shapes do not change, a second time."""
     plain = Objective(objective.alpha, objective.sigma, objective.prediction_type)
@@ -2543,8 +2557,9 @@ def make_programs(args: Namespace, models: Models, objective: Objective, recipe:
     draw = partial(draw_latents, models, make_ddim_steps(models.scheduler_config, args.validation_inference_steps),
                    max(1.0, args.validation_guidance_scale))
     return Programs(
-        jax.jit(partial(train_step, models, objective, recipe), donate_argnums=0, out_shardings=(places, None)),
-        jax.jit(compute_losses), jax.jit(draw))
+        jax.jit(partial(train_step, models, objective, recipe), donate_argnums=0,
+                out_shardings=(places, accelerator.whole)),
+        jax.jit(compute_losses, out_shardings=accelerator.whole), jax.jit(draw, out_shardings=accelerator.whole))
 
 
 def make_recipe(args: Namespace, last_step: int, num_devices: int) -> Recipe:
@@ -2905,7 +2920,7 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, froze
             batch = {**accelerator.place_batch({"latents": np.moveaxis(noise, 1, -1)[local]}, axis=0),
                      **accelerator.place_batch({"input_ids": input_ids[:, local]}, axis=1)}
             images = models.programs.draw(get_best_weights(models), frozen, **batch)
-            drawn += list(multihost_utils.process_allgather(images, tiled=True)[: len(chunk)])
+            drawn += list(np.asarray(images)[: len(chunk)])
     return [Image.fromarray(image) for image in drawn] if len(drawn) == len(prompts) else []
 
 
@@ -3279,8 +3294,9 @@ def main(argv: list[str] | None = None) -> None:
     lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     check_checkpoint(args, checkpoint)
-    images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
-    held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
+    with accelerator.main_process_first():
+        images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
+        held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
     seed = start_run(args, accelerator, checkpoint)
     data = make_data(args, images, held_out_images, seed, configs)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TORCH_SCRIPTS, load_script, make_args, make_image_folder
+from conftest import SCRIPTS, TORCH_SCRIPTS, load_script, make_args, make_image_folder
 from runs import keep_configs_only
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -426,6 +426,6 @@ def test_a_seed_is_drawn_and_recorded(script, tiny_model, image_folder, tmp_path
 
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
-    for script_name in TORCH_SCRIPTS:
+    for script_name in SCRIPTS if importlib.util.find_spec("jax") else TORCH_SCRIPTS:
         (GOLDEN / script_name).with_suffix(".txt").write_text(format_help(script_name), encoding="utf-8")
         print(f"wrote {(GOLDEN / script_name).with_suffix('.txt')}")

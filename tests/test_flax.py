@@ -1,0 +1,616 @@
+"""The JAX script: its networks and its training against torch's, and what it promises as the other scripts do.
+
+Each program that JAX compiles takes seconds here, so runs share their settings, and through a cache their programs.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    load_script,
+    make_args,
+    make_tiny_stable_diffusion,
+    make_tokenizer,
+    read_scalars,
+)
+from PIL import Image
+from runs import assert_same_files, list_names, read_record
+from safetensors.torch import load_file, save_file
+from test_cli import CONTRACT, GOLDEN, describe, expect, format_help, get_flags
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+
+# Networks this small are compiled far longer than they run. The flag is read when JAX first looks for devices.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+jax = pytest.importorskip("jax")
+pytest.importorskip("orbax.checkpoint")
+jnp = jax.numpy
+
+NAME = "train_text_to_image_flax.py"
+SAME_IMAGES = {"image_interpolation_mode": "lanczos"}  # the torch scripts' own
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Keep what is compiled, for later runs in this process and in others."""
+    folder = str(tmp_path_factory.mktemp("jax-cache"))
+    settings = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+                "JAX_PLATFORMS": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_default_matmul_precision", "highest")
+        yield folder
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def flax():
+    """The script as a module."""
+    return load_script(NAME)
+
+
+@pytest.fixture(scope="module")
+def sd():
+    """The torch script that trains the same networks, as a module."""
+    return load_script("train_text_to_image.py")
+
+
+def make_second_stable_diffusion(folder: Path) -> Path:
+    """Write a tiny model of the shape of Stable Diffusion 2: heads per block, matrices for convolutions, gelu, v."""
+    torch.manual_seed(1)
+    make_tiny_stable_diffusion(folder, "v_prediction")
+    tokenizer = make_tokenizer(folder / "second-source")
+    UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32, 48), norm_num_groups=8, layers_per_block=2, cross_attention_dim=32,
+        attention_head_dim=(2, 3), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), use_linear_projection=True, upcast_attention=True,
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(16, 32), norm_num_groups=8, latent_channels=4, sample_size=32, layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=0.5, latents_mean=[0.1, 0, -0.1, 0.2], latents_std=[1.5, 1, 0.5, 2]
+    ).save_pretrained(folder / "vae")
+    CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=24, hidden_act="gelu", bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models_of(flax, sd, tiny_model, image_folder, tmp_path_factory):
+    """The networks of the two shapes, loaded by both scripts."""
+    folder = tmp_path_factory.mktemp("shapes")
+    bases = {"first": tiny_model, "second": make_second_stable_diffusion(folder / "second")}
+    loaded = {}
+    for shape, base in bases.items():
+        args = flax.parse_args(make_args(base, image_folder, folder / "out"))
+        models = flax.load_models(args, SimpleNamespace(mixed_precision="no"), flax.load_model_configs(args))
+        theirs = SimpleNamespace(
+            unet=UNet2DConditionModel.from_pretrained(base / "unet"), vae=AutoencoderKL.from_pretrained(base / "vae"),
+            text_encoder=CLIPTextModel.from_pretrained(base / "text_encoder"), trained=("unet",),
+            scheduler_config=models.scheduler_config)
+        theirs.vae.requires_grad_(False)
+        loaded[shape] = models, theirs
+    return loaded
+
+
+def make_numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def make_batch(num_tokens: int) -> dict[str, np.ndarray]:
+    """Return a batch as the torch scripts have it, of 3 images of 32 x 24 px."""
+    rng, latents = np.random.default_rng(0), (3, 4, 16, 12)
+    return {"images": rng.integers(0, 256, (3, 3, 32, 24), np.uint8), "noise": make_numbers(*latents, seed=2),
+            "posterior_noise": make_numbers(*latents, seed=1), "offset_noise": make_numbers(3, 4, 1, 1, seed=3),
+            "perturbation_noise": make_numbers(*latents, seed=4), "timesteps": np.array([3, 480, 999]),
+            "input_ids": rng.integers(0, 500, (3, num_tokens))}
+
+
+def put_channels_last(array: np.ndarray) -> np.ndarray:
+    return np.moveaxis(array, 1, -1) if array.ndim == 4 else array
+
+
+def assert_near(ours, theirs, tolerance: float = 1e-4) -> None:
+    """Fail unless two arrays differ by less than a share of the largest value."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+# ---- Networks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["first", "second"])
+def test_networks_agree_with_torch(flax, models_of, shape):
+    """UNet on an odd size too, VAE both ways, and text encoder give what torch's give."""
+    models, theirs = models_of[shape]
+    noisy, states = make_numbers(2, 4, 10, 7), make_numbers(2, 24, 32)
+    timesteps, pixel_values, ids = np.array([0, 777]), make_numbers(2, 3, 32, 24), np.arange(48).reshape(2, 24)
+
+    @jax.jit
+    def run(weights, noisy, pixel_values):
+        own = flax.with_weights(models, weights)
+        mean, std = own.vae.encode(pixel_values)
+        return own.unet(noisy, timesteps, states), mean, std, own.vae.decode(mean), own.text_encoder(ids)
+
+    prediction, mean, std, decoded, text = run(
+        {**models.frozen, **models.initial}, put_channels_last(noisy), put_channels_last(pixel_values))
+    with torch.no_grad():
+        expected = theirs.unet(torch.tensor(noisy), torch.tensor(timesteps), torch.tensor(states)).sample
+        posterior = theirs.vae.encode(torch.tensor(pixel_values)).latent_dist
+        config = theirs.vae.config
+        latents = posterior.mean / config.scaling_factor
+        if config.latents_mean is not None:
+            shift, scale = (torch.tensor(getattr(config, f"latents_{name}")).view(1, -1, 1, 1)
+                            for name in ("mean", "std"))
+            latents = latents * scale + shift
+        assert_near(prediction, put_channels_last(expected.numpy()))
+        assert_near(mean, put_channels_last(posterior.mean.numpy()))
+        assert_near(std, put_channels_last(posterior.std.numpy()))
+        assert_near(decoded, put_channels_last(theirs.vae.decode(latents).sample.numpy()))
+        assert_near(text, theirs.text_encoder(torch.tensor(ids))[0])
+
+
+@pytest.mark.parametrize(("shape", "flags"), [
+    ("first", {"snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1}),
+    ("first", {"dream_training": True}),
+    ("second", {"snr_gamma": 5.0, "rescale_betas_zero_snr": True}),
+])
+def test_loss_and_gradients_agree_with_torch(flax, sd, models_of, shape, flags, tmp_path, image_folder):
+    """The same draws give the same loss of each sample and, but for DREAM's, the same gradient of each weight."""
+    (models, theirs), batch = models_of[shape], make_batch(24)
+    base = Path(next(iter(models.files.values()))).parent.parent
+    args = flax.parse_args(make_args(base, image_folder, tmp_path / "out", **flags))
+    config = flax.make_scheduler_config(args, models.configs["scheduler"])
+    objective, expected = flax.make_objective(args, config), sd.make_objective(args, config, torch.device("cpu"))
+    assert_near(objective.alpha, expected.alpha, 1e-5)
+    assert_near(objective.sigma, expected.sigma, 1e-5)
+
+    def compute_mean(weights, batch):
+        losses = flax.compute_loss(flax.with_weights(models, {**models.frozen, **weights}), objective, batch)
+        return losses.mean(), losses
+
+    batch_ours = {name: put_channels_last(array) for name, array in batch.items()}
+    has_gradients = "dream_training" not in flags
+    compute = jax.value_and_grad(compute_mean, has_aux=True) if has_gradients else compute_mean
+    results = jax.jit(compute)(models.initial, batch_ours)
+    losses = sd.compute_loss(theirs, expected, {name: torch.tensor(array) for name, array in batch.items()})
+    if not has_gradients:
+        assert_near(results[1], losses.detach())
+        return
+    (_, ours), gradients = results
+    assert_near(ours, losses.detach())
+    theirs.unet.zero_grad()
+    losses.mean().backward()
+    leaves, parameters = flax.list_leaves(models.unet), dict(theirs.unet.named_parameters())
+    assert leaves.keys() == parameters.keys()
+    scale = max(parameter.grad.abs().max() for parameter in parameters.values())
+    for name, (path, _) in leaves.items():
+        gradient = flax.change_layout(path, np.asarray(gradients[f"unet.{name}"]), to_torch=True)
+        assert np.abs(gradient - parameters[name].grad.numpy()).max() <= 1e-4 * scale, name
+
+
+def test_recomputation_keeps_less(flax, models_of, tiny_model, image_folder, tmp_path):
+    """With --gradient_checkpointing the backward pass is given a fraction of the activations."""
+    from jax.ad_checkpoint import saved_residuals
+
+    plain, _ = models_of["first"]
+    args = flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", gradient_checkpointing=True))
+    remat = flax.load_models(args, SimpleNamespace(mixed_precision="no"), flax.load_model_configs(args))
+    noisy, timesteps, states = make_numbers(2, 16, 16, 4), np.array([1, 500]), make_numbers(2, 24, 32)
+    sizes = []
+    for models in (plain, remat):
+        def compute_sum(weights, models=models):
+            return jnp.square(flax.with_weights(models, weights).unet(noisy, timesteps, states)).sum()
+
+        kept = [aval for aval, source in saved_residuals(compute_sum, plain.initial) if "argument" not in source]
+        sizes.append(sum(aval.size for aval in kept))
+    assert sizes[1] < 0.2 * sizes[0]
+
+
+# ---- Model folders --------------------------------------------------------------------------------------------------
+
+
+def load(flax, base: Path, images: Path, out: Path, **flags):
+    """Return the models of a base folder."""
+    args = flax.parse_args(make_args(base, images, out, **flags))
+    return flax.load_models(args, SimpleNamespace(mixed_precision="no"), flax.load_model_configs(args))
+
+
+def test_other_forms_of_the_same_model_are_read(flax, models_of, tiny_model, image_folder, tmp_path):
+    """Shards, files named *.fp16.safetensors and the names of older versions give the same weights."""
+    plain, theirs = models_of["first"]
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (base / part).glob("*.safetensors"):
+            file.unlink()
+    theirs.unet.save_pretrained(base / "unet", max_shard_size="200KB", variant="fp16")
+    assert (base / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(tiny_model / "vae" / "diffusion_pytorch_model.safetensors")
+    for new, old in old_names.items():
+        weights = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): tensor
+                   for name, tensor in weights.items()}
+    assert any(".query." in name for name in weights)
+    save_file(weights, base / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    weights = load_file(tiny_model / "text_encoder" / "model.safetensors")
+    weights = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in weights.items()}
+    weights["text_model.embeddings.position_ids"] = torch.arange(24)[None]
+    save_file(weights, base / "text_encoder" / "model.fp16.safetensors")
+
+    other = load(flax, base, image_folder, tmp_path / "out", variant="fp16")
+    for ours, expected in ((other.initial, plain.initial), (other.frozen, plain.frozen)):
+        assert ours.keys() == expected.keys()
+        assert all(np.array_equal(ours[name], expected[name]) for name in ours)
+    with pytest.raises(OSError, match=r"no diffusion_pytorch_model\.safetensors"):
+        load(flax, base, image_folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("part", "name", "value"), [
+    ("unet", "class_embed_type", "timestep"), ("unet", "transformer_layers_per_block", [1, 2]),
+    ("unet", "down_block_types", ["DownBlock2D", "AttnDownBlock2D"]), ("unet", "act_fn", "gelu"),
+    ("vae", "shift_factor", 0.1), ("text_encoder", "hidden_act", "relu"), ("scheduler", "beta_schedule", "sigmoid"),
+])
+def test_settings_that_are_not_implemented_are_refused(flax, tiny_model, image_folder, tmp_path, part, name, value):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    path = base / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match="not implemented|not\n?.*implemented") as error:
+        load(flax, base, image_folder, tmp_path / "out")
+    assert str(value[-1] if isinstance(value, list) else value) in str(error.value)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_weights_that_do_not_fit_are_refused_by_name(flax, tiny_model, image_folder, tmp_path, change):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    path = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    if change == "unexpected":
+        weights["conv_in.extra"] = torch.zeros(1)
+    elif change == "missing":
+        del weights["conv_in.weight"]
+    else:
+        weights["conv_in.weight"] = torch.zeros(32, 9, 3, 3)
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"conv_in\.(weight|extra)"):
+        load(flax, base, image_folder, tmp_path / "out")
+
+
+# ---- Optimization ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    ("constant", {}), ("constant_with_warmup", {}), ("linear", {}), ("cosine", {}),
+    ("cosine_with_restarts", {"lr_num_cycles": 3}), ("polynomial", {"lr_power": 2.0}),
+    ("piecewise_constant", {"lr_step_rules": "1:5,0.1:9,0.02"})])
+def test_schedules_are_those_of_the_torch_scripts(flax, tiny_model, image_folder, tmp_path, name, flags):
+    args = flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", lr_scheduler=name, lr_warmup_steps=4,
+                                     learning_rate=1e-3, **flags))
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    expected = get_scheduler(name, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=4, num_training_steps=13,
+                             num_cycles=args.lr_num_cycles, power=args.lr_power).lr_lambdas[0]
+    factor = flax.make_lr_factor(args, 1e-3, 13)
+    np.testing.assert_allclose([factor(step) for step in range(14)], [expected(step) for step in range(14)], atol=1e-6)
+
+
+def train(script, base: Path, images: Path, out: Path, **flags) -> dict[int, float]:
+    """Run a script; return its losses by update."""
+    script.main(make_args(base, images, out, report_to="tensorboard", **flags))
+    return read_scalars(out, "train_loss")
+
+
+COMMON = {"max_train_steps": 6, "random_flip": True, "gradient_accumulation_steps": 2, "use_ema": True,
+          "adam_weight_decay": 0.1, "noise_offset": 0.1, "snr_gamma": 5, "proportion_empty_prompts": 0.3,
+          "logging_steps": 2, "checkpointing_steps": 3, **SAME_IMAGES}
+
+
+@pytest.fixture(scope="module")
+def full_run(flax, tiny_model, image_folder, tmp_path_factory):
+    """A run of six updates of two epochs, of which every third is a shorter one, and how often it compiled."""
+    out, compiled, original = tmp_path_factory.mktemp("full") / "out", [], flax.Meter.end_update
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *rest, **facts: events.append(name) if "compile" in name else None)
+
+    def end_update(self, *rest):
+        compiled.append(len(events))
+        return original(self, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flax.Meter, "end_update", end_update)
+        losses = train(flax, tiny_model, image_folder, out, **COMMON)
+    return SimpleNamespace(out=out, losses=losses, compiled=compiled)
+
+
+def test_updates_follow_those_of_torch(sd, full_run, tiny_model, image_folder, tmp_path):
+    """Six updates with AdamW, Min-SNR, offset noise, accumulation and averages give torch's losses and weights."""
+    out = tmp_path / "torch"
+    losses = train(sd, tiny_model, image_folder, out, **COMMON)
+    assert list(full_run.losses) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(list(full_run.losses.values()), list(losses.values()), rtol=1e-4)
+    for tag in ("grad_norm", "lr", "ema_decay", "epoch"):
+        ours, theirs = (list(read_scalars(folder, tag).values()) for folder in (full_run.out, out))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, err_msg=tag)
+    ours, theirs, base = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+                          for folder in (full_run.out, out, tiny_model))
+    assert ours.keys() == theirs.keys()
+    difference = sum((ours[name] - theirs[name]).square().sum() for name in ours)
+    moved = sum((theirs[name] - base[name]).square().sum() for name in ours)
+    assert difference < 1e-3 * moved and moved > 0
+
+
+def test_nothing_is_compiled_after_the_first_update(full_run):
+    """Not for the smaller last batch of an epoch either, nor for the checkpoint in the middle."""
+    assert len(full_run.compiled) == 6 and full_run.compiled[0] > 0
+    assert full_run.compiled[1:] == full_run.compiled[:1] * 5
+
+
+def test_resumed_run_is_the_uninterrupted_one(flax, full_run, tiny_model, image_folder, tmp_path):
+    """From a checkpoint in the first epoch the same losses, weights and averages follow, bit for bit."""
+    out = tmp_path / "out"
+    shutil.copytree(full_run.out / "checkpoint-3", out / "checkpoint-3")
+    losses = train(flax, tiny_model, image_folder, out, **{**COMMON, "resume_from_checkpoint": "latest",
+                                                           "checkpoints_total_limit": 1})
+    assert losses == {step: loss for step, loss in full_run.losses.items() if step > 3}
+    assert list_names(out) == {"checkpoint-6"} and list_names(full_run.out) == {"checkpoint-3", "checkpoint-6"}
+    assert read_record(out / "checkpoint-6")["progress"] == read_record(full_run.out / "checkpoint-6")["progress"]
+    assert_same_files(out / "unet", full_run.out / "unet")
+    assert not list(out.glob(".partial-*"))
+
+
+def test_averages_need_their_flag_and_another_script_is_told(flax, full_run, tiny_model, image_folder, tmp_path):
+    checkpoint = full_run.out / "checkpoint-3"
+    with pytest.raises(ValueError, match="--use_ema"):
+        flax.main(make_args(tiny_model, image_folder, tmp_path / "out", resume_from_checkpoint=checkpoint))
+    other = tmp_path / "checkpoint-2"
+    other.mkdir()
+    shutil.copy(checkpoint / "run_record.json", other)
+    with pytest.raises(ValueError, match="another script"):
+        flax.main(make_args(tiny_model, image_folder, tmp_path / "out", resume_from_checkpoint=other))
+
+
+@pytest.fixture(scope="module")
+def plain_losses(flax, tiny_model, image_folder, tmp_path_factory):
+    """The losses of updates of four, four and two samples."""
+    return train(flax, tiny_model, image_folder, tmp_path_factory.mktemp("plain") / "out", max_train_steps=3,
+                 train_batch_size=4)
+
+
+@pytest.mark.parametrize("flags", [
+    {"gradient_checkpointing": True}, {"train_batch_size": 2, "gradient_accumulation_steps": 2},
+    {"cache_latents": True, "cache_text_embeddings": True, "cache_dtype": "fp32", "center_crop": True}],
+    ids=["recomputation", "accumulation", "caches"])
+def test_memory_savers_change_no_loss(flax, plain_losses, tiny_model, image_folder, tmp_path, flags):
+    """Nor does dividing an update into micro steps, or encoding images and captions beforehand."""
+    if "cache_latents" in flags:
+        flags = {**flags, "encoded_dir": tmp_path / "encoded"}
+        plain_losses = train(flax, tiny_model, image_folder, tmp_path / "plain", max_train_steps=3,
+                             train_batch_size=4, center_crop=True)
+    losses = train(flax, tiny_model, image_folder, tmp_path / "out", max_train_steps=3,
+                   **{"train_batch_size": 4, **flags})
+    np.testing.assert_allclose(list(losses.values()), list(plain_losses.values()), rtol=1e-5)
+
+
+def test_bf16_and_a_trained_text_encoder(flax, plain_losses, tiny_model, image_folder, tmp_path):
+    """Losses are near those of float32; weights stay float32, move, and load in torch."""
+    out = tmp_path / "out"
+    losses = train(flax, tiny_model, image_folder, out, max_train_steps=3, train_batch_size=4, mixed_precision="bf16",
+                   train_text_encoder=True, text_encoder_lr=1e-4)
+    np.testing.assert_allclose(list(losses.values()), list(plain_losses.values()), rtol=0.03)
+    assert read_scalars(out, "lr_text_encoder")[1] == pytest.approx(1e-4)
+    pipeline = StableDiffusionPipeline.from_pretrained(out)
+    base = StableDiffusionPipeline.from_pretrained(tiny_model)
+    for part in ("unet", "text_encoder"):
+        pairs = list(zip(getattr(pipeline, part).parameters(), getattr(base, part).parameters(), strict=True))
+        assert all(ours.dtype == torch.float32 for ours, _ in pairs)
+        assert any(not torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert_same_files(out / "vae", tiny_model / "vae")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(flax, tiny_model, image_folder, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    path = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(path), "conv_in.bias": torch.full((32,), torch.nan)}, path)
+    with pytest.raises(RuntimeError, match="the loss is nan at step 1 .*learning rate"):
+        train(flax, base, image_folder, tmp_path / "out", max_train_steps=3, train_batch_size=4)
+    assert list_names(tmp_path / "out") == set()
+
+
+# ---- Devices and processes ------------------------------------------------------------------------------------------
+
+RUN_SEVERAL = """
+import runpy, sys, json
+sys.argv = [sys.argv[1]] + sys.argv[2:]
+main = runpy.run_path(sys.argv[0])["main"]
+for argv in json.loads(sys.argv[1]):
+    main(argv)
+"""
+
+
+def test_four_devices_give_the_loss_of_one(plain_losses, tiny_model, image_folder, tmp_path):
+    """Each with a sample of its own, with whole copies of the weights or a part of them; also for the 2 left over."""
+    runs = [make_args(tiny_model, image_folder, tmp_path / name, max_train_steps=3, train_batch_size=1, fsdp=fsdp,
+                      report_to="tensorboard", validation_prompts=["one", "two", "three"] if fsdp else None,
+                      validation_inference_steps=2)
+            for name, fsdp in (("whole", False), ("divided", True))]
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    result = subprocess.run([sys.executable, "-c", RUN_SEVERAL, str(ROOT / NAME), json.dumps(runs)], env=environment,
+                            capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for name in ("whole", "divided"):
+        losses = read_scalars(tmp_path / name, "train_loss")
+        np.testing.assert_allclose(list(losses.values()), list(plain_losses.values()), rtol=1e-5)
+    assert list_names(tmp_path / "divided" / "validation" / "step-3", "*.png") == {
+        "00.png", "01.png", "02.png", "grid.png"}
+    StableDiffusionPipeline.from_pretrained(tmp_path / "divided")
+
+
+REFUSE = """
+import importlib.abc, runpy, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision", "accelerate", "diffusers", "tensorflow"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@contextlib.contextmanager
+def started(argv: list[str], log: Path):
+    """Start the script in a process that has no torch; it is killed at the end."""
+    with log.open("w") as stream:
+        process = subprocess.Popen([sys.executable, "-c", REFUSE, str(ROOT / NAME), *argv], stdout=stream,
+                                   stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_without_torch_a_stopped_run_saves_and_goes_on(flax, full_run, tiny_model, image_folder, tmp_path):
+    """SIGTERM ends it with 128 + 15 and a checkpoint; the run that goes on ends as one that was never stopped."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    argv = make_args(tiny_model, image_folder, out, **{**COMMON, "report_to": "tensorboard",
+                                                       "max_train_steps": 100_000, "checkpointing_steps": 1})
+    with started(argv, log) as process:
+        end = time.monotonic() + 120
+        while not list_names(out):
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM, log.read_text()
+    text = log.read_text()
+    assert "stopped by SIGTERM" in text and "compiled the update in" in text and "Traceback" not in text
+    latest = max(read_record(out / name)["progress"]["global_step"] for name in list_names(out))
+    assert f"after update {latest}" in text
+    losses = read_scalars(out, "train_loss")
+    assert list(losses) == list(range(1, latest + 1))
+    common = [step for step in losses if step in full_run.losses]
+    assert [losses[step] for step in common] == [full_run.losses[step] for step in common]
+
+
+def test_loader_processes_read_what_threads_read(flax, tiny_model, image_folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))  # where the processes find the script, here imported by another way
+    args = flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out"))
+    images = flax.make_captioned_images(args, args.train_data_dir)
+    data = flax.make_data(args, images, None, 0, flax.load_model_configs(args))
+    visits = [[flax.Visit(0, 1), flax.Visit(0, 4), flax.Visit(0, 2)], [flax.Visit(1, 3)], [flax.Visit(1, 0)]]
+    threads, processes = (list(flax.read_samples(data.train, visits, count)) for count in (0, 2))
+    assert [len(samples) for samples in processes] == [3, 1, 1]
+    for expected, found in zip(threads, processes, strict=True):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+# ---- Pictures and the whole cycle -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quickstart_run(flax, tmp_path_factory):
+    """The README's command on the quickstart's model, shorter."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    argv = make_args(
+        ROOT / "quickstart" / "base", ROOT / "quickstart" / "images", out, resolution=64, train_batch_size=8,
+        max_train_steps=12, max_train_samples=48, learning_rate=1e-3, use_ema=True, ema_decay=0.5, cache_latents=True,
+        cache_text_embeddings=True, cache_crops=1, encoded_dir=out.parent / "encoded", report_to="tensorboard",
+        validation_prompts=["a red apple", "a fox"], validation_steps=6, validation_inference_steps=10,
+        validation_guidance_scale=3, validation_data_dir=ROOT / "quickstart" / "validation_images")
+    flax.main(argv)
+    return SimpleNamespace(out=out, argv=argv)
+
+
+def test_a_whole_cycle_ends_in_a_pipeline_of_torch(quickstart_run):
+    """It lowers the held-out loss, and leaves what the other scripts leave."""
+    out = quickstart_run.out
+    losses = read_scalars(out, "validation_loss")
+    assert list(losses) == [6, 12] and losses[12] < losses[6] < 0.35
+    for tag in ("images_per_second", "data_wait", "peak_memory_gib"):
+        assert read_scalars(out, tag)
+    assert list_names(out, "*") == {
+        "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "README.md", "validation", "logs",
+        "checkpoint-12", "val_imgs_grid.png"}
+    assert "diffusers-training" in (out / "README.md").read_text()
+    base = ROOT / "quickstart" / "base"
+    for part in ("vae", "text_encoder"):
+        assert_same_files(out / part, base / part)
+    assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "DDIMScheduler"
+
+
+def test_pictures_are_those_that_torch_draws(flax, quickstart_run):
+    """The exported pipeline draws the last validation pictures from the same noise."""
+    pipeline = StableDiffusionPipeline.from_pretrained(quickstart_run.out)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    for index, prompt in enumerate(["a red apple", "a fox"]):
+        noise = flax.make_rng(0, "validation", index).standard_normal((1, 4, 16, 16), np.float32)
+        expected = pipeline(prompt, height=64, width=64, latents=torch.tensor(noise), num_inference_steps=10,
+                            guidance_scale=3).images[0]
+        drawn = Image.open(quickstart_run.out / "validation" / "step-12" / f"{index:02d}.png")
+        assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 2
+
+
+@pytest.mark.parametrize(("prediction_type", "settings"), [
+    ("v_prediction", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}),
+    ("sample", {"timestep_spacing": "linspace"}), ("epsilon", {"steps_offset": 1, "set_alpha_to_one": False})])
+def test_sampling_steps_are_those_of_diffusers(flax, prediction_type, settings):
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type, clip_sample=False,
+                              **settings)
+    scheduler.set_timesteps(7)
+    timesteps, variances, after = flax.make_ddim_steps(dict(scheduler.config), 7)
+    assert timesteps.tolist() == scheduler.timesteps.tolist()
+    np.testing.assert_allclose(variances, scheduler.alphas_cumprod[scheduler.timesteps], atol=1e-6)
+    before = [scheduler.alphas_cumprod[step - 1000 // 7] if step >= 1000 // 7 else scheduler.final_alpha_cumprod
+              for step in scheduler.timesteps]
+    np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+
+def test_flags_are_those_of_the_reference(flax):
+    flags, contract = get_flags(flax), CONTRACT[NAME]
+    assert contract.keys() <= {f"--{name}" for name in flags}
+    assert {name: describe(flags[name.removeprefix("--")]) for name in contract} == {
+        name: expect(entry) for name, entry in contract.items()}
+
+
+def test_help_is_the_golden_one():
+    assert format_help(NAME) == (GOLDEN / "train_text_to_image_flax.txt").read_text()
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"mixed_precision": "fp16"}, "bf16"), ({"attention": "cudnn"}, "--mixed_precision bf16"),
+    ({"report_to": "mlflow"}, "choose from tensorboard, wandb, none"), ({"learning_rate": -1}, "must not be negative"),
+    ({"use_8bit_adam": True}, "unrecognized arguments"), ({"lr_scheduler": "cosinus"}, "choose from linear"),
+    ({"dream_training": True, "prediction_type": "v_prediction"}, "epsilon only"),
+])
+def test_impossible_flags_are_refused(flax, tiny_model, image_folder, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as error:
+        flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", **flags))
+    assert error.value.code == 2 and message in capsys.readouterr().err.replace("\n", " ")
