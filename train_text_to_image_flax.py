@@ -89,6 +89,7 @@ LR_SCHEDULERS = tuple("linear cosine cosine_with_restarts polynomial constant co
                       "piecewise_constant".split())
 INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
                        for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
+ENCODED_PIXELS = 2**20  # that the VAE takes at once for the cache: one image of 1024 px, four of 512
 MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -96,20 +97,27 @@ SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: byte
 TRACKERS = ("tensorboard", "wandb", "none")
 POSITIVE_FLAGS = (
     "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
-    "lr_num_cycles lr_power snr_gamma adam_epsilon max_grad_norm checkpointing_steps logging_steps "
+    "lr_num_cycles lr_power snr_gamma adam_epsilon checkpointing_steps logging_steps "
     "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
     "rank lora_alpha cache_crops"
 ).split()
 NONNEGATIVE_FLAGS = (
-    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay noise_offset input_perturbation "
-    "dream_detail_preservation dataloader_num_workers num_validation_images validation_guidance_scale "
-    "timestep_bias_begin"
+    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay max_grad_norm noise_offset "
+    "input_perturbation dream_detail_preservation dataloader_num_workers num_validation_images "
+    "validation_guidance_scale timestep_bias_begin"
 ).split()
 FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
 # Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
 # those above are the same in every script, which has some of these flags.
-FIXED_FLAGS = "use_8bit_adam train_text_encoder rank lora_alpha lora_target use_dora use_rslora".split()
+FIXED_FLAGS = (
+    "use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora"
+).split()
 RESULT = "model_index.json"  # in --output_dir: the sign of a finished run
+MODEL_KIND = "Stable Diffusion 1.x or 2.x"
+MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
+ADDITION_EMBED_TYPE = None  # of the UNet: what tells this kind of model from the other
+TOKENIZERS = ("tokenizer",)
+TEXT_ENCODERS = {"text_encoder": ("CLIPTextModel",)}  # with the classes that each may be of
 TRAINED = "state"  # in a checkpoint: weights and moments, and the sign that this script made it
 EMA_FOLDER = "averages"  # in a checkpoint: the averaged weights
 # Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
@@ -118,7 +126,7 @@ INCONSEQUENTIAL_FLAGS = frozenset(
     "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
     "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
     "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format encoded_dir".split()
+    "validation_inference_steps save_kohya_format encoded_dir debug_loss vae_slicing optimizer_in_backward".split()
 )
 ATTENTIONS = ("plain", "cudnn")
 WEIGHT_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
@@ -280,8 +288,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     """Return the checked flags of the command line, with ~ in their paths expanded."""
     args = parser.parse_args(argv)
-    for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir",
-                 "output_dir", "cache_dir", "encoded_dir", "resume_from_checkpoint"):
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name",
+                 "train_data_dir", "validation_data_dir", "output_dir", "cache_dir", "encoded_dir",
+                 "resume_from_checkpoint"):
         if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     check_values(parser, args)
@@ -294,11 +303,14 @@ def add_model_args(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_name_or_path", type=str, required=True,
                        help="Model to start from: a folder in diffusers layout or a name on the hub.")
+    group.add_argument("--pretrained_vae_model_name_or_path", type=str,
+                       help="VAE to use in place of the model's own: a folder with its config.json and weights, or a "
+                       "name on the hub; --revision and --variant do not apply to it.")
     group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
     group.add_argument("--variant", type=str, help="Weight files to read, fp16 for *.fp16.safetensors.")
     group.add_argument("--cache_dir", type=str, help="Where downloaded models and data are kept.")
     group.add_argument("--train_text_encoder", action="store_true",
-                       help="Train the text encoder as well as the UNet, and in the same way.")
+                       help="Train the text encoder, or both of SDXL's, as well as the UNet and in the same way.")
 
 
 def add_raw_weights_args(parser: ArgumentParser) -> None:
@@ -421,7 +433,8 @@ def add_adamw_args(parser: ArgumentParser) -> None:
     group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of squared gradients.")
     group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
     group.add_argument("--adam_epsilon", type=float, default=1e-08, help="Term that keeps AdamW's division finite.")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Norm that gradients are clipped to.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0,
+                       help="Norm that gradients are clipped to; 0 clips nothing.")
 
 
 def add_averaging_args(parser: ArgumentParser) -> None:
@@ -490,6 +503,8 @@ def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
     group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
     group.add_argument("--logging_steps", type=int, default=10,
                        help="Read the numbers from the device every this many updates; each update's are logged.")
+    group.add_argument("--debug_loss", action="store_true",
+                       help="Log each picture's own loss as loss_for_<file name>, to find the odd ones.")
     group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
                        help="Name of the project in trackers.")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
@@ -564,7 +579,8 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         (args.text_encoder_lr is not None and not args.train_text_encoder,
          "--text_encoder_lr needs --train_text_encoder."),
         (args.cache_text_embeddings and args.train_text_encoder,
-         "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: drop one."),
+         "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: add "
+         "--no_cache_text_embeddings, or drop --train_text_encoder."),
         (args.cache_crops is not None and not args.cache_latents, "--cache_crops needs --cache_latents."),
         (args.encoded_dir is not None and not (args.cache_latents or args.cache_text_embeddings),
          "--encoded_dir needs --cache_latents or --cache_text_embeddings."),
@@ -575,8 +591,7 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
         (args.mixed_precision == "fp16",
-         "--mixed_precision fp16 needs a scaled loss, without which small gradients vanish, and this script has none: "
-         "use bf16, which every TPU and every GPU since 2020 computes in, or no."),
+         "--mixed_precision fp16 needs a scaled loss, or small gradients vanish: use bf16, which does not, or no."),
         (args.attention == "cudnn" and args.mixed_precision != "bf16",
          "--attention cudnn needs --mixed_precision bf16: cuDNN's kernel takes no float32."),
     )
@@ -901,6 +916,7 @@ class CaptionedImages:
     """Images with their captions: item i is a dict with `image` (RGB PIL picture) and `captions` (list of strings).
 
     To train on data of your own, return such items from a class of your own and make it in `make_captioned_images`.
+    It needs `select` for --max_train_samples, and for the caches and --debug_loss the three methods named read_...
     Nothing random belongs here: crops, flips and the choice of a caption are drawn in `Samples`.
     """
 
@@ -943,6 +959,11 @@ class CaptionedImages:
 def make_row_name(index: int, stored: dict) -> str:
     """Return what to call an item of the data in a message."""
     return f"row {index} of the data ({stored['path'] or 'no file of its own'})"
+
+
+def make_file_name(index: int, stored: dict) -> str:
+    """Return what to call an item of the data in a log."""
+    return Path(stored["path"]).name if stored["path"] else f"row-{index}"
 
 
 def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
@@ -1137,7 +1158,8 @@ class Samples:
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes.items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        return {**image, **self.get_text(caption), "timesteps": np.int64(timestep),
+        index = {"indices": np.int64((visit.index + num_skipped) % len(self))} if self.args.debug_loss else {}
+        return {**image, **self.get_text(caption), **index, "timesteps": np.int64(timestep),
                 "weights": np.float32(visit.weight), "num_skipped": np.int64(num_skipped), **noises}
 
     def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
@@ -1439,6 +1461,13 @@ def digest_images(accelerator: Accelerator, samples: Samples) -> str:
         chunks, desc="reading images", disable=not accelerator.is_main_process))
     parts = gather_object([part]) if accelerator.num_processes > 1 else [part]
     return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
+
+
+def digest_variants(samples: Samples) -> str:
+    """Return a digest of what becomes of a few images before the VAE: a user may have edited how they are prepared."""
+    chosen = sorted({0, len(samples) // 2, len(samples) - 1})
+    arrays = [array for index in chosen for variant in samples.make_variants(index) for array in variant.values()]
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=12).hexdigest()
 
 
 def digest_network(models: Models, part: str) -> str:
@@ -1980,43 +2009,43 @@ class TextEncoder(nnx.Module):
         return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
 
 
-def find_file(args: Namespace, part: str, name: str, revision: str | None) -> Path | None:
+def find_file(args: Namespace, part: str, name: str) -> Path | None:
     """Return a file of the base model, downloaded if it is on the hub, or None where there is no such file."""
-    where = args.pretrained_model_name_or_path
+    where, files = locate_part(args, part)
     if Path(where).is_dir():
-        path = Path(where, part, name)
+        path = Path(where, files.get("subfolder", ""), name)
         return path if path.is_file() else None
     try:
-        return Path(huggingface_hub.hf_hub_download(where, name, subfolder=part or None, revision=revision,
-                                                    cache_dir=args.cache_dir))
+        return Path(huggingface_hub.hf_hub_download(where, name, **files))
     except huggingface_hub.errors.EntryNotFoundError:  # also offline, of what has not been downloaded
         return None
 
 
-def get_revision(args: Namespace, part: str) -> str | None:
-    """Return the revision of the base model that a part is taken from."""
-    return args.non_ema_revision if part == "unet" else args.revision
-
-
 def load_model_configs(args: Namespace) -> dict[str, dict]:
     """Return the settings of all parts, refusing before any weights are read what cannot work."""
-    where, configs = args.pretrained_model_name_or_path, {}
+    configs = {}
     names = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json",
              "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     for part, name in names.items():
+        where, files = locate_part(args, part)
+        flag = f"--pretrained_{'' if 'subfolder' in files else 'vae_'}model_name_or_path {where}"
         try:
-            file = find_file(args, part, name, get_revision(args, part))
+            file = find_file(args, part, name)
             configs[part] = json.loads(file.read_text()) if file is not None else None
         except (OSError, ValueError) as error:
-            raise ValueError(f"--pretrained_model_name_or_path {where} has no {part} to load: {error}") from error
+            raise ValueError(f"{flag} has no {part} to load: {error}") from error
         if configs[part] is None:
-            raise ValueError(f"--pretrained_model_name_or_path {where} has no {part}/{name}: give a folder in "
-                             "diffusers layout (unet/, vae/, text_encoder/, tokenizer/, scheduler/) or a name on the "
-                             "hub, which takes a network the first time, and `hf auth login` for a gated one.")
+            layout = f"{part}/{name} and the others in diffusers layout" if "subfolder" in files else name
+            raise ValueError(f"{flag} has no {part} to load: give a folder with {layout}, or a name on the hub, which "
+                             "takes a network the first time, and `hf auth login` for a gated one.")
+        if part == "unet" and configs[part].get("addition_embed_type") != ADDITION_EMBED_TYPE:
+            raise ValueError(f"{flag} is no {MODEL_KIND} model: its UNet has addition_embed_type "
+                             f"{configs[part].get('addition_embed_type')}. The scripts for SDXL have sdxl in their "
+                             "names.")
     configs["unet"].setdefault("in_channels", SETTINGS["unet"]["in_channels"])
     check_model_configs(args, configs)
     for part in SETTINGS:
-        configs[part] = check_settings(where, part, configs[part])
+        configs[part] = check_settings(locate_part(args, part)[0], part, configs[part])
     compute_alphas_cumprod(configs["scheduler"])
     return configs
 
@@ -2053,11 +2082,11 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
          f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
          f"try {max(1, args.resolution // factor) * factor}."),
         (unet["in_channels"] != latent_channels,
-         f"the UNet of {where} takes {unet['in_channels']} channels and its VAE makes {latent_channels}: inpainting "
-         "and similar models cannot be trained here."),
-        (unet.get("addition_embed_type") is not None,
-         f"{where} is not a Stable Diffusion 1.x or 2.x model: its UNet wants {unet.get('addition_embed_type')} "
-         "conditions. For SDXL use the SDXL script."),
+         f"the UNet of {where} takes {unet['in_channels']} channels and the VAE of {locate_part(args, 'vae')[0]} "
+         f"makes {latent_channels}: inpainting models cannot be trained here, nor with a VAE of another kind."),
+        (configs["vae"].get("shift_factor"),
+         f"the VAE of {locate_part(args, 'vae')[0]} shifts its latents (shift_factor), which no {MODEL_KIND} pipeline "
+         "undoes: take the model's own."),
         (args.dream_training and prediction_type != "epsilon",
          f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
@@ -2068,6 +2097,19 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     for is_wrong, message in refusals:
         if is_wrong:
             raise ValueError(message)
+    for part, accepted in TEXT_ENCODERS.items():
+        found = (configs[part].get("architectures") or accepted)[0]
+        if found not in accepted:
+            raise ValueError(f"{where} is no {MODEL_KIND} model: its {part} is a {found}, not a "
+                             f"{' or '.join(accepted)}.")
+
+
+def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
+    """Return the folder, or name on the hub, that a part of the model is loaded from, and where in it."""
+    if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
+        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
+    revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
+    return args.pretrained_model_name_or_path, {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
 
 
 def compute_vae_factor(vae_config: dict) -> int:
@@ -2091,7 +2133,9 @@ def explained_load(args: Namespace):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} cannot be loaded: "
+        vae = args.pretrained_vae_model_name_or_path
+        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
+                         f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
                          f"{error} If its weights are named *.fp16.safetensors, add --variant fp16.") from error
 
 
@@ -2100,18 +2144,19 @@ def get_dtype(mixed_precision: str) -> type:
     return jnp.bfloat16 if mixed_precision == "bf16" else jnp.float32
 
 
-def find_weights(args: Namespace, part: str, revision: str | None) -> dict[str, Path]:
+def find_weights(args: Namespace, part: str) -> dict[str, Path]:
     """Return the files with the weights of a part, by the names that they have without --variant."""
-    stem, variant = WEIGHT_FILES[part], f".{args.variant}" if args.variant else ""
-    whole = find_file(args, part, f"{stem}{variant}.safetensors", revision)
+    stem, is_own = WEIGHT_FILES[part], "subfolder" in locate_part(args, part)[1]
+    variant = f".{args.variant}" if args.variant and is_own else ""
+    whole = find_file(args, part, f"{stem}{variant}.safetensors")
     if whole is not None:
         return {f"{stem}.safetensors": whole}
-    index = find_file(args, part, f"{stem}.safetensors.index{variant}.json", revision)
+    index = find_file(args, part, f"{stem}.safetensors.index{variant}.json")
     if index is None:
         raise OSError(f"{part}/ has no {stem}{variant}.safetensors, whole or in shards; where it has .bin files, load "
                       "and save it with diffusers once.")
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    files = {shard: find_file(args, part, shard, revision) for shard in shards}
+    files = {shard: find_file(args, part, shard) for shard in shards}
     missing = [shard for shard, file in files.items() if file is None]
     if missing:
         raise OSError(f"{part}/{index.name} names {', '.join(missing)}, which are not there.")
@@ -2187,10 +2232,9 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
         settings = {"dtype": dtype, "attention": args.attention,
                     "remat": args.gradient_checkpointing and part in trained}
         networks[part] = make_network(kind, configs[part], settings)
-        found = find_weights(args, part, get_revision(args, part))
-        source = f"{part}/ of --pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+        found = find_weights(args, part)
         weights = load_weights(networks[part], part, read_arrays(found), jnp.float32 if part in trained else dtype,
-                               source)
+                               f"the {part} of {locate_part(args, part)[0]}")
         (initial if part in trained else frozen).update(weights)
         if part not in trained:
             files |= {f"{part}/{name}": file for name, file in found.items()}
@@ -2211,15 +2255,14 @@ def find_copied_files(args: Namespace) -> dict[str, Path]:
 
     It is the settings of its networks, and its safety checker and feature extractor if it has them to give.
     """
-    files = {f"{part}/config.json": find_file(args, part, "config.json", get_revision(args, part))
-             for part in SETTINGS}
+    files = {f"{part}/config.json": find_file(args, part, "config.json") for part in SETTINGS}
     try:
-        index = find_file(args, "", RESULT, args.revision)
+        index = find_file(args, "", RESULT)
         parts = json.loads(index.read_text()) if index is not None else {}
         for part, name in (("safety_checker", "config.json"), ("feature_extractor", "preprocessor_config.json")):
             if (parts.get(part) or [None])[0] is not None:
-                found = {name: find_file(args, part, name, args.revision)}
-                found |= find_weights(args, part, args.revision) if part in WEIGHT_FILES else {}
+                found = {name: find_file(args, part, name)}
+                found |= find_weights(args, part) if part in WEIGHT_FILES else {}
                 files |= {f"{part}/{name}": file for name, file in found.items()}
         files |= {RESULT: index} if index is not None else {}
     except (OSError, ValueError) as error:  # offline, a partial download: neither may cost the model
@@ -2229,14 +2272,14 @@ def find_copied_files(args: Namespace) -> dict[str, Path]:
 
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
     """Return the tokenizers, of which SDXL has two."""
-    return [getattr(models, name) for name in ("tokenizer", "tokenizer_2") if hasattr(models, name)]
+    return [getattr(models, name) for name in TOKENIZERS]
 
 
 def load_first_averages(args: Namespace, models: Models) -> dict[str, np.ndarray]:
     """Return what the averages of --use_ema begin with: the weights at --revision, where others are trained."""
     if args.non_ema_revision == args.revision:
         return models.initial
-    arrays = read_arrays(find_weights(args, "unet", args.revision))
+    arrays = read_arrays(find_weights(Namespace(**{**vars(args), "non_ema_revision": args.revision}), "unet"))
     return {**models.initial,
             **load_weights(models.unet, "unet", arrays, jnp.float32, f"the UNet at --revision {args.revision}")}
 
@@ -2273,7 +2316,10 @@ def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, s
 
 
 class LocalEncoder:
-    """A frozen network on this process's devices, whatever the other processes do, compiled for one size of batch."""
+    """A frozen network on this process's devices, whatever the other processes do, compiled for one size of batch.
+
+    `encode` is given the models and a batch; `batch_size` is for each device.
+    """
 
     def __init__(self, accelerator: Accelerator, models: Models, part: str, encode, batch_size: int) -> None:
         self.batch_size = batch_size * jax.local_device_count()
@@ -2296,12 +2342,13 @@ def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, sam
                   dtype: type) -> None:
     """Give the samples the VAE's moments [2c, h, w] and the time_ids of every variant of every image."""
     variants, (channels, height, width) = samples.count_variants(), samples.latent_shape
-    key = make_key("flax", digest_images(accelerator, samples), args.resolution, args.image_interpolation_mode,
-                   args.center_crop, args.random_flip, variants, digest_network(models, "vae"), dtype)
+    key = make_key("flax", digest_images(accelerator, samples), digest_variants(samples), args.resolution,
+                   args.image_interpolation_mode, args.center_crop, args.random_flip, variants,
+                   digest_network(models, "vae"), dtype)
     image_size = variants * 2 * channels * height * width * np.dtype(dtype).itemsize
     samples.latents = EncodedRows(folder / f"images-{key}", len(samples), image_size, variants)
     encoder = LocalEncoder(accelerator, models, "vae", lambda models, images: jnp.concatenate(
-        encode_images(models.vae, images), axis=-1), args.train_batch_size)
+        encode_images(models.vae, images), axis=-1), max(1, ENCODED_PIXELS // args.resolution**2))
     samples.latents.fill(accelerator, partial(encode_variants, encoder, samples, dtype))
 
 
@@ -3048,10 +3095,11 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
         text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
-             "mixed_precision", "use_ema", "snr_gamma", "noise_offset", "prediction_type", "rank", "lora_alpha")
+             "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
+             "prediction_type", "rank", "lora_alpha")
     facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
-    header = huggingface_hub.ModelCardData(license="creativeml-openrail-m", library_name="diffusers", tags=tags,
+    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,
                                            base_model=None if Path(base).exists() else base, inference=True)
     readme = folder / "README.md"
     if readme.is_file() and "diffusers-training" not in readme.read_text(encoding="utf-8", errors="replace"):
@@ -3082,11 +3130,13 @@ class Meter:
 
     Logs `train_loss`, `lr`, `grad_norm` and `epoch` of every update with its own step; with every --logging_steps
     updates `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and counts
-    from the start of the run: `skipped_images`, `long_captions`.
+    from the start of the run: `skipped_images`, `long_captions`. With --debug_loss also `loss_for_<file>` of each
+    image.
     """
 
-    def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
-        self.accelerator, self.logging_steps = accelerator, args.logging_steps
+    def __init__(self, args: Namespace, accelerator: Accelerator, images: CaptionedImages, first_step: int,
+                 last_step: int) -> None:
+        self.accelerator, self.logging_steps, self.images = accelerator, args.logging_steps, images
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
         self.updates, self.counts = [], {"skipped_images": 0, "long_captions": 0}
         self.restart_clock()
@@ -3135,7 +3185,9 @@ class Meter:
             for name in self.counts:
                 self.counts[name] += int(metrics.pop(name))
             metrics.pop("signal")
-            rows.append((global_step, {"epoch": step.epoch, **{key: float(value) for key, value in metrics.items()}}))
+            own = self.name_image_losses(metrics.pop("image_losses", None))
+            numbers = {name: float(value) for name, value in metrics.items()}
+            rows.append((global_step, {"epoch": step.epoch, **numbers, **own}))
         seconds = time.perf_counter() - self.started
         rows[-1][1].update(images_per_second=sum(step.window_size for _, step, _ in chosen) / seconds,
                            data_wait=self.waited / seconds, peak_memory_gib=get_peak_memory(), **self.counts)
@@ -3151,6 +3203,14 @@ class Meter:
                     f"the loss is {numbers['train_loss']} at step {global_step} (lr {numbers['lr']:.0e}, precision "
                     f"{self.accelerator.mixed_precision}). Usual cause: too high a learning rate; try a lower one, or "
                     "--mixed_precision no. Earlier checkpoints are untouched.")
+
+    def name_image_losses(self, noted: dict[str, np.ndarray] | None) -> dict[str, float]:
+        """Return the losses of an update's images that --debug_loss has noted, where a tracker will have them."""
+        if noted is None or not self.accelerator.trackers:
+            return {}
+        return {f"loss_for_{make_file_name(int(index), self.images.read_stored(int(index)))}": float(loss)
+                for index, loss, weight in zip(*(noted[name].ravel() for name in ("index", "loss", "weight")),
+                                               strict=True) if weight}
 
 
 def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
@@ -3182,18 +3242,22 @@ def train_step(models: Models, objective: Objective, recipe: Recipe, state: Trai
 
     The batch is that of a whole update [a, b, ...], a micro steps of b samples over all devices.
     """
-    loss, gradients = compute_gradients(models, objective, state.weights, frozen, batch)
+    losses, gradients = compute_gradients(models, objective, state.weights, frozen, batch)
     norm = optax.global_norm(gradients)
-    clip = jnp.minimum(1.0, recipe.max_grad_norm / (norm + 1e-6))  # as torch clips
-    gradients = jax.tree.map(lambda gradient: gradient * clip, gradients)
+    if recipe.max_grad_norm:
+        clip = jnp.minimum(1.0, recipe.max_grad_norm / (norm + 1e-6))  # as torch clips
+        gradients = jax.tree.map(lambda gradient: gradient * clip, gradients)
 
     factor = recipe.lr_factor(state.step)
     rates = {part: rate * factor for part, rate in recipe.rates.items() if part in models.trained}
     changes, moments = recipe.optimizer.update(gradients, state.moments, state.weights)
     weights = {name: weight - rates[name.split(".")[0]] * changes[name] for name, weight in state.weights.items()}
 
-    metrics = {"train_loss": loss, "grad_norm": norm, "lr": rates["unet"], "signal": batch["signal"].max(),
-               "skipped_images": batch["num_skipped"].sum(), "long_captions": batch["num_long"].sum()}
+    metrics = {"train_loss": (losses * batch["weights"]).sum() / batch["window_size"], "grad_norm": norm,
+               "lr": rates["unet"], "signal": batch["signal"].max(), "skipped_images": batch["num_skipped"].sum(),
+               "long_captions": batch["num_long"].sum()}
+    if "indices" in batch:
+        metrics["image_losses"] = {"index": batch["indices"], "loss": losses, "weight": batch["weights"]}
     if len(rates) > 1:
         metrics["lr_text_encoder"] = rates["text_encoder"]
     averages, ema_updates = state.averages, state.ema_updates
@@ -3206,23 +3270,27 @@ def train_step(models: Models, objective: Objective, recipe: Recipe, state: Trai
 
 def compute_gradients(models: Models, objective: Objective, weights: dict[str, Tensor], frozen: dict[str, Tensor],
                       batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss of an update and its gradients, from the batch's first `num_micro_steps` micro steps."""
+    """Return the losses [a, b] of an update's samples and the gradients of their mean.
+
+    They come from the batch's first `num_micro_steps` micro steps; the losses of the others are 0.
+    """
     micro_batches = {name: array for name, array in batch.items() if array.ndim > 1 and name != "signal"}
 
-    def compute_part(index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_mean(weights: dict[str, Tensor], micro_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        losses = compute_loss(with_weights(models, {**frozen, **weights}), objective, micro_batch)
+        return (losses * micro_batch["weights"]).sum() / batch["window_size"], losses
+
+    def add_part(index: Tensor, total: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         micro_batch = {name: array[index] for name, array in micro_batches.items()}
+        gradients, part = jax.grad(compute_mean, has_aux=True)(weights, micro_batch)
+        return total[0].at[index].set(part), jax.tree.map(jnp.add, total[1], gradients)
 
-        def compute_mean(weights: dict[str, Tensor]) -> Tensor:
-            losses = compute_loss(with_weights(models, {**frozen, **weights}), objective, micro_batch)
-            return (losses * micro_batch["weights"]).sum() / batch["window_size"]
-
-        return jax.value_and_grad(compute_mean)(weights)
-
-    if len(micro_batches["weights"]) == 1:
-        return compute_part(0)
-    nothing = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), weights))
-    return jax.lax.fori_loop(0, batch["num_micro_steps"],
-                             lambda index, total: jax.tree.map(jnp.add, total, compute_part(index)), nothing)
+    if len(batch["weights"]) == 1:  # without accumulation no second set of gradients is kept to add to
+        micro_batch = {name: array[0] for name, array in micro_batches.items()}
+        gradients, losses = jax.grad(compute_mean, has_aux=True)(weights, micro_batch)
+        return losses[None], gradients
+    nothing = jnp.zeros_like(batch["weights"]), jax.tree.map(jnp.zeros_like, weights)
+    return jax.lax.fori_loop(0, batch["num_micro_steps"], add_part, nothing)
 
 
 def compile_train_step(models: Models, batch: dict[str, Tensor]) -> "jax.stages.Compiled":
@@ -3244,7 +3312,8 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
                    args.train_batch_size * accelerator.num_devices, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator,
                              args.train_batch_size)
-    meter, stop_request = Meter(args, accelerator, progress.global_step, last_step), StopRequest(accelerator)
+    meter = Meter(args, accelerator, data.train.images, progress.global_step, last_step)
+    stop_request = StopRequest(accelerator)
     ahead = contextlib.closing(iterate_ahead(make_updates(args, accelerator, plan(), loader, stop_request)))
     compiled, signal_number = None, 0
 
