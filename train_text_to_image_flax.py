@@ -2347,8 +2347,10 @@ def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, sam
                    digest_network(models, "vae"), dtype)
     image_size = variants * 2 * channels * height * width * np.dtype(dtype).itemsize
     samples.latents = EncodedRows(folder / f"images-{key}", len(samples), image_size, variants)
+    batch_size = min(max(1, ENCODED_PIXELS // args.resolution**2),
+                     math.ceil(samples.latents.rows_per_file / jax.local_device_count()))
     encoder = LocalEncoder(accelerator, models, "vae", lambda models, images: jnp.concatenate(
-        encode_images(models.vae, images), axis=-1), max(1, ENCODED_PIXELS // args.resolution**2))
+        encode_images(models.vae, images), axis=-1), batch_size)
     samples.latents.fill(accelerator, partial(encode_variants, encoder, samples, dtype))
 
 
@@ -2382,7 +2384,7 @@ def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples
     digests = np.append(places["digest"], np.uint64(digest_caption("")))
     samples.caption_digests, chosen = np.unique(digests, return_index=True)
     encoder = LocalEncoder(accelerator, models, "text_encoder", lambda models, input_ids: encode_captions(
-        models, {"input_ids": input_ids})["encoder_hidden_states"].astype(jnp.float32), 64)
+        models, {"input_ids": input_ids})["encoder_hidden_states"].astype(jnp.float32), 16)
 
     def encode(first: int, last: int) -> dict[str, np.ndarray]:
         captions = ["" if number == len(places) else
