@@ -1505,6 +1505,14 @@ def list_text_targets(args: Namespace, part: str, text_encoder: torch.nn.Module)
             if name.split(".")[-1] in (kinds or TEXT_LORA_TARGETS["attention"]) and (last is None or last not in name)]
 
 
+def check_weights(models: Models) -> None:
+    """Raise OSError for a network whose files lack some of its weights: diffusers leaves these without values."""
+    for part in ("unet", "vae", *TEXT_ENCODERS):
+        lacking = [name for name, tensor in getattr(models, part).state_dict().items() if tensor.is_meta]
+        if lacking:
+            raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in all).")
+
+
 def check_lora_target(args: Namespace, unet_config: dict) -> None:
     """Refuse names in --lora_target that stand for no layer of this UNet that can be adapted."""
     with torch.device("meta"):  # the names without the weights
@@ -2271,17 +2279,12 @@ def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint
     except Exception as error:  # of several libraries, about files that are cut short
         raise ValueError(f"{checkpoint} is damaged: {error}. Name another checkpoint.") from error
     step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
-    for parameter, state in models.optimizer.state.items():
-        for name, value in state.items():
-            if name == "step" and isinstance(value, Tensor):  # the reference, not fused, counts on the CPU
-                state[name] = value.to(parameter.device if groups[0].get("fused") else "cpu")
-            elif isinstance(value, Tensor) and value.shape == parameter.shape:  # laid out as --channels_last says now
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     schedule = models.lr_scheduler.scheduler
     schedule.last_epoch, schedule.base_lrs = step, [setting["initial_lr"] for setting in settings]
     for group, setting, factor in zip(models.optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
         group.update(setting, lr=setting["initial_lr"] * factor(step))
     schedule._last_lr = [group["lr"] for group in models.optimizer.param_groups]
+    adapt_moments(args, models.optimizer, checkpoint)
     ahead = [other.name for other in list_checkpoints(args.output_dir) if get_checkpoint_step(other) > step]
     if ahead:
         logger.warning(f"{', '.join(ahead)} in {args.output_dir} lie ahead of {checkpoint}, and `latest` still means "
@@ -2293,6 +2296,20 @@ def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint
     samples_per_update = compute_total_batch_size(args, accelerator.num_processes)
     epoch, update = divmod(step, math.ceil(num_samples / samples_per_update))
     return Progress(step, epoch, update * samples_per_update)
+
+
+def adapt_moments(args: Namespace, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Put the moments that were loaded where the optimizer wants them; ValueError if they are another's."""
+    moment = "state1" if args.use_8bit_adam else "RMS" if args.use_adafactor else "exp_avg"
+    for parameter, state in optimizer.state.items():
+        if moment not in state:
+            raise ValueError(f"{checkpoint} holds the moments of another optimizer: give or leave out --use_8bit_adam "
+                             "and --use_adafactor as when it was made.")
+        for name, value in state.items():
+            if name == "step" and isinstance(value, Tensor):  # the reference, not fused, counts on the CPU
+                state[name] = value.to(parameter.device if optimizer.param_groups[0].get("fused") else "cpu")
+            elif isinstance(value, Tensor) and value.shape == parameter.shape:  # laid out as --channels_last says now
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
@@ -2820,6 +2837,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with explained_load(args):
         models = load_models(args, accelerator, configs)
+        check_weights(models)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))

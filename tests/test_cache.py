@@ -167,8 +167,8 @@ def test_what_does_not_matter_uses_the_cache_again(script, train, tmp_path, monk
     assert list_caches(tmp_path) == before and len(before) == 2
 
 
-def test_what_matters_makes_another_cache(script, train, tmp_path):
-    """Another transform or number format is encoded anew, beside the old."""
+def test_what_matters_makes_another_cache(script, train, tmp_path, monkeypatch):
+    """Another transform or number format is encoded anew, beside the old, also a transform of the user's own."""
     train("first", **CACHED, max_train_steps=1)
     for number, (flags, kinds) in enumerate(OTHERS):
         if "sdxl" in script.__name__ and "mixed_precision" in flags:
@@ -176,6 +176,15 @@ def test_what_matters_makes_another_cache(script, train, tmp_path):
         before = count_caches(tmp_path)
         train(str(number), **{**CACHED, "max_train_steps": 1, **flags})
         assert count_caches(tmp_path) == {kind: count + (kind in kinds) for kind, count in before.items()}, flags
+    original, before = script.transform_image, count_caches(tmp_path)
+
+    def transform_image(*given):
+        image, place = original(*given)
+        return 255 - image, place
+
+    monkeypatch.setattr(script, "transform_image", transform_image)
+    train("edited", **CACHED, max_train_steps=1)
+    assert count_caches(tmp_path) == {"images": before["images"] + 1, "captions": before["captions"]}
 
 
 def test_other_content_makes_another_cache(train, tiny_model, tmp_path):
@@ -341,15 +350,18 @@ def test_a_latent_that_is_not_finite_names_its_image(script, train, monkeypatch)
 def test_both_caches_read_no_image(script, train, monkeypatch):
     """Once encoded, no visit decodes a picture or runs VAE or text encoder."""
     train("first", **CACHED)
-    for name in ("decode_image", "encode_images", "encode_captions"):
-        original = getattr(script, name)
+    cache_encodings = script.cache_encodings
 
-        def fail(*given, original=original, name=name):
-            if name == "encode_captions" and len(given[1]["input_ids"]) == 1:  # to learn the shapes
-                return original(*given)
-            raise AssertionError(name)
+    def fail(*given):
+        raise AssertionError("read or encoded again")
 
-        monkeypatch.setattr(script, name, fail)
+    def then_fail(*given):  # a few images and the empty caption are looked at, to know the caches by
+        cache_encodings(*given)
+        for name in ("decode_image", "encode_images", "encode_captions"):
+            monkeypatch.setattr(script, name, fail)
+
+    monkeypatch.setattr(script, "encode_images", fail)
+    monkeypatch.setattr(script, "cache_encodings", then_fail)
     train("second", **CACHED)
 
 

@@ -72,7 +72,7 @@ def test_adafactor_trains_and_resumes_exactly(script, train, tiny_model):
           learning_rate=1e-2)
     assert_same_checkpoint(whole.with_name("part") / "checkpoint-4", whole / "checkpoint-4")
     (entry, *_) = torch.load(whole / "checkpoint-4" / "optimizer.bin", weights_only=True)["state"].values()
-    assert {"row_var", "col_var"} <= entry.keys() and "exp_avg" not in entry
+    assert {"exp_avg_sq_row", "exp_avg_sq_col"} <= entry.keys() and "exp_avg" not in entry
     first, last = read_trained(whole / "checkpoint-2"), read_trained(whole / "checkpoint-4")
     assert [name for name in first if torch.equal(first[name], last[name])] == []
 
