@@ -504,7 +504,8 @@ def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
     group.add_argument("--logging_steps", type=int, default=10,
                        help="Read the numbers from the device every this many updates; each update's are logged.")
     group.add_argument("--debug_loss", action="store_true",
-                       help="Log each picture's own loss as loss_for_<file name>, to find the odd ones.")
+                       help="Log each picture's own loss as loss_for_<file name>, to find the odd ones; pictures of "
+                       "the same name in several folders share one.")
     group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
                        help="Name of the project in trackers.")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
@@ -852,11 +853,13 @@ def get_public_args(args: Namespace) -> dict:
     return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
 
 
-def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, captions_digest: str | None) -> dict:
+def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: "Samples") -> dict:
     """Return what a checkpoint keeps about the run that made it, ready for JSON."""
     versions = {library.__name__: library.__version__ for library in (jax, flax, optax, transformers)}
     return {"seed": seed, "num_processes": accelerator.num_devices, "precision": accelerator.mixed_precision,
-            "captions_digest": captions_digest, "versions": versions, "flags": get_public_args(args)}
+            "captions_digest": getattr(samples.images, "captions_digest", None),
+            "encodings": [rows.folder.name for rows in (samples.latents, samples.text_states) if rows is not None],
+            "versions": versions, "flags": get_public_args(args)}
 
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
@@ -1415,7 +1418,7 @@ class EncodedRows:
         """
         numbers = range(math.ceil(self.num_rows / self.rows_per_file))
         mine = [number for number in numbers[accelerator.process_index :: accelerator.num_processes]
-                if not self.get_path(number).is_file()]
+                if not self.is_whole(number)]
         for number in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
             first = number * self.rows_per_file
             self.save(number, encode(first, min(first + self.rows_per_file, self.num_rows)))
@@ -1424,6 +1427,12 @@ class EncodedRows:
             raise ValueError(f"{self.folder} lacks files that other machines have made: name an --encoded_dir that "
                              "all of them share.")
         logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(numbers)} files made now")
+
+    def is_whole(self, number: int) -> bool:
+        """Return whether a file is there and as long as it says itself."""
+        with contextlib.suppress(OSError, SafetensorError), safe_open(self.get_path(number), framework="numpy"):
+            return True
+        return False
 
     def save(self, number: int, rows: dict[str, np.ndarray]) -> None:
         """Write a file, aside first."""
@@ -1437,7 +1446,8 @@ class EncodedRows:
             raise ValueError(f"{self.folder} cannot be written: {error}. Make room, name another --encoded_dir, or "
                              "ask for fewer --cache_crops; what is there already is kept.") from error
         finally:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def make_key(*facts) -> str:
@@ -2132,11 +2142,14 @@ def explained_load(args: Namespace):
     """Say of files that cannot be loaded which flag has named them."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         vae = args.pretrained_vae_model_name_or_path
+        hint = "" if args.variant else " If its weights are named *.fp16.safetensors, add --variant fp16."
+        if vae:
+            hint = " --variant is for the model: a VAE of its own needs weights named without one."
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                         f"{error} If its weights are named *.fp16.safetensors, add --variant fp16.") from error
+                         f"{error}{hint}") from error
 
 
 def get_dtype(mixed_precision: str) -> type:
@@ -3376,7 +3389,7 @@ def main(argv: list[str] | None = None) -> None:
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config)
     prepare_training(args, accelerator, models, objective, len(data.train))
-    record = make_run_record(args, accelerator, seed, getattr(images, "captions_digest", None))
+    record = make_run_record(args, accelerator, seed, data.train)
     progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
 
     log_run_header(args, accelerator, models, len(data.train), seed)

@@ -510,7 +510,8 @@ def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
     group.add_argument("--logging_steps", type=int, default=10,
                        help="Read the numbers from the device every this many updates; each update's are logged.")
     group.add_argument("--debug_loss", action="store_true",
-                       help="Log each picture's own loss as loss_for_<file name>, to find the odd ones.")
+                       help="Log each picture's own loss as loss_for_<file name>, to find the odd ones; pictures of "
+                       "the same name in several folders share one.")
     group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
                        help="Name of the project in trackers.")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
@@ -566,6 +567,8 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         (Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve() or not args.output_dir,
          f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
         (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
+        (args.train_data_dir is not None and Path(args.output_dir).resolve() == Path(args.train_data_dir).resolve(),
+         f"--output_dir {args.output_dir} is --train_data_dir, whose images would count as the run's: name another."),
         (found and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
          "add --resume_from_checkpoint latest to go on from there, or name another folder."),
@@ -727,11 +730,13 @@ def get_public_args(args: Namespace) -> dict:
     return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
 
 
-def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, captions_digest: str | None) -> dict:
+def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: "Samples") -> dict:
     """Return what a checkpoint keeps about the run that made it, ready for JSON."""
     versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, accelerate)}
     return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
-            "captions_digest": captions_digest, "versions": versions, "flags": get_public_args(args)}
+            "captions_digest": getattr(samples.images, "captions_digest", None),
+            "encodings": [rows.folder.name for rows in (samples.latents, samples.text_states) if rows is not None],
+            "versions": versions, "flags": get_public_args(args)}
 
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
@@ -1241,7 +1246,7 @@ class EncodedRows:
         """
         numbers = range(math.ceil(self.num_rows / self.rows_per_file))
         mine = [number for number in numbers[accelerator.process_index :: accelerator.num_processes]
-                if not self.get_path(number).is_file()]
+                if not self.is_whole(number)]
         for number in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
             first = number * self.rows_per_file
             self.save(number, encode(first, min(first + self.rows_per_file, self.num_rows)))
@@ -1250,6 +1255,12 @@ class EncodedRows:
             raise ValueError(f"{self.folder} lacks files that other machines have made: name an --encoded_dir that "
                              "all of them share.")
         logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(numbers)} files made now")
+
+    def is_whole(self, number: int) -> bool:
+        """Return whether a file is there and as long as it says itself."""
+        with contextlib.suppress(OSError, SafetensorError), safe_open(self.get_path(number), framework="numpy"):
+            return True
+        return False
 
     def save(self, number: int, rows: dict[str, np.ndarray]) -> None:
         """Write a file, aside first."""
@@ -1263,7 +1274,8 @@ class EncodedRows:
             raise ValueError(f"{self.folder} cannot be written: {error}. Make room, name another --encoded_dir, or "
                              "ask for fewer --cache_crops; what is there already is kept.") from error
         finally:
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def make_key(*facts) -> str:
@@ -1355,6 +1367,9 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             raise ValueError(f"--pretrained_model_name_or_path {where} is no {MODEL_KIND} model: its UNet has "
                              f"addition_embed_type {configs[part].get('addition_embed_type')}. The scripts for SDXL "
                              "have sdxl in their names, those for Stable Diffusion have not.")
+        if part == "vae" and "latent_channels" not in configs[part]:
+            raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
+                             "folder of a VAE itself, such as MODEL/vae.")
     check_model_configs(args, configs)
     return configs
 
@@ -1425,11 +1440,14 @@ def explained_load(args: Namespace):
     """Say of files that cannot be loaded which flag has named them."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         vae = args.pretrained_vae_model_name_or_path
+        hint = "" if args.variant else " If its weights are named *.fp16.safetensors, add --variant fp16."
+        if vae:
+            hint = " --variant is for the model: a VAE of its own needs weights named without one."
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                         f"{error} If its weights are named *.fp16.safetensors, add --variant fp16.") from error
+                         f"{error}{hint}") from error
 
 
 def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKL:
@@ -1457,10 +1475,14 @@ def get_vae_dtype(args: Namespace, vae_config: dict, weight_dtype: torch.dtype) 
 
 
 def load_text_encoder(args: Namespace, part: str, config: dict, dtype: torch.dtype) -> torch.nn.Module:
-    """Load a text encoder as the class that its configuration declares."""
+    """Load a text encoder as the class that its configuration declares; OSError where its files lack weights."""
     where, files = locate_part(args, part)
     kind = getattr(transformers, (config.get("architectures") or TEXT_ENCODERS[part])[0])
-    return kind.from_pretrained(where, **files, variant=args.variant, dtype=dtype)
+    network, report = kind.from_pretrained(where, **files, variant=args.variant, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:  # which transformers would draw at random
+        lacking = sorted(report["missing_keys"])
+        raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in all).")
+    return network
 
 
 def load_pipeline_config(args: Namespace) -> dict:
@@ -1506,7 +1528,13 @@ def list_text_targets(args: Namespace, part: str, text_encoder: torch.nn.Module)
 
 
 def check_weights(models: Models) -> None:
-    """Raise OSError for a network whose files lack some of its weights: diffusers leaves these without values."""
+    """Raise OSError where files lack weights, which diffusers leaves without values, or a tokenizer its vocabulary."""
+    for part, text_encoder in zip(TOKENIZERS, list_text_encoders(models), strict=True):
+        size, most = len(getattr(models, part)), text_encoder.config.vocab_size
+        if not 512 < size <= most:  # each byte has an entry of its own, and one at the end of a word
+            raise OSError(f"its {part} has a vocabulary of {size}, where more than 512 and at most the {most} of its "
+                          "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are not there or "
+                          "another model's.")
     for part in ("unet", "vae", *TEXT_ENCODERS):
         lacking = [name for name, tensor in getattr(models, part).state_dict().items() if tensor.is_meta]
         if lacking:
@@ -2841,7 +2869,7 @@ def main(argv: list[str] | None = None) -> None:
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))
-    record = make_run_record(args, accelerator, seed, getattr(images, "captions_digest", None))
+    record = make_run_record(args, accelerator, seed, data.train)
     progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
 
     log_run_header(args, accelerator, models, len(data.train), seed)
