@@ -277,6 +277,29 @@ def test_captions_that_were_not_encoded_are_refused(script, tiny_model, image_fo
 
 
 @in_first_script
+def test_a_damaged_file_is_made_again(script, train, tmp_path):
+    """A file that was cut short is replaced at the next start, by what it was; the others stay."""
+    train("first", **CACHED, max_train_steps=1)
+    files = sorted((tmp_path / "encoded").glob("*/*.safetensors"))
+    before = {path: path.read_bytes() for path in files}
+    for path in (files[0], files[-1]):
+        path.write_bytes(before[path][:100])
+    train("second", **CACHED, max_train_steps=1)
+    assert {path: path.read_bytes() for path in files} == before
+
+
+def test_a_changed_picture_is_named_on_resume(script, tiny_model, tmp_path, caplog):
+    """A picture that was replaced after the stop is other data: the run says so and goes on."""
+    caplog.set_level("INFO")
+    data = make_image_folder(tmp_path / "data")
+    argv = make_args(tiny_model, data, tmp_path / "out", encoded_dir=tmp_path / "encoded", **CACHED)
+    run(script, argv)
+    make_image(99).save(data / "004.png")
+    run(script, [*argv, "--max_train_steps", "3", "--resume_from_checkpoint", "latest"])
+    assert "encodings ['images-" in caplog.text and "with the same data" not in caplog.text
+
+
+@in_first_script
 def test_killed_in_the_middle_it_goes_on(script, tiny_model, image_folder, tmp_path):
     """kill -9 while encoding leaves whole files only; the next run makes what is missing, and the same result."""
     data = make_image_folder(tmp_path / "many", count=48)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import SCRIPTS, TORCH_SCRIPTS, load_script, make_args, make_image_folder
 from runs import keep_configs_only
+from safetensors.torch import load_file, save_file
 
 GOLDEN = Path(__file__).parent / "golden"
 CONTRACT = json.loads((Path(__file__).parent / "cli.json").read_text())
@@ -63,6 +64,8 @@ IMPOSSIBLE_PAIRS = {
     "no data": ({"train_data_dir": None}, "--train_data_dir", "--dataset_name"),
     "data that is no folder": ({"train_data_dir": "MISSING"}, "--train_data_dir MISSING", "--dataset_name"),
     "held-out data that is no folder": ({"validation_data_dir": "MISSING"}, "--validation_data_dir MISSING", "folder"),
+    "output into the data": ({"output_dir": "FOLDER", "train_data_dir": "FOLDER"}, "--output_dir FOLDER",
+                             "--train_data_dir"),
     "output to a file": ({"output_dir": "FILE"}, "--output_dir FILE", "folder"),
     "output over another run": ({"output_dir": "USED"}, "--output_dir USED", "checkpoint-4, checkpoint-12",
                                 "--resume_from_checkpoint latest"),
@@ -388,6 +391,29 @@ def test_a_model_folder_without_a_part_is_refused(script, tiny_model, image_fold
     shutil.rmtree(model / part)
     with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .*model has no {part} to load.*{part}/"):
         script.main(make_args(model, image_folder, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("lost", "parts"), [
+    ("vocabulary", ["its tokenizer has a vocabulary of 2", "tokenizer.json"]),
+    ("weights of the text encoder", ["the weights of its text_encoder lack encoder.layers.0.mlp.fc1.bias"]),
+    ("weights of the UNet", ["the weights of its unet lack conv_in.bias (1 tensors in all)"]),
+])
+def test_a_model_with_holes_is_refused(script, tiny_model, image_folder, tmp_path, lost, parts):
+    """What an interrupted download leaves out is named: libraries would train with random values in its place."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    if lost == "vocabulary":
+        for path in (model / "tokenizer").glob("*"):
+            if path.name != "tokenizer_config.json":
+                path.unlink()
+    else:
+        folder, name = (("text_encoder", "encoder.layers.0.mlp.fc1.bias") if "text" in lost
+                        else ("unet", "conv_in.bias"))
+        (path,) = (model / folder).glob("*.safetensors")
+        weights = {key: tensor for key, tensor in load_file(path).items() if key.removeprefix("text_model.") != name}
+        save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path .*model cannot be loaded") as refusal:
+        script.main(make_args(model, image_folder, tmp_path / "out"))
+    assert [part for part in parts if part not in str(refusal.value)] == []
 
 
 def test_data_is_checked_before_weights_are_read(script, tiny_model, image_folder, tmp_path):

@@ -84,6 +84,14 @@ def test_moments_of_adafactor_fit_no_adamw(script, train):
         train("out", max_train_steps=2, resume_from_checkpoint="latest")
 
 
+def test_moments_of_another_optimizer_are_refused_without_a_record(script, train):
+    """A checkpoint that says nothing of its flags, such as the reference's, is told by what it holds."""
+    out = train("out", max_train_steps=1)
+    (out / "checkpoint-1" / "run_record.json").unlink()
+    with pytest.raises(ValueError, match="checkpoint-1 holds the moments of another optimizer: .*--use_adafactor"):
+        train("out", max_train_steps=2, resume_from_checkpoint="latest", use_adafactor=True)
+
+
 def test_a_norm_of_0_clips_nothing(train):
     """--max_grad_norm 0 trains as a norm that is out of reach, and the gradient's own is logged all the same."""
     flags = {"max_train_steps": 2, "report_to": "tensorboard", **UNCACHED}

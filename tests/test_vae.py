@@ -68,6 +68,13 @@ def test_a_named_vae_that_is_none_is_refused_by_its_flag(
         run(script, make_args(tiny_model, image_folder, tmp_path / "out", pretrained_vae_model_name_or_path=folder))
 
 
+def test_another_network_is_no_vae(script, tiny_model, image_folder, tmp_path):
+    """The folder of a UNet is refused in words that say what to name."""
+    with pytest.raises(ValueError, match="is a UNet2DConditionModel, no AutoencoderKL: name the folder of a VAE"):
+        run(script, make_args(tiny_model, image_folder, tmp_path / "out",
+                              pretrained_vae_model_name_or_path=tiny_model / "unet"))
+
+
 def test_a_vae_of_other_channels_is_refused(script, tiny_model, image_folder, tmp_path):
     """A VAE whose latents the UNet cannot take is refused before weights are read: here it has none."""
     make_vae().save_config(tmp_path / "vae")
