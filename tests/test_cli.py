@@ -336,9 +336,10 @@ def test_a_tilde_is_the_home(script, tmp_path, monkeypatch):
     (tmp_path / "mine/checkpoint-3/run_record.json").write_text("{}")
     names = ("output_dir", "train_data_dir", "validation_data_dir", "cache_dir", "encoded_dir",
              "pretrained_vae_model_name_or_path", "resume_from_checkpoint")
-    flags = {**dict.fromkeys(names, "~/mine"), "cache_latents": True, "resume_from_checkpoint": "~/mine/checkpoint-3"}
+    flags = {**dict.fromkeys(names, "~/mine"), "cache_latents": True, "output_dir": "~/out",
+             "resume_from_checkpoint": "~/mine/checkpoint-3"}
     args = script.parse_args(make_args("m", flags.pop("train_data_dir"), flags.pop("output_dir"), **flags))
-    assert [getattr(args, name) for name in names[:6]] == [str(tmp_path / "mine")] * 6
+    assert [getattr(args, name) for name in names[:6]] == [str(tmp_path / "out")] + [str(tmp_path / "mine")] * 5
     assert args.resume_from_checkpoint == str(tmp_path / "mine/checkpoint-3")
 
 

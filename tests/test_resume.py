@@ -242,9 +242,9 @@ def test_signal_to_all_processes_of_a_run_saves_too(script, args, number, tmp_pa
 def test_second_ctrl_c_stops_at_once(script, tiny_model, tmp_path):
     """Who cannot wait for the end of an update asks again, and the process is gone without a checkpoint."""
     out, log = tmp_path / "out", tmp_path / "log"
-    data = make_image_folder(tmp_path / "data", count=80)
+    data = make_image_folder(tmp_path / "data", count=160)
     argv = make_args(tiny_model, data, out, **UNCACHED, resolution=64, train_batch_size=1, max_train_steps=6,
-                     gradient_accumulation_steps=80)  # long updates of short passes
+                     gradient_accumulation_steps=160)  # long updates of short passes
     with Run(script, argv, log) as child:
         child.wait_until(lambda: log.exists() and re.search(r" [1-5]/6 ", log.read_text()))
         child.kill(signal.SIGINT)
@@ -384,7 +384,7 @@ def test_interrupt_that_also_closes_the_output_still_saves(script, tiny_model, i
         printed += part
     os.close(reader)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 128 + signal.SIGINT
+    assert process.wait(timeout=120) in (128 + signal.SIGINT, 120)  # Python's own for output that it cannot get rid of
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
 
 

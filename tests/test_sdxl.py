@@ -12,7 +12,7 @@ import torch
 from conftest import SDXL_SCRIPTS, UNCACHED, load_script, make_args, make_tiny_sdxl
 from PIL import Image
 from runs import LORA_FILE, assert_same_checkpoint, keep_configs_only, load_pipeline, prepare, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
@@ -191,6 +191,8 @@ def test_text_encoders_are_of_their_declared_class(sdxl_script, assemble, tiny_m
     assert (type(models.text_encoder), type(models.text_encoder_2)) == (CLIPTextModel, CLIPTextModelWithProjection)
     other = change_config(tiny_model, tmp_path / "other", "text_encoder",
                           architectures=["CLIPTextModelWithProjection"], projection_dim=24)
+    (path,) = (other / "text_encoder").glob("*.safetensors")
+    save_file({**load_file(path), "text_projection.weight": torch.eye(24, 32)}, path, metadata={"format": "pt"})
     models = assemble(other).models
     assert type(models.text_encoder) is CLIPTextModelWithProjection
     assert encode(sdxl_script, models, ["a cat"])["pooled_prompt_embeds"].shape == (1, 24)
