@@ -548,6 +548,7 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
     trackers = args.report_to.split(",")
     found = [folder.name for folder in list_checkpoints(args.output_dir)]
     found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
+    taken = [Path(place).resolve() for place in (args.pretrained_model_name_or_path, args.train_data_dir) if place]
     refusals = (
         (args.dataset_name is None and args.train_data_dir is None,
          "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
@@ -555,8 +556,8 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
         (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve() or not args.output_dir,
-         f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
+        (not args.output_dir or Path(args.output_dir).resolve() in taken,
+         f"--output_dir {args.output_dir!r} is the model or the data to start from, or empty: name one of its own."),
         (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
         (found and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
@@ -2253,6 +2254,11 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
             files |= {f"{part}/{name}": file for name, file in found.items()}
     tokenizer = CLIPTokenizer.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
+    size, most = len(tokenizer), configs["text_encoder"]["vocab_size"]
+    if not 512 < size <= most:  # each byte has an entry of its own, and one at the end of a word
+        raise OSError(f"its tokenizer has a vocabulary of {size}, where more than 512 and at most the {most} of its "
+                      "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are not there or "
+                      "another model's.")
     scheduler_config = make_scheduler_config(args, configs["scheduler"])
     return Models(tokenizer, **networks, configs=configs, scheduler_config=scheduler_config, trained=trained,
                   frozen=frozen, initial=initial, files=files)
