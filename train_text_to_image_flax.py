@@ -545,9 +545,8 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
 
 def check_args(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse combinations of flags, files and devices that cannot work."""
-    trackers = args.report_to.split(",")
-    found = [folder.name for folder in list_checkpoints(args.output_dir)]
-    found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
+    trackers, out = args.report_to.split(","), Path(args.output_dir).resolve()
+    found = [folder.name for folder in list_checkpoints(args.output_dir)] or [RESULT] * (out / RESULT).exists()
     taken = [Path(place).resolve() for place in (args.pretrained_model_name_or_path, args.train_data_dir) if place]
     refusals = (
         (args.dataset_name is None and args.train_data_dir is None,
@@ -556,7 +555,7 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
         (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (not args.output_dir or Path(args.output_dir).resolve() in taken,
+        (not args.output_dir or out in taken,
          f"--output_dir {args.output_dir!r} is the model or the data to start from, or empty: name one of its own."),
         (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
         (found and args.resume_from_checkpoint is None,
