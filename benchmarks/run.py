@@ -4,6 +4,7 @@
     python benchmarks/run.py --config small --resolution 256 --batch 4
     python benchmarks/run.py --config sd15 --batch 1 4 16 --mixed_precision bf16 fp16 --out benchmarks/results/sd15
     python benchmarks/run.py --config small --resolution 256 --batch 4 --against FOLDER --rounds 5
+    python benchmarks/run.py --config sd15 --batch 4 --mixed_precision bf16 --against train_text_to_image_flax.py
     python benchmarks/run.py --config sd15 --batch 4 --mixed_precision bf16 --sync_check -- --use_ema
 
 What stands after `--` goes to the script. See benchmarks/README.md for what each column means.
@@ -43,7 +44,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=30, help="updates measured; the median of their times is shown")
     parser.add_argument("--warmup", type=int, default=5, help="updates that pass unmeasured first")
     parser.add_argument("--rounds", type=int, default=1, help="how often to run each; with --against in turn, A B A B")
-    parser.add_argument("--against", type=pathlib.Path, help="a folder with another script of the same name")
+    parser.add_argument("--against", type=pathlib.Path, help="another script, or a folder with one of the same name")
     parser.add_argument("--ours", default="", help="arguments, in one string, for our script and not the other")
     parser.add_argument("--image_size", type=int, default=768, help="shorter side of the JPEG pictures, in pixels")
     parser.add_argument("--num_images", type=int, default=256)
@@ -61,11 +62,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def list_scripts(args: argparse.Namespace) -> dict[str, pathlib.Path]:
-    """Return the scripts to run in turn: `ours`, and `other` with --against."""
-    scripts = {"ours": args.script}
-    if args.against:
-        scripts["other"] = args.against / args.script.name
-    return scripts
+    """Return the scripts to run in turn, by what to call them: with --against two, by their names if these differ."""
+    if args.against is None:
+        return {"ours": args.script}
+    other = args.against / args.script.name if args.against.is_dir() else args.against
+    if other.name != args.script.name:
+        return {args.script.stem: args.script, other.stem: other}
+    return {"ours": args.script, "other": other}
 
 
 def make_environment(cache: pathlib.Path) -> dict[str, str]:
@@ -135,7 +138,7 @@ def run_case(args: argparse.Namespace, precision: str, batch: int, folders: tupl
     reports = {side: [] for side in list_scripts(args)}
     for number in range(args.rounds):
         for side, script in list_scripts(args).items():
-            own = shlex.split(args.ours) if side == "ours" else []
+            own = shlex.split(args.ours) if script == args.script else []
             report = measure(args, script, flags + own, folders)
             reports[side].append(report)
             seconds = statistics.median(report["seconds"]) if "seconds" in report else None
@@ -192,8 +195,9 @@ def format_figures(records: list[dict]) -> str:
 
 
 def format_ratios(records: list[dict]) -> str:
-    """Return the table of how many times the other script's images per second ours makes, round by round."""
-    rows = [["precision", "batch", "ours over other", "lowest", "highest", "rounds"]]
+    """Return the table of how many times the second script's images per second the first makes, round by round."""
+    sides = f"{records[0]['side']} over {records[1]['side']}"
+    rows = [["precision", "batch", sides, "lowest", "highest", "rounds"]]
     for ours, other in zip(records[::2], records[1::2], strict=True):
         row = [ours["mixed_precision"], str(ours["batch"])]
         if ours["errors"] or other["errors"]:
@@ -213,7 +217,7 @@ def format_syncs(records: list[dict]) -> str:
         title = f"{record['side']} {record['mixed_precision']} batch {record['batch']}"
         syncs = record.get("syncs")
         if syncs is None:
-            parts.append(f"{title}: not checked, which needs a CUDA device.")
+            parts.append(f"{title}: not checked, which needs torch and a CUDA device.")
         else:
             lines = [f"    {count:6d}  {line}" for line, count in syncs.items()] or ["    none"]
             parts.append("\n".join([f"{title}, host waits during the measured updates:", *lines]))
@@ -234,7 +238,8 @@ def format_command(argv: list[str], against: pathlib.Path | None) -> str:
 def format_report(args: argparse.Namespace, command: str, records: list[dict], load: float) -> str:
     """Return the whole report in Markdown: what was run, on what, and the tables."""
     measured = next((record for record in records if "versions" in record), {})
-    versions = ", ".join(f"{name} {version}" for name, version in measured.get("versions", {}).items())
+    found = {name: version for record in records for name, version in record.get("versions", {}).items()}
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
     head = [
         f"# {args.script.name}, {args.config}, {args.resolution} px",
         f"    {command}",
@@ -249,7 +254,7 @@ def format_report(args: argparse.Namespace, command: str, records: list[dict], l
     # A loop watched for waits is a slower loop: its times would only mislead.
     parts.append(format_syncs(records) if args.sync_check else format_figures(records))
     if args.against and not args.sync_check:
-        parts.append("Images per second of ours over the other's, both run in turn:\n\n" + format_ratios(records))
+        parts.append("Images per second of one over the other's, both run in turn:\n\n" + format_ratios(records))
     errors = [f"- {r['side']} {r['mixed_precision']} batch {r['batch']}: {e}" for r in records for e in r["errors"]]
     return "\n\n".join([*parts, *(["Failed:\n\n" + "\n".join(errors)] if errors else [])]) + "\n"
 
