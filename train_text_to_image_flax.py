@@ -272,8 +272,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add_cache_args(parser)
     add_objective_args(parser)
     add_length_args(parser)
-    add_adamw_args(parser)
-    add_averaging_args(parser)
+    add_optimizer_args(parser)
+    add_ema_args(parser)
     add_jax_args(parser)
     add_validation_args(parser)
     add_checkpoint_and_output_args(parser)
@@ -412,7 +412,7 @@ def add_length_args(parser: ArgumentParser) -> None:
     group.add_argument("--seed", type=int, help="Seed of every random draw; left out, one is drawn and logged.")
 
 
-def add_adamw_args(parser: ArgumentParser) -> None:
+def add_optimizer_args(parser: ArgumentParser) -> None:
     """Add the flags of the optimizer and of the learning-rate schedule."""
     group = parser.add_argument_group("optimizer")
     group.add_argument("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
@@ -437,7 +437,7 @@ def add_adamw_args(parser: ArgumentParser) -> None:
                        help="Norm that gradients are clipped to; 0 clips nothing.")
 
 
-def add_averaging_args(parser: ArgumentParser) -> None:
+def add_ema_args(parser: ArgumentParser) -> None:
     """Add the flags of the averaged weights."""
     group = parser.add_argument_group("averaged weights")
     group.add_argument("--use_ema", action="store_true",
@@ -521,7 +521,7 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
         (POSITIVE_FLAGS, lambda value: 0 < value < math.inf, "must be positive"),
         (NONNEGATIVE_FLAGS, lambda value: 0 <= value < math.inf, "must not be negative"),
         (FRACTION_FLAGS, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
-        (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
+        (("adam_beta1", "adam_beta2", "lora_dropout"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
         (("seed",), lambda value: value < 2**32, f"must be below {2**32}"),
     )
     for names, is_possible, rule in bounds:
@@ -537,17 +537,20 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
         for value in given:
             if value not in accepted:
                 parser.error(f"--{name} {value} is unknown: choose from {', '.join(filter(None, accepted))}.")
-    for package in (name for name in trackers if name != "none"):
+    packages = [(f"--report_to {name}", name) for name in trackers if name not in ("all", "none")]
+    packages += [(f"--{name}", package) for name, package in (
+        ("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers"),
+        ("enable_npu_flash_attention", "torch_npu")) if getattr(args, name, False)]
+    for flag, package in packages:
         if importlib.util.find_spec(package) is None:
-            parser.error(f"--report_to {package} needs {package}, which is not installed: pip install {package}, or "
-                         "drop the flag.")
+            parser.error(f"{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
 
 
 def check_args(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse combinations of flags, files and devices that cannot work."""
-    trackers, out = args.report_to.split(","), Path(args.output_dir).resolve()
-    found = [folder.name for folder in list_checkpoints(args.output_dir)] or [RESULT] * (out / RESULT).exists()
-    taken = [Path(place).resolve() for place in (args.pretrained_model_name_or_path, args.train_data_dir) if place]
+    trackers = args.report_to.split(",")
+    found = [folder.name for folder in list_checkpoints(args.output_dir)]
+    found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
     refusals = (
         (args.dataset_name is None and args.train_data_dir is None,
          "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
@@ -555,9 +558,11 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
         (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (not args.output_dir or out in taken,
-         f"--output_dir {args.output_dir!r} is the model or the data to start from, or empty: name one of its own."),
+        (Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve() or not args.output_dir,
+         f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
         (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
+        (args.train_data_dir is not None and Path(args.output_dir).resolve() == Path(args.train_data_dir).resolve(),
+         f"--output_dir {args.output_dir} is --train_data_dir, whose images would count as the run's: name another."),
         (found and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
          "add --resume_from_checkpoint latest to go on from there, or name another folder."),
@@ -591,6 +596,20 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            parser.error(message)
+    check_memory_args(parser, args)
+    try:
+        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse combinations of what trades exactness, memory and speed that cannot work."""
+    refusals = (
         (args.mixed_precision == "fp16",
          "--mixed_precision fp16 needs a scaled loss, or small gradients vanish: use bf16, which does not, or no."),
         (args.attention == "cudnn" and args.mixed_precision != "bf16",
@@ -599,10 +618,6 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
     for is_wrong, message in refusals:
         if is_wrong:
             parser.error(message)
-    try:
-        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 # ---- Setup ----------------------------------------------------------------------------------------------------------

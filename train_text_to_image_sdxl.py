@@ -92,7 +92,7 @@ from transformers import CLIPTokenizer
 
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 
 # ---- Names and types ------------------------------------------------------------------------------------------------
 
@@ -103,7 +103,8 @@ LONGEST_WAIT = timedelta(hours=2)  # of one process for another, as for the firs
 RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
-LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType)
+LR_SCHEDULERS = tuple("linear cosine cosine_with_restarts polynomial constant constant_with_warmup "
+                      "piecewise_constant".split())
 INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
                        for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
 MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
@@ -372,7 +373,7 @@ def add_optimizer_args(parser: ArgumentParser) -> None:
     group.add_argument("--text_encoder_lr", type=float,
                        help="Peak rate of the text encoder with --train_text_encoder; left out, --learning_rate.")
     group.add_argument("--scale_lr", action="store_true",
-                       help="Multiply the rates by batch size, accumulation steps and number of processes.")
+                       help="Multiply the rates by batch size, accumulation steps and number of devices.")
     group.add_argument("--lr_scheduler", type=str, default="constant",
                        help=f"Course of the rate over the updates: {', '.join(LR_SCHEDULERS)}.")
     group.add_argument("--lr_warmup_steps", type=int, default=500,
@@ -382,13 +383,6 @@ def add_optimizer_args(parser: ArgumentParser) -> None:
     group.add_argument("--lr_step_rules", type=str,
                        help="For piecewise_constant: `1:1000,0.1:2000,0.01` is the rate up to update 1000, a tenth of "
                        "it up to 2000, then a hundredth.")
-    group.add_argument("--use_8bit_adam", action="store_true", help="Keep AdamW's moments in 8 bits (bitsandbytes).")
-    group.add_argument("--use_adafactor", action="store_true",
-                       help="Use Adafactor, which keeps a row and a column per matrix where AdamW keeps two matrices "
-                       "(arXiv:1804.04235). Rate and decay mean what they do there; betas and epsilon are its own.")
-    group.add_argument("--optimizer_in_backward", action="store_true",
-                       help="Update each tensor as soon as its gradient is complete, and free the gradient: memory "
-                       "for all gradients is saved. On one device, without accumulation and clipping.")
     group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
     group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of squared gradients.")
     group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
@@ -404,9 +398,6 @@ def add_ema_args(parser: ArgumentParser) -> None:
                        help="Keep an exponential moving average of the weights; validate with it and export it.")
     group.add_argument("--ema_decay", type=float, default=0.9999,
                        help="Share of the old average kept at each update, reached by a ramp of (1 + n) / (10 + n).")
-    group.add_argument("--offload_ema", action="store_true", help="Keep the average in host memory.")
-    group.add_argument("--foreach_ema", action="store_true",
-                       help="Average all tensors in one call. It is always done so; accepted for old commands.")
 
 
 def add_precision_and_memory_args(parser: ArgumentParser) -> None:
@@ -418,6 +409,16 @@ def add_precision_and_memory_args(parser: ArgumentParser) -> None:
                        help="Multiply float32 matrices in TF32: faster on Ampere GPUs and later, slightly less exact.")
     group.add_argument("--gradient_checkpointing", action="store_true",
                        help="Compute activations again in the backward pass: less memory, slower updates.")
+    group.add_argument("--use_8bit_adam", action="store_true", help="Keep AdamW's moments in 8 bits (bitsandbytes).")
+    group.add_argument("--use_adafactor", action="store_true",
+                       help="Use Adafactor, which keeps a row and a column per matrix where AdamW keeps two matrices "
+                       "(arXiv:1804.04235). Rate and decay mean what they do there; betas and epsilon are its own.")
+    group.add_argument("--optimizer_in_backward", action="store_true",
+                       help="Update each tensor as soon as its gradient is complete, and free the gradient: memory "
+                       "for all gradients is saved. On one device, without accumulation and clipping.")
+    group.add_argument("--offload_ema", action="store_true", help="Keep the averaged weights in host memory.")
+    group.add_argument("--foreach_ema", action="store_true",
+                       help="Average all weights in one call. It is always done so; accepted for old commands.")
     group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true",
                        help="Use xformers' attention in place of PyTorch's own.")
     group.add_argument("--enable_npu_flash_attention", action="store_true",
@@ -506,7 +507,7 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
     packages = [(f"--report_to {name}", name) for name in trackers if name not in ("all", "none")]
     packages += [(f"--{name}", package) for name, package in (
         ("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers"),
-        ("enable_npu_flash_attention", "torch_npu")) if getattr(args, name)]
+        ("enable_npu_flash_attention", "torch_npu")) if getattr(args, name, False)]
     for flag, package in packages:
         if importlib.util.find_spec(package) is None:
             parser.error(f"{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")

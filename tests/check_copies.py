@@ -47,8 +47,8 @@ OWN = {
 }
 OWN_OF = {
     "train_text_to_image_flax.py": set(
-        "LR_SCHEDULERS Meter StopRequest TRACKERS cache_encodings cache_latents cache_text_states check_args "
-        "check_checkpoint check_values collate compute_held_out_loss compute_loss compute_snr_weights compute_target "
+        "Meter StopRequest TRACKERS cache_encodings cache_latents cache_text_states check_memory_args "
+        "check_checkpoint collate compute_held_out_loss compute_loss compute_snr_weights compute_target "
         "digest_network draw_images encode_captions encode_images encode_texts encode_variants finish get_latents "
         "get_peak_memory get_text_states list_cached load_model_configs load_weights log_run_header make_accelerator "
         "make_dataloader make_objective make_run_record prepare_training resume start_loader_process start_run train "
