@@ -51,12 +51,14 @@ import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import datasets
@@ -129,6 +131,9 @@ INCONSEQUENTIAL_FLAGS = frozenset(
     "validation_inference_steps save_kohya_format encoded_dir debug_loss vae_slicing optimizer_in_backward".split()
 )
 ATTENTIONS = ("plain", "cudnn")
+CUDNN_WIDTH = 128  # of an attention head, the most on all GPUs: SD 1.x has up to 160, SD 2.x 64
+NO_DRAWS = SimpleNamespace(params=lambda: None)  # where flax would take keys for random weights from
+QUERIES_AT_ONCE = 1024  # of plain attention: its table of all pairs is made in parts of this many rows
 WEIGHT_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
                 "safety_checker": "model"}
 OLD_NAMES = {"query": ".to_q.", "key": ".to_k.", "value": ".to_v.", "proj_attn": ".to_out.0."}  # in the VAE
@@ -548,7 +553,7 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
 
 def check_args(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse combinations of flags, files and devices that cannot work."""
-    trackers = args.report_to.split(",")
+    trackers, source = args.report_to.split(","), find_source_of_output(args)
     found = [folder.name for folder in list_checkpoints(args.output_dir)]
     found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
     refusals = (
@@ -558,11 +563,11 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
         (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve() or not args.output_dir,
-         f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
-        (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
-        (args.train_data_dir is not None and Path(args.output_dir).resolve() == Path(args.train_data_dir).resolve(),
-         f"--output_dir {args.output_dir} is --train_data_dir, whose images would count as the run's: name another."),
+        (not args.output_dir, "--output_dir is empty: name a folder."),
+        (source is not None, f"--output_dir {args.output_dir} is the folder of --{source}, or lies in it, where the "
+         "run's files would count as its own: name another."),
+        (Path(args.output_dir).is_file() or "://" in args.output_dir,
+         f"--output_dir {args.output_dir} is a file or an address; name a folder, of this machine or mounted on it."),
         (found and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
          "add --resume_from_checkpoint latest to go on from there, or name another folder."),
@@ -605,6 +610,19 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     except ValueError as error:
         parser.error(str(error))
+
+
+def find_source_of_output(args: Namespace) -> str | None:
+    """Return the flag of a model or of data whose folder is --output_dir; `datasets` also reads what lies in its own.
+
+    Of the folders with images the run's own is left out where it lies in one.
+    """
+    out = Path(args.output_dir).resolve()
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "validation_data_dir", "dataset_name"):
+        folder = Path(getattr(args, name) or os.devnull).resolve()
+        if out == folder or (name == "dataset_name" and folder.is_dir() and folder in out.parents):
+            return name
+    return None
 
 
 def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
@@ -677,13 +695,30 @@ class Accelerator:
     def choose_sharding(self, array) -> NamedSharding:
         """Return how an array of the state lies on the devices: whole on each, or with --fsdp cut along one axis.
 
-        That is the longest axis whose length is a multiple of the number of devices.
+        That is the longest axis whose length is a multiple of the number of devices. Biases and the scales of norms
+        are too small to be worth it.
         """
         sizes = [size if size % self.num_devices == 0 else 0 for size in array.shape]
-        if not self.fsdp or not any(sizes):
+        if not self.fsdp or array.ndim < 2 or not any(sizes):
             return self.whole
         axis = sizes.index(max(sizes))
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "devices"))
+
+    def gather_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights whole on each device for one pass, which --fsdp has divided; for compiled programs.
+
+        So each device computes what is its own of the batch. Matrices come in the format they are multiplied in.
+        """
+        if not self.fsdp:
+            return weights
+        dtype = get_dtype(self.mixed_precision)
+        return {name: jax.lax.with_sharding_constraint(array.astype(dtype) if array.ndim > 1 else array, self.whole)
+                for name, array in weights.items()}
+
+    def divide_gradients(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return gradients that lie on the devices as their weights do; for compiled programs."""
+        return {name: jax.lax.with_sharding_constraint(array, self.choose_sharding(array))
+                for name, array in gradients.items()}
 
     def place_batch(self, batch: dict[str, np.ndarray], axis: int) -> dict[str, Tensor]:
         """Return a batch, of which each process has its part, cut along an axis; scalars are whole on each device."""
@@ -700,13 +735,15 @@ def make_accelerator(args: Namespace) -> Accelerator:
         logging.getLogger(name).setLevel(logging.WARNING)
     if args.multi_host:
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(shutdown_timeout_seconds=30)  # of the others, where one has failed
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"--multi_host finds no other machines: {error}. Start it on each of them by Slurm, MPI, "
                              "Kubernetes or as a TPU slice, or drop the flag.") from error
     if args.mixed_precision == "no" and not args.allow_tf32:  # by default JAX multiplies float32 as fast as it can
         jax.config.update("jax_default_matmul_precision", "highest")
     accelerator = Accelerator(args.mixed_precision, fsdp=args.fsdp)
+    if args.fsdp and accelerator.num_devices == 1:
+        logger.warning("--fsdp divides nothing: this run has one device")
     for library in (datasets, transformers):
         level = logging.WARNING if accelerator.is_main_process else logging.ERROR
         library.utils.logging.set_verbosity(level)
@@ -826,7 +863,7 @@ class EventWriter:
         for index, array in enumerate(images):
             stream = io.BytesIO()
             Image.fromarray(array).save(stream, format="PNG")
-            picture = self.messages[1](height=array.shape[0], width=array.shape[1], colorspace=len(dataformats) - 1,
+            picture = self.messages[1](height=array.shape[0], width=array.shape[1], colorspace=3,
                                        encoded_image_string=stream.getvalue())
             self.add(step, tag=f"{tag}/{index}", image=picture)
 
@@ -988,6 +1025,8 @@ def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImage
     """Return the images of `folder`, or of --dataset_name where it is None."""
     rows = load_image_folder(folder, args) if folder else load_rows(args)
     source = folder or args.dataset_name
+    if args.image_column == args.caption_column:
+        raise ValueError(f"--image_column and --caption_column are both {args.image_column}: name two columns.")
     for flag, column in (("image", args.image_column), ("caption", args.caption_column)):
         if column not in rows.column_names:
             hint = " No captions were found: add metadata.jsonl with file_name and text, or a .txt beside each image."
@@ -996,8 +1035,11 @@ def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImage
     if len(rows) == 0:
         raise ValueError(f"{source} has no images: a data set needs at least one.")
     check_captions(rows[args.caption_column], source, args.caption_column)
-    return CaptionedImages(rows.select_columns([args.image_column, args.caption_column]), args.image_column,
-                           args.caption_column)
+    try:
+        return CaptionedImages(rows.select_columns([args.image_column, args.caption_column]), args.image_column,
+                               args.caption_column)
+    except (TypeError, ValueError, NotImplementedError) as error:  # of Arrow, about types
+        raise ValueError(f"--image_column {args.image_column} of {source} holds no images: {error}") from error
 
 
 def load_rows(args: Namespace) -> datasets.Dataset:
@@ -1033,7 +1075,7 @@ def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
         raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
     if has_archives or any(path.name in METADATA_NAMES for path in paths):
         try:
-            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(folder)}/**"},
+            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(str(Path(folder)))}/**"},
                                          split="train", cache_dir=args.cache_dir)
         except Exception as error:  # of `datasets` or Arrow, which name no file
             raise ValueError(f"the metadata in {folder} cannot be read: {error}. Each row needs file_name and "
@@ -1306,13 +1348,12 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, n
 
 
 def pad_batch(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
-    """Return a batch of `size` samples, filled up with its first one where short: without weight, and not counted."""
+    """Return a batch of `size` samples, filled up with its first one, without weight, where it is short."""
     missing = size - len(batch["weights"])
     if missing == 0:
         return batch
     filled = {name: np.concatenate([array, np.repeat(array[:1], missing, axis=0)]) for name, array in batch.items()}
-    for name in ("weights", "num_skipped", "num_long"):
-        filled[name][size - missing :] = 0
+    filled["weights"][size - missing :] = 0
     return filled
 
 
@@ -1342,6 +1383,13 @@ def start_loader_process(samples: Samples) -> None:
     read_in_loader_process.samples = samples  # sent once, not with every batch
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this loader process when the one that trains has ended, even by a signal that it could not heed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def read_in_loader_process(visits: list[Visit]) -> list[dict]:
@@ -1535,47 +1583,66 @@ def count_cores_per_process() -> int:
 class Layers(NamedTuple):
     """Makes the layers of a network, with the epsilons and formulas that torch has by default.
 
-    Weights are float32 unless loaded otherwise; layers compute in `dtype`, norms and softmax in float32 within.
+    Weights are float32 unless loaded otherwise; layers compute in `dtype`, norms and softmax in float32 within. None
+    are drawn, which would only cost time: the networks are made to be loaded.
     """
 
-    rngs: nnx.Rngs
     dtype: type = jnp.float32
     attention: str = "plain"  # of the UNet's pixels among themselves: plain or cudnn
     remat: bool = False  # compute activations again in the backward pass
 
     def linear(self, inputs: int, outputs: int, *, bias: bool = True) -> nnx.Linear:
         """Return a layer [..., inputs] -> [..., outputs]."""
-        return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, rngs=self.rngs)
+        return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, kernel_init=nnx.initializers.zeros,
+                          rngs=NO_DRAWS)
 
     def conv(self, inputs: int, outputs: int, size: int = 3, *, stride: int = 1, padding=None) -> nnx.Conv:
         """Return a convolution [b, h, w, inputs] -> [b, h / stride, w / stride, outputs]."""
         around = ((size // 2, size // 2),) * 2
         return nnx.Conv(inputs, outputs, (size, size), stride, padding=padding or around, dtype=self.dtype,
-                        rngs=self.rngs)
+                        kernel_init=nnx.initializers.zeros, rngs=NO_DRAWS)
+
+    def embedding(self, count: int, width: int) -> nnx.Embed:
+        """Return a table [count, width] of vectors."""
+        return nnx.Embed(count, width, dtype=self.dtype, embedding_init=nnx.initializers.zeros, rngs=NO_DRAWS)
 
     def group_norm(self, channels: int, groups: int, epsilon: float) -> nnx.GroupNorm:
         """Return a norm over each group of channels of [b, h, w, channels]."""
         return nnx.GroupNorm(channels, groups, epsilon=epsilon, use_fast_variance=False, dtype=self.dtype,
-                             rngs=self.rngs)
+                             rngs=NO_DRAWS)
 
     def layer_norm(self, width: int, epsilon: float = 1e-5) -> nnx.LayerNorm:
         """Return a norm over the last axis of [..., width]."""
-        return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=self.dtype, rngs=self.rngs)
+        return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=self.dtype, rngs=NO_DRAWS)
 
 
 def compute_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, *, method: str = "plain",
                       is_causal: bool = False) -> Tensor:
-    """Return what queries [b, q, d] find in keys and values [b, k, d], as [b, q, d]."""
+    """Return what queries [b, q, d] find in keys and values [b, k, d], as [b, q, d].
+
+    Plain attention keeps nothing but its inputs for the backward pass, and has a part of the table of all pairs at a
+    time. The few pixels of the lowest levels, whose heads are too wide for cuDNN on older GPUs, take it anyway.
+    """
     query, key, value = (x.reshape(*x.shape[:2], num_heads, -1) for x in (query, key, value))
-    if method == "plain":
+    if method != "plain" and query.shape[-1] <= CUDNN_WIDTH:
+        found = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation=method)
+        return found.reshape(*found.shape[:2], -1)
+
+    @jax.checkpoint
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
         logits = logits / math.sqrt(query.shape[-1])
         if is_causal:
             logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool), logits, -jnp.inf)
-        found = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(value.dtype), value)
-    else:
-        found = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation=method)
-    return found.reshape(*found.shape[:2], -1)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(value.dtype), value)
+
+    batch, length = query.shape[:2]
+    if length <= QUERIES_AT_ONCE:
+        return attend(query, key, value).reshape(batch, length, -1)
+    size = next(size for size in range(QUERIES_AT_ONCE, 0, -1) if length % size == 0)
+    parts = jnp.moveaxis(query.reshape(batch, -1, size, *query.shape[2:]), 1, 0)
+    found = jax.lax.map(lambda part: attend(part, key, value), parts)  # of so many pixels none is causal
+    return jnp.moveaxis(found, 0, 1).reshape(batch, length, -1)
 
 
 def run_layer(layer: nnx.Module, *inputs, remat: bool):
@@ -1997,10 +2064,8 @@ class ClipEmbeddings(nnx.Module):
     """A vector for each token and one for each place."""
 
     def __init__(self, layers: Layers, config: dict) -> None:
-        self.token_embedding = nnx.Embed(config["vocab_size"], config["hidden_size"], dtype=layers.dtype,
-                                         rngs=layers.rngs)
-        self.position_embedding = nnx.Embed(config["max_position_embeddings"], config["hidden_size"],
-                                            dtype=layers.dtype, rngs=layers.rngs)
+        self.token_embedding = layers.embedding(config["vocab_size"], config["hidden_size"])
+        self.position_embedding = layers.embedding(config["max_position_embeddings"], config["hidden_size"])
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """[b, s] -> [b, s, d]."""
@@ -2055,23 +2120,26 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
         where, files = locate_part(args, part)
         flag = f"--pretrained_{'' if 'subfolder' in files else 'vae_'}model_name_or_path {where}"
         try:
-            file = find_file(args, part, name)
+            file, reason = find_file(args, part, name), ""
             configs[part] = json.loads(file.read_text()) if file is not None else None
         except (OSError, ValueError) as error:
-            raise ValueError(f"{flag} has no {part} to load: {error}") from error
-        if configs[part] is None:
+            file, reason = None, str(error)
+        if file is None:
             layout = f"{part}/{name} and the others in diffusers layout" if "subfolder" in files else name
             raise ValueError(f"{flag} has no {part} to load: give a folder with {layout}, or a name on the hub, which "
-                             "takes a network the first time, and `hf auth login` for a gated one.")
+                             f"takes a network the first time, and `hf auth login` for a gated one. {reason}".strip())
         if part == "unet" and configs[part].get("addition_embed_type") != ADDITION_EMBED_TYPE:
             raise ValueError(f"{flag} is no {MODEL_KIND} model: its UNet has addition_embed_type "
                              f"{configs[part].get('addition_embed_type')}. The scripts for SDXL have sdxl in their "
                              "names.")
+        if part == "vae" and not {"latent_channels", "block_out_channels"} <= configs[part].keys():
+            raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
+                             "folder of a VAE itself, such as MODEL/vae.")
     configs["unet"].setdefault("in_channels", SETTINGS["unet"]["in_channels"])
     check_model_configs(args, configs)
     for part in SETTINGS:
         configs[part] = check_settings(locate_part(args, part)[0], part, configs[part])
-    compute_alphas_cumprod(configs["scheduler"])
+    make_ddim_steps(configs["scheduler"], args.validation_inference_steps)
     return configs
 
 
@@ -2090,6 +2158,10 @@ def check_settings(where: str, part: str, config: dict) -> dict:
         odd.append(config["hidden_act"])
     odd += [f"{name} {config[name]}" for name in ("cross_attention_dim", "layers_per_block")
             if not isinstance(config.get(name, 1), int)]
+    if part == "unet":
+        heads = config["num_attention_heads"] or config["attention_head_dim"]
+        count = len(heads) if isinstance(heads, list | tuple) else isinstance(heads, int) * len(kinds) // 2
+        odd += [f"attention_head_dim {heads}"] * (count != len(config["block_out_channels"]))
     if odd:
         raise ValueError(f"{part}/config.json of {where} asks for {', '.join(odd)}, which this script has not "
                          "implemented. Use train_text_to_image.py.")
@@ -2102,7 +2174,11 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     latent_channels = configs["vae"]["latent_channels"]
     prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
     num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
+    sampler = str(configs["scheduler"].get("_class_name"))
     refusals = (
+        (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
+         f"{where} was trained for {sampler} to predict {prediction_type}: its noise is not that of {MODEL_KIND}, "
+         f"which predicts {' or '.join(PREDICTION_TYPES)}."),
         (args.resolution % factor,
          f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
          f"try {max(1, args.resolution // factor) * factor}."),
@@ -2159,8 +2235,10 @@ def explained_load(args: Namespace):
         yield
     except (OSError, SafetensorError, ValueError) as error:
         vae = args.pretrained_vae_model_name_or_path
-        hint = "" if args.variant else " If its weights are named *.fp16.safetensors, add --variant fp16."
-        if vae:
+        hint = " If its weights are named *.fp16.safetensors, add --variant fp16."
+        if args.variant or not isinstance(error, OSError):
+            hint = ""
+        elif vae:
             hint = " --variant is for the model: a VAE of its own needs weights named without one."
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
@@ -2280,7 +2358,7 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
 
 def make_network(kind: type, config: dict, settings: dict) -> nnx.Module:
     """Return a network that knows its shapes and has no weights."""
-    return nnx.eval_shape(lambda: kind(config, Layers(nnx.Rngs(0), **settings)))
+    return nnx.eval_shape(lambda: kind(config, Layers(**settings)))
 
 
 def find_copied_files(args: Namespace) -> dict[str, Path]:
@@ -2289,18 +2367,20 @@ def find_copied_files(args: Namespace) -> dict[str, Path]:
     It is the settings of its networks, and its safety checker and feature extractor if it has them to give.
     """
     files = {f"{part}/config.json": find_file(args, part, "config.json") for part in SETTINGS}
+    settings = {"safety_checker": "config.json", "feature_extractor": "preprocessor_config.json"}
     try:
         index = find_file(args, "", RESULT)
         parts = json.loads(index.read_text()) if index is not None else {}
-        for part, name in (("safety_checker", "config.json"), ("feature_extractor", "preprocessor_config.json")):
-            if (parts.get(part) or [None])[0] is not None:
-                found = {name: find_file(args, part, name)}
-                found |= find_weights(args, part) if part in WEIGHT_FILES else {}
-                files |= {f"{part}/{name}": file for name, file in found.items()}
-        files |= {RESULT: index} if index is not None else {}
+        if all((parts.get(part) or [None])[0] is not None for part in settings):  # one alone is of no use
+            more = {f"{part}/{name}": find_file(args, part, name) for part, name in settings.items()}
+            more |= {f"safety_checker/{name}": file for name, file in find_weights(args, "safety_checker").items()}
+            missing = [name for name, file in more.items() if file is None]
+            if missing:
+                raise OSError(f"it has no {', '.join(missing)}")
+            files |= {**more, RESULT: index}
     except (OSError, ValueError) as error:  # offline, a partial download: neither may cost the model
         logger.warning(f"exporting without a safety checker: that of the base model did not load ({error})")
-    return {name: file for name, file in files.items() if file is not None}
+    return files
 
 
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
@@ -2356,14 +2436,14 @@ class LocalEncoder:
 
     def __init__(self, accelerator: Accelerator, models: Models, part: str, encode, batch_size: int) -> None:
         self.batch_size = batch_size * jax.local_device_count()
-        self.split = NamedSharding(accelerator.local_mesh, PartitionSpec("devices"))
-        weights = {name: array for name, array in models.frozen.items() if name.startswith(f"{part}.")}
-        self.weights = jax.device_put(weights, NamedSharding(accelerator.local_mesh, PartitionSpec()))
+        self.split, self.whole = (NamedSharding(accelerator.local_mesh, PartitionSpec(*axes))
+                                  for axes in (["devices"], []))
+        self.weights = {name: array for name, array in models.frozen.items() if name.startswith(f"{part}.")}
         self.encode = jax.jit(lambda weights, inputs: encode(with_weights(models, weights), inputs))
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Return what [n, ...] are encoded to, for any n."""
-        results = []
+        self.weights, results = jax.device_put(self.weights, self.whole), []  # with the first batch that there is
         for start in range(0, len(inputs), self.batch_size):
             part = inputs[start : start + self.batch_size]
             padded = np.concatenate([part, np.repeat(part[:1], self.batch_size - len(part), axis=0)])
@@ -2429,7 +2509,8 @@ def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples
                     for tokenizer in list_tokenizers(models)]
     key = make_key("flax", samples.caption_digests.tobytes(), vocabularies, digest_network(models, "text_encoder"),
                    dtype)
-    row_size = sum(array.nbytes for array in encode_texts(encoder, models, [""], dtype).values())
+    row_size = models.tokenizer.model_max_length * models.configs["text_encoder"]["hidden_size"] * (
+        np.dtype(dtype).itemsize)
     samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
     samples.text_states.fill(accelerator, encode)
 
@@ -2632,14 +2713,19 @@ def make_programs(args: Namespace, accelerator: Accelerator, models: Models, obj
     """Return what is compiled when it is first called: nothing is, as long as shapes do not change, a second time."""
     plain = Objective(objective.alpha, objective.sigma, objective.prediction_type)
 
-    def compute_losses(weights: dict, frozen: dict, batch: dict) -> Tensor:
-        losses = compute_loss(with_weights(models, {**weights, **frozen}), plain, batch)
-        return (losses * batch["weights"]).sum()
+    steps = make_ddim_steps(models.scheduler_config, args.validation_inference_steps)
 
-    draw = partial(draw_latents, models, make_ddim_steps(models.scheduler_config, args.validation_inference_steps),
-                   max(1.0, args.validation_guidance_scale))
+    def join(weights: dict, frozen: dict) -> Models:
+        return with_weights(models, {**accelerator.gather_weights(weights), **frozen})
+
+    def compute_losses(weights: dict, frozen: dict, batch: dict) -> Tensor:
+        return (compute_loss(join(weights, frozen), plain, batch) * batch["weights"]).sum()
+
+    def draw(weights: dict, frozen: dict, latents: Tensor, input_ids: Tensor) -> Tensor:
+        return draw_latents(join(weights, frozen), steps, max(1.0, args.validation_guidance_scale), latents, input_ids)
+
     return Programs(
-        jax.jit(partial(train_step, models, objective, recipe), donate_argnums=0,
+        jax.jit(partial(train_step, accelerator, models, objective, recipe), donate_argnums=0,
                 out_shardings=(places, accelerator.whole)),
         jax.jit(compute_losses, out_shardings=accelerator.whole), jax.jit(draw, out_shardings=accelerator.whole))
 
@@ -2737,9 +2823,12 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
 def load_run_record(checkpoint: Path | None) -> dict:
     """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
     path = checkpoint / RUN_RECORD if checkpoint else None
+    if path is None or not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text()) if path is not None and path.is_file() else {}
-    except ValueError as error:
+        record = json.loads(path.read_text())
+        return {**record, "progress": dict(record["progress"])}
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}. Name another checkpoint.") from error
 
 
@@ -2776,12 +2865,15 @@ def save_state(state: TrainState, folder: Path) -> None:
 
 
 def load_state(state: TrainState, folder: Path) -> TrainState:
-    """Return the state that `save_state` has written, laid out as `state`, which gives averages that are not there."""
+    """Return the state that `save_state` has written, laid out as `state`, whose arrays are given up for it."""
     parts = split_state(state)
     for name in parts:
         if (folder / name).is_dir():
+            places = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype,
+                                                                     sharding=array.sharding), parts[name])
+            jax.tree.map(lambda array: array.delete(), parts[name])  # a device need not hold both
             with ocp.StandardCheckpointer() as checkpointer:
-                parts[name] = checkpointer.restore(folder / name, parts[name])
+                parts[name] = checkpointer.restore(folder / name, places)
         else:
             logger.warning(f"{folder} has no averaged weights: averaging starts from the trained ones.")
             copies = jax.tree.map(jnp.copy, parts[TRAINED]["weights"])
@@ -2859,7 +2951,8 @@ def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint
     try:
         models.state = load_state(models.state, checkpoint.resolve())
     except Exception as error:  # of several libraries, about files that are cut short
-        raise ValueError(f"{checkpoint} is damaged, or of another model: {error}. Name another checkpoint.") from error
+        reason = str(error).split(" See full TensorStore")[0].split("\n")[0]  # which goes on for pages
+        raise ValueError(f"{checkpoint} is damaged or of another model: {reason}. Name another checkpoint.") from error
     step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
     ahead = [other.name for other in list_checkpoints(args.output_dir) if get_checkpoint_step(other) > step]
     if ahead:
@@ -2943,6 +3036,11 @@ def make_ddim_steps(config: dict, num_steps: int) -> tuple[np.ndarray, ...]:
     """Return timesteps [n], and alpha^2 there and after each step [n] of it, as diffusers' DDIMScheduler has them."""
     alphas_cumprod, spacing = compute_alphas_cumprod(config), config.get("timestep_spacing", "leading")
     count = len(alphas_cumprod)
+    if spacing not in ("leading", "trailing", "linspace"):
+        raise ValueError(f"the scheduler's timestep_spacing {spacing} is not implemented here: it knows leading, "
+                         "trailing and linspace. Use train_text_to_image.py.")
+    if num_steps > count:
+        raise ValueError(f"--validation_inference_steps {num_steps} is more than the {count} timesteps of the model.")
     timesteps = {
         "leading": lambda: np.arange(num_steps)[::-1] * (count // num_steps) + config.get("steps_offset", 0),
         "trailing": lambda: np.round(np.arange(count, 0, -count / num_steps))[:num_steps] - 1,
@@ -2953,34 +3051,39 @@ def make_ddim_steps(config: dict, num_steps: int) -> tuple[np.ndarray, ...]:
     return timesteps, alphas_cumprod[timesteps], np.where(after < 0, last, alphas_cumprod[after]).astype(np.float32)
 
 
-def draw_latents(models: Models, steps: tuple[np.ndarray, ...], guidance_scale: float, weights: dict, frozen: dict,
-                 latents: Tensor, input_ids: Tensor) -> Tensor:
-    """Return uint8 images [b, H, W, 3] from noise [b, h, w, c] and the tokens [2, b, s] of no caption and of one.
+def draw_latents(models: Models, steps: tuple[np.ndarray, ...], guidance_scale: float, latents: Tensor,
+                 input_ids: Tensor) -> Tensor:
+    """Return uint8 images [b, H, W, 3] from noise [b, h, w, c] and the tokens [b, 2, s] of no caption and of one.
 
     By DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 without added noise) and classifier-free guidance (Ho &
     Salimans 2022, arXiv:2207.12598).
     """
-    models = with_weights(models, {**weights, **frozen})
     conditions = encode_captions(models, {"input_ids": input_ids.reshape(-1, input_ids.shape[-1])})
     prediction_type = models.scheduler_config["prediction_type"]
 
     def denoise(latents: Tensor, step: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, None]:
         timestep, variance, next_variance = step
-        alpha, sigma = jnp.sqrt(variance), jnp.sqrt(1 - variance)
-        pair = jnp.concatenate([latents, latents])
-        model_pred = models.unet(pair, jnp.full(len(pair), timestep), **conditions).astype(jnp.float32)
-        without, given = jnp.split(model_pred, 2)
+        pairs = jnp.repeat(latents, 2, axis=0)  # side by side, since the devices divide this axis
+        model_pred = models.unet(pairs, jnp.full(len(pairs), timestep), **conditions).astype(jnp.float32)
+        without, given = model_pred[0::2], model_pred[1::2]
         model_pred = without + guidance_scale * (given - without)
-        if prediction_type == "epsilon":
-            clean, noise = (latents - sigma * model_pred) / alpha, model_pred
-        elif prediction_type == "v_prediction":
-            clean, noise = alpha * latents - sigma * model_pred, alpha * model_pred + sigma * latents
-        else:
-            clean, noise = model_pred, (latents - alpha * model_pred) / sigma
-        return jnp.sqrt(next_variance) * clean + jnp.sqrt(1 - next_variance) * noise, None
+        return take_ddim_step(latents, model_pred, variance, next_variance, prediction_type), None
 
     latents, _ = jax.lax.scan(denoise, latents, steps)
     return jnp.clip(models.vae.decode(latents) * 127.5 + 127.5, 0, 255).round().astype(jnp.uint8)
+
+
+def take_ddim_step(latents: Tensor, model_pred: Tensor, variance: Tensor, next_variance: Tensor,
+                   prediction_type: str) -> Tensor:
+    """Return less noisy latents [b, h, w, c]; the variances are alpha^2 at this timestep and at the next."""
+    alpha, sigma = jnp.sqrt(variance), jnp.sqrt(1 - variance)
+    if prediction_type == "epsilon":
+        clean, noise = (latents - sigma * model_pred) / alpha, model_pred
+    elif prediction_type == "v_prediction":
+        clean, noise = alpha * latents - sigma * model_pred, alpha * model_pred + sigma * latents
+    else:
+        clean, noise = model_pred, (latents - alpha * model_pred) / sigma
+    return jnp.sqrt(next_variance) * clean + jnp.sqrt(1 - next_variance) * noise
 
 
 def draw_images(args: Namespace, accelerator: Accelerator, models: Models, frozen: dict[str, Tensor],
@@ -2996,11 +3099,11 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, froze
             chunk = prompts[start : start + accelerator.num_devices]
             rows = [start + min(row, len(chunk) - 1) for row in range(accelerator.num_devices)]
             noise = np.stack([make_rng(seed, "validation", row).standard_normal(shape, np.float32) for row in rows])
-            captions = [{"caption": caption} for caption in [""] * len(rows) + [prompts[row] for row in rows]]
-            input_ids = collate(captions, list_tokenizers(models))["input_ids"].reshape(2, len(rows), -1)
+            captions = [{"caption": caption} for row in rows for caption in ("", prompts[row])]
+            input_ids = collate(captions, list_tokenizers(models))["input_ids"].reshape(len(rows), 2, -1)
             local = np.array_split(np.arange(len(rows)), accelerator.num_processes)[accelerator.process_index]
-            batch = {**accelerator.place_batch({"latents": np.moveaxis(noise, 1, -1)[local]}, axis=0),
-                     **accelerator.place_batch({"input_ids": input_ids[:, local]}, axis=1)}
+            batch = accelerator.place_batch({"latents": np.moveaxis(noise, 1, -1)[local],
+                                             "input_ids": input_ids[local]}, axis=0)
             images = models.programs.draw(get_best_weights(models), frozen, **batch)
             drawn += list(np.asarray(images)[: len(chunk)])
     return [Image.fromarray(image) for image in drawn] if len(drawn) == len(prompts) else []
@@ -3080,7 +3183,8 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
     models.tokenizer.save_pretrained(aside / "tokenizer")
     for part in models.trained:
         own = select_part(weights, part)
-        save_arrays({name: np.ascontiguousarray(change_layout(path, own[name], to_torch=True))
+        prefix = "text_model." if part == "text_encoder" else ""  # which every version of transformers reads
+        save_arrays({prefix + name: np.ascontiguousarray(change_layout(path, own[name], to_torch=True))
                      for name, (path, _) in list_leaves(getattr(models, part)).items()},
                     aside / part / f"{WEIGHT_FILES[part]}.safetensors", metadata={"format": "pt"})
     write_pipeline_files(models, aside)
@@ -3146,7 +3250,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
 def push_to_hub(args: Namespace) -> None:
     """Upload --output_dir but for checkpoints and logs; what fails here is said with the command that repeats it."""
     logs = os.path.relpath(Path(args.output_dir, args.logging_dir, args.tracker_project_name), args.output_dir)
-    ignored = ["checkpoint-*/**", ".partial-*/**", f"{logs.split(os.sep)[0]}/**"]
+    ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{logs.split(os.sep)[0]}/**"]
     try:
         huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
                                       commit_message="End of training", ignore_patterns=[*ignored])
@@ -3198,11 +3302,16 @@ class Meter:
             yield update
 
     def end_update(self, global_step: int, step: MicroStep, metrics: dict[str, Tensor]) -> None:
-        """Take an update's numbers; read those of --logging_steps updates while as many later ones are computed."""
+        """Take an update's numbers; wait for the update before, so that the devices have this one to compute.
+
+        Those of --logging_steps updates are read at once, when one more has begun.
+        """
         self.updates.append((global_step, step, metrics))
+        if len(self.updates) > 1:
+            jax.block_until_ready(self.updates[-2][2])
         with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not cost the run
             self.bar.update(1)
-        if len(self.updates) >= 2 * self.logging_steps:
+        if len(self.updates) > self.logging_steps:
             self.read(self.logging_steps)
 
     def flush(self) -> None:
@@ -3233,11 +3342,12 @@ class Meter:
                                      f"{latest['images_per_second']:.2f} images/s")
         self.restart_clock()
         for global_step, numbers in rows:
-            if not math.isfinite(numbers["train_loss"]):
+            if not math.isfinite(numbers["train_loss"] + numbers["grad_norm"]):
                 raise RuntimeError(
-                    f"the loss is {numbers['train_loss']} at step {global_step} (lr {numbers['lr']:.0e}, precision "
-                    f"{self.accelerator.mixed_precision}). Usual cause: too high a learning rate; try a lower one, or "
-                    "--mixed_precision no. Earlier checkpoints are untouched.")
+                    f"the loss is {numbers['train_loss']} at step {global_step} (gradient norm "
+                    f"{numbers['grad_norm']}, lr {numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}). "
+                    "Usual cause: too high a learning rate; try a lower one, or --mixed_precision no. Earlier "
+                    "checkpoints are untouched.")
 
     def name_image_losses(self, noted: dict[str, np.ndarray] | None) -> dict[str, float]:
         """Return the losses of an update's images that --debug_loss has noted, where a tracker will have them."""
@@ -3251,13 +3361,19 @@ class Meter:
 def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
     """Send the numbers of several updates to the trackers, each with its own step."""
     for tracker in accelerator.trackers:
-        if tracker.name != "tensorboard":
-            for step, numbers in rows:
-                tracker.log(numbers, step=step)
-            continue
-        for step, name, number in ((step, *item) for step, numbers in rows for item in numbers.items()):
-            tracker.writer.add_scalar(name, number, step)
-        tracker.writer.flush()  # once: the tracker's own `log` does so at every row
+        with log_failure(f"sending numbers to {tracker.name}"):
+            send_rows(tracker, rows)
+
+
+def send_rows(tracker, rows: list[tuple[int, dict[str, float]]]) -> None:
+    """Send the numbers of several updates to one tracker."""
+    if tracker.name != "tensorboard":
+        for step, numbers in rows:
+            tracker.log(numbers, step=step)
+        return
+    for step, name, number in ((step, *item) for step, numbers in rows for item in numbers.items()):
+        tracker.writer.add_scalar(name, number, step)
+    tracker.writer.flush()  # once: the tracker's own `log` does so at every row
 
 
 def get_peak_memory() -> float:
@@ -3271,14 +3387,14 @@ def get_peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def train_step(models: Models, objective: Objective, recipe: Recipe, state: TrainState, frozen: dict[str, Tensor],
-               batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
+def train_step(accelerator: Accelerator, models: Models, objective: Objective, recipe: Recipe, state: TrainState,
+               frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
     """Return the state after one update, and its numbers. Every sample of an update counts the same.
 
     The batch is that of a whole update [a, b, ...], a micro steps of b samples over all devices.
     """
-    losses, gradients = compute_gradients(models, objective, state.weights, frozen, batch)
-    norm = optax.global_norm(gradients)
+    losses, gradients = compute_gradients(accelerator, models, objective, state.weights, frozen, batch)
+    norm = optax.tree.norm(gradients)
     if recipe.max_grad_norm:
         clip = jnp.minimum(1.0, recipe.max_grad_norm / (norm + 1e-6))  # as torch clips
         gradients = jax.tree.map(lambda gradient: gradient * clip, gradients)
@@ -3288,9 +3404,11 @@ def train_step(models: Models, objective: Objective, recipe: Recipe, state: Trai
     changes, moments = recipe.optimizer.update(gradients, state.moments, state.weights)
     weights = {name: weight - rates[name.split(".")[0]] * changes[name] for name, weight in state.weights.items()}
 
+    is_used = batch["weights"] > 0
     metrics = {"train_loss": (losses * batch["weights"]).sum() / batch["window_size"], "grad_norm": norm,
-               "lr": rates["unet"], "signal": batch["signal"].max(), "skipped_images": batch["num_skipped"].sum(),
-               "long_captions": batch["num_long"].sum()}
+               "lr": rates["unet"], "signal": batch["signal"].max(),
+               "skipped_images": (batch["num_skipped"] * is_used).sum(),
+               "long_captions": (batch["num_long"] * is_used).sum()}
     if "indices" in batch:
         metrics["image_losses"] = {"index": batch["indices"], "loss": losses, "weight": batch["weights"]}
     if len(rates) > 1:
@@ -3303,8 +3421,8 @@ def train_step(models: Models, objective: Objective, recipe: Recipe, state: Trai
     return TrainState(state.step + 1, weights, moments, ema_updates, averages), metrics
 
 
-def compute_gradients(models: Models, objective: Objective, weights: dict[str, Tensor], frozen: dict[str, Tensor],
-                      batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def compute_gradients(accelerator: Accelerator, models: Models, objective: Objective, weights: dict[str, Tensor],
+                      frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the losses [a, b] of an update's samples and the gradients of their mean.
 
     They come from the batch's first `num_micro_steps` micro steps; the losses of the others are 0.
@@ -3312,17 +3430,21 @@ def compute_gradients(models: Models, objective: Objective, weights: dict[str, T
     micro_batches = {name: array for name, array in batch.items() if array.ndim > 1 and name != "signal"}
 
     def compute_mean(weights: dict[str, Tensor], micro_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        losses = compute_loss(with_weights(models, {**frozen, **weights}), objective, micro_batch)
+        gathered = accelerator.gather_weights(weights)
+        losses = compute_loss(with_weights(models, {**frozen, **gathered}), objective, micro_batch)
         return (losses * micro_batch["weights"]).sum() / batch["window_size"], losses
 
-    def add_part(index: Tensor, total: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_part(index: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
         micro_batch = {name: array[index] for name, array in micro_batches.items()}
-        gradients, part = jax.grad(compute_mean, has_aux=True)(weights, micro_batch)
-        return total[0].at[index].set(part), jax.tree.map(jnp.add, total[1], gradients)
+        gradients, losses = jax.grad(compute_mean, has_aux=True)(weights, micro_batch)
+        return losses, accelerator.divide_gradients(gradients)
+
+    def add_part(index: Tensor, total: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, gradients = compute_part(index)
+        return total[0].at[index].set(losses), jax.tree.map(jnp.add, total[1], gradients)
 
     if len(batch["weights"]) == 1:  # without accumulation no second set of gradients is kept to add to
-        micro_batch = {name: array[0] for name, array in micro_batches.items()}
-        gradients, losses = jax.grad(compute_mean, has_aux=True)(weights, micro_batch)
+        losses, gradients = compute_part(0)
         return losses[None], gradients
     nothing = jnp.zeros_like(batch["weights"]), jax.tree.map(jnp.zeros_like, weights)
     return jax.lax.fori_loop(0, batch["num_micro_steps"], add_part, nothing)
@@ -3419,7 +3541,8 @@ def main(argv: list[str] | None = None) -> None:
     if not signal_number:
         last_images = validate(args, accelerator, models, data, progress)
         finish(args, accelerator, models, last_images, seed, progress)
-    accelerator.end_training()
+    with log_failure("closing the trackers"):
+        accelerator.end_training()
     if signal_number:
         logger.warning(f"stopped by {signal.Signals(signal_number).name} after update {progress.global_step}, which "
                        "is saved. Give the same command with --resume_from_checkpoint latest to go on, or name "

@@ -515,7 +515,7 @@ def check_values(parser: ArgumentParser, args: Namespace) -> None:
 
 def check_args(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse combinations of flags, files and devices that cannot work."""
-    trackers = args.report_to.split(",")
+    trackers, source = args.report_to.split(","), find_source_of_output(args)
     found = [folder.name for folder in list_checkpoints(args.output_dir)]
     found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
     refusals = (
@@ -525,11 +525,11 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
          f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
         (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (Path(args.output_dir).resolve() == Path(args.pretrained_model_name_or_path).resolve() or not args.output_dir,
-         f"--output_dir {args.output_dir!r} is the model to start from, or empty: name a folder of its own."),
-        (Path(args.output_dir).is_file(), f"--output_dir {args.output_dir} is a file; name a folder."),
-        (args.train_data_dir is not None and Path(args.output_dir).resolve() == Path(args.train_data_dir).resolve(),
-         f"--output_dir {args.output_dir} is --train_data_dir, whose images would count as the run's: name another."),
+        (not args.output_dir, "--output_dir is empty: name a folder."),
+        (source is not None, f"--output_dir {args.output_dir} is the folder of --{source}, or lies in it, where the "
+         "run's files would count as its own: name another."),
+        (Path(args.output_dir).is_file() or "://" in args.output_dir,
+         f"--output_dir {args.output_dir} is a file or an address; name a folder, of this machine or mounted on it."),
         (found and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
          "add --resume_from_checkpoint latest to go on from there, or name another folder."),
@@ -572,6 +572,19 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     except ValueError as error:
         parser.error(str(error))
+
+
+def find_source_of_output(args: Namespace) -> str | None:
+    """Return the flag of a model or of data whose folder is --output_dir; `datasets` also reads what lies in its own.
+
+    Of the folders with images the run's own is left out where it lies in one.
+    """
+    out = Path(args.output_dir).resolve()
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "validation_data_dir", "dataset_name"):
+        folder = Path(getattr(args, name) or os.devnull).resolve()
+        if out == folder or (name == "dataset_name" and folder.is_dir() and folder in out.parents):
+            return name
+    return None
 
 
 def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
@@ -818,6 +831,8 @@ def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImage
     """Return the images of `folder`, or of --dataset_name where it is None."""
     rows = load_image_folder(folder, args) if folder else load_rows(args)
     source = folder or args.dataset_name
+    if args.image_column == args.caption_column:
+        raise ValueError(f"--image_column and --caption_column are both {args.image_column}: name two columns.")
     for flag, column in (("image", args.image_column), ("caption", args.caption_column)):
         if column not in rows.column_names:
             hint = " No captions were found: add metadata.jsonl with file_name and text, or a .txt beside each image."
@@ -826,8 +841,11 @@ def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImage
     if len(rows) == 0:
         raise ValueError(f"{source} has no images: a data set needs at least one.")
     check_captions(rows[args.caption_column], source, args.caption_column)
-    return CaptionedImages(rows.select_columns([args.image_column, args.caption_column]), args.image_column,
-                           args.caption_column)
+    try:
+        return CaptionedImages(rows.select_columns([args.image_column, args.caption_column]), args.image_column,
+                               args.caption_column)
+    except (TypeError, ValueError, NotImplementedError) as error:  # of Arrow, about types
+        raise ValueError(f"--image_column {args.image_column} of {source} holds no images: {error}") from error
 
 
 def load_rows(args: Namespace) -> datasets.Dataset:
@@ -863,7 +881,7 @@ def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
         raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
     if has_archives or any(path.name in METADATA_NAMES for path in paths):
         try:
-            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(folder)}/**"},
+            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(str(Path(folder)))}/**"},
                                          split="train", cache_dir=args.cache_dir)
         except Exception as error:  # of `datasets` or Arrow, which name no file
             raise ValueError(f"the metadata in {folder} cannot be read: {error}. Each row needs file_name and "
@@ -1328,7 +1346,7 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             raise ValueError(f"--pretrained_model_name_or_path {where} is no {MODEL_KIND} model: its UNet has "
                              f"addition_embed_type {configs[part].get('addition_embed_type')}. The scripts for SDXL "
                              "have sdxl in their names, those for Stable Diffusion have not.")
-        if part == "vae" and "latent_channels" not in configs[part]:
+        if part == "vae" and not {"latent_channels", "block_out_channels"} <= configs[part].keys():
             raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
                              "folder of a VAE itself, such as MODEL/vae.")
     check_model_configs(args, configs)
@@ -1349,7 +1367,11 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     latent_channels = configs["vae"]["latent_channels"]
     prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
     num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
+    sampler = str(configs["scheduler"].get("_class_name"))
     refusals = (
+        (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
+         f"{where} was trained for {sampler} to predict {prediction_type}: its noise is not that of {MODEL_KIND}, "
+         f"which predicts {' or '.join(PREDICTION_TYPES)}."),
         (args.resolution % factor,
          f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
          f"try {max(1, args.resolution // factor) * factor}."),
@@ -1403,8 +1425,10 @@ def explained_load(args: Namespace):
         yield
     except (OSError, SafetensorError, ValueError) as error:
         vae = args.pretrained_vae_model_name_or_path
-        hint = "" if args.variant else " If its weights are named *.fp16.safetensors, add --variant fp16."
-        if vae:
+        hint = " If its weights are named *.fp16.safetensors, add --variant fp16."
+        if args.variant or not isinstance(error, OSError):
+            hint = ""
+        elif vae:
             hint = " --variant is for the model: a VAE of its own needs weights named without one."
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
@@ -2056,9 +2080,12 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
 def load_run_record(checkpoint: Path | None) -> dict:
     """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
     path = checkpoint / RUN_RECORD if checkpoint else None
+    if path is None or not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text()) if path is not None and path.is_file() else {}
-    except ValueError as error:
+        record = json.loads(path.read_text())
+        return {**record, "progress": dict(record["progress"])}
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}. Name another checkpoint.") from error
 
 
@@ -2453,7 +2480,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
 def push_to_hub(args: Namespace) -> None:
     """Upload --output_dir but for checkpoints and logs; what fails here is said with the command that repeats it."""
     logs = os.path.relpath(Path(args.output_dir, args.logging_dir, args.tracker_project_name), args.output_dir)
-    ignored = ["checkpoint-*/**", ".partial-*/**", f"{logs.split(os.sep)[0]}/**"]
+    ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{logs.split(os.sep)[0]}/**"]
     try:
         huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
                                       commit_message="End of training", ignore_patterns=[*ignored])
@@ -2501,7 +2528,8 @@ class Meter:
             began = time.perf_counter()
             batch = next(batches)
             self.waited += time.perf_counter() - began
-            self.counts += torch.stack([batch.pop("num_skipped").sum(), batch.pop("num_long").sum()])
+            is_used = batch["weights"] > 0
+            self.counts += torch.stack([(batch.pop(name) * is_used).sum() for name in ("num_skipped", "num_long")])
             self.num_images += step.last - step.first
             yield step, {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
 
@@ -2543,11 +2571,13 @@ class Meter:
         self.updates.clear()
         self.restart_clock()
         for step, numbers in rows:
-            if not math.isfinite(numbers["train_loss"]):
+            norm = numbers.get("grad_norm", 0.0) if self.accelerator.scaler is None else 0.0  # or fp16 skips it
+            if not math.isfinite(numbers["train_loss"] + norm):
                 raise RuntimeError(
-                    f"the loss is {numbers['train_loss']} at step {step} (lr {numbers['lr']:.0e}, precision "
-                    f"{self.accelerator.mixed_precision}). Usual causes: too high a learning rate, or fp16 with this "
-                    "model; try --mixed_precision bf16 or a lower rate. Earlier checkpoints are untouched.")
+                    f"the loss is {numbers['train_loss']} at step {step} (gradient norm {norm}, lr "
+                    f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}). Usual causes: too high a "
+                    "learning rate, or fp16 with this model; try --mixed_precision bf16 or a lower rate. Earlier "
+                    "checkpoints are untouched.")
 
     def name_image_losses(self) -> list[dict[str, float]]:
         """Return for each gathered update the loss of each image that --debug_loss has noted, on all processes."""
@@ -2564,13 +2594,19 @@ class Meter:
 def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
     """Send the numbers of several updates to the trackers, each with its own step."""
     for tracker in accelerator.trackers:
-        if tracker.name != "tensorboard":
-            for step, numbers in rows:
-                tracker.log(numbers, step=step)
-            continue
-        for step, name, number in ((step, *item) for step, numbers in rows for item in numbers.items()):
-            tracker.writer.add_scalar(name, number, step)
-        tracker.writer.flush()  # once: the tracker's own `log` does so at every row
+        with log_failure(f"sending numbers to {tracker.name}"):
+            send_rows(tracker, rows)
+
+
+def send_rows(tracker, rows: list[tuple[int, dict[str, float]]]) -> None:
+    """Send the numbers of several updates to one tracker."""
+    if tracker.name != "tensorboard":
+        for step, numbers in rows:
+            tracker.log(numbers, step=step)
+        return
+    for step, name, number in ((step, *item) for step, numbers in rows for item in numbers.items()):
+        tracker.writer.add_scalar(name, number, step)
+    tracker.writer.flush()  # once: the tracker's own `log` does so at every row
 
 
 def get_peak_memory(device: torch.device) -> float:
@@ -2693,7 +2729,8 @@ def main(argv: list[str] | None = None) -> None:
     if not signal_number:
         last_images = validate(args, accelerator, models, objective, data, progress)
         finish(args, accelerator, models, last_images, seed, progress)
-    accelerator.end_training()
+    with log_failure("closing the trackers"):
+        accelerator.end_training()
     if signal_number:
         logger.warning(f"stopped by {signal.Signals(signal_number).name} after update {progress.global_step}, which "
                        "is saved. Give the same command with --resume_from_checkpoint latest to go on, or name "

@@ -98,7 +98,7 @@ def test_folder_with_metadata(script, tmp_path, kind, column):
     names = write_images(tmp_path / "images")
     rows = [{"file_name": name, column: text} for name, text in zip(names, CAPTIONS, strict=True)]
     write_metadata(tmp_path / "images", kind, rows)
-    assert_same_data(load_images(script, tmp_path / "images", caption_column=column))
+    assert_same_data(load_images(script, f"{tmp_path}/images/", caption_column=column))
 
 
 @pytest.mark.parametrize("name", ["with space", "[brackets] and *", "ünïcode", "a.b.c"])
@@ -202,6 +202,7 @@ def test_data_set_that_does_not_exist_is_refused(script, tmp_path):
     [
         ({"image_column": "picture"}, "--image_column picture is not in {}: its columns are image, text"),
         ({"caption_column": "story"}, "--caption_column story is not in {}: its columns are image, text"),
+        ({"image_column": "text"}, "--image_column and --caption_column are both text"),
     ],
 )
 def test_missing_columns_are_refused(script, image_folder, flags, message):
@@ -209,6 +210,12 @@ def test_missing_columns_are_refused(script, image_folder, flags, message):
     for source in ({}, {"dataset_name": image_folder}):
         with pytest.raises(ValueError, match=message.format(image_folder)):
             load_images(script, None if source else image_folder, **source, **flags)
+
+
+def test_an_image_column_of_numbers_is_refused(script, tmp_path):
+    datasets.Dataset.from_dict({"image": [1, 2], "text": CAPTIONS[:2]}).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match=f"--image_column image of {tmp_path}/data holds no images"):
+        load_images(script, None, dataset_name=tmp_path / "data")
 
 
 @pytest.mark.parametrize("content", ["nothing", "text only", "metadata of nothing", "an empty table"])

@@ -406,7 +406,8 @@ def test_another_layout_of_the_weights_keeps_the_moments(script, args, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "damage"), [
-    ("optimizer.bin", "cut"), ("scheduler.bin", "cut"), ("run_record.json", "cut"), ("optimizer.bin", "gone"),
+    ("optimizer.bin", "cut"), ("scheduler.bin", "cut"), ("run_record.json", "cut"), ("run_record.json", "empty"),
+    ("optimizer.bin", "gone"),
     ("scheduler.bin", "gone"), ("random_states_0.pkl", "gone"), ("run_record.json", "gone")])
 def test_damaged_checkpoints_are_told(script, args, never_stopped, tmp_path, name, damage):
     """A file that is cut short or gone is said to be so, with the checkpoint's name; the record may be missing."""
@@ -416,6 +417,8 @@ def test_damaged_checkpoints_are_told(script, args, never_stopped, tmp_path, nam
     path = out / "checkpoint-3" / name
     if damage == "gone":
         path.unlink()
+    elif damage == "empty":
+        path.write_text("{}")
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     if (name, damage) == ("run_record.json", "gone"):

@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -231,6 +233,21 @@ def test_loss_that_is_not_finite_stops_the_run(script, args, tmp_path):
     assert math.isfinite(logged[3]) and not math.isfinite(logged[4])
 
 
+@in_first_script
+def test_gradient_that_is_not_finite_stops_the_run(script, args, tmp_path):
+    """Its update has ruined the weights, though the loss was still a number; but for fp16, which skips that update."""
+    namespace = script.parse_args(args(tmp_path / "out"))
+    accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=False, trackers=[], mixed_precision="no", scaler=None,
+                                  num_processes=1, reduce=lambda tensor, reduction: tensor)
+    for scaler, is_fatal in ((None, True), ("GradScaler", False)):
+        accelerator.scaler = scaler
+        meter = script.Meter(namespace, accelerator, None, 0, 9)
+        meter.loss = torch.tensor(1.0)
+        meter.end_update(1, {"lr": 1e-4}, torch.tensor(torch.inf))
+        with pytest.raises(RuntimeError, match="at step 1 .gradient norm inf") if is_fatal else nullcontext():
+            meter.flush()
+
+
 # ---- Trackers -------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +332,26 @@ def test_two_processes_log_the_losses_of_all_images(first_script, tiny_models, i
     assert [len(numbers) for numbers in own["pair"]] == [4, 4, 1, 4]
     for numbers, expected in zip(own["pair"], own["single"], strict=True):
         assert numbers == pytest.approx(expected, rel=1e-3)
+
+
+@in_first_script
+def test_a_tracker_that_fails_costs_no_run(script, args, tmp_path, caplog):
+    """The run goes on and is exported, with the reason in the log: here the pipe of the event file is closed."""
+    original, closed = script.send_rows, []
+
+    def send_rows(tracker, rows):
+        if not closed:
+            closed.append(tracker.writer.close())
+            tracker.writer.file_writer.event_writer._async_writer._writer.close()
+        original(tracker, rows)
+
+    script.send_rows = send_rows
+    try:
+        run(script, args(tmp_path / "out", max_train_steps=3, logging_steps=1, report_to="tensorboard"))
+    finally:
+        script.send_rows = original
+    assert "sending numbers to tensorboard failed; the run goes on" in caplog.text
+    assert list_names(tmp_path / "out", "*") >= {"checkpoint-3", "model_index.json", "README.md"}
 
 
 @in_first_script
