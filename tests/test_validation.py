@@ -237,8 +237,9 @@ def test_loss_that_is_not_finite_stops_the_run(script, args, tmp_path):
 def test_gradient_that_is_not_finite_stops_the_run(script, args, tmp_path):
     """Its update has ruined the weights, though the loss was still a number; but for fp16, which skips that update."""
     namespace = script.parse_args(args(tmp_path / "out"))
-    accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=False, trackers=[], mixed_precision="no", scaler=None,
-                                  num_processes=1, reduce=lambda tensor, reduction: tensor)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), is_main_process=False, trackers=[], mixed_precision="no", num_processes=1,
+        reduce=lambda tensor, reduction: tensor)
     for scaler, is_fatal in ((None, True), ("GradScaler", False)):
         accelerator.scaler = scaler
         meter = script.Meter(namespace, accelerator, None, 0, 9)
@@ -478,7 +479,7 @@ def test_upload_that_fails_loses_nothing(script, args, hub, drawn, tmp_path):
     assert done.returncode == 1, done.stderr
     message = done.stderr.partition("RuntimeError: the upload to somebody/apples failed: ")[2]
     assert "no room left for somebody" in message and f"hf upload somebody/apples {out} . " in message
-    assert re.findall(r"--exclude '(.*?)'", message) == ["checkpoint-*/**", ".partial-*/**", "logs/**"]
+    assert re.findall(r"--exclude '(.*?)'", message) == ["checkpoint-*/**", ".partial-*/**", "wandb/**", "logs/**"]
     assert {path.name for path in out.iterdir()} >= {path.name for path in drawn.iterdir()} - list_names(drawn) - {
         "validation"}
     path, _, asked = Hub.requests[0]
