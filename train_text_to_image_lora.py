@@ -1448,11 +1448,11 @@ def explained_load(args: Namespace):
         yield
     except (OSError, SafetensorError, ValueError) as error:
         vae = args.pretrained_vae_model_name_or_path
-        hint = " If its weights are named *.fp16.safetensors, add --variant fp16."
-        if args.variant or not isinstance(error, OSError):
-            hint = ""
-        elif vae:
+        hint = ""
+        if vae:
             hint = " --variant is for the model: a VAE of its own needs weights named without one."
+        elif isinstance(error, OSError) and not args.variant:
+            hint = " If its weights are named *.fp16.safetensors, add --variant fp16."
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
                          f"{error}{hint}") from error
