@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,3 +118,14 @@ def test_pictures_are_decoded_as_they_were_encoded(script, tiny_model, image_fol
         picture = script.decode_latents(models.vae, latents[index : index + 1])
         assert isinstance(picture, Image.Image) and picture.size == make_image(0, (32, 32)).size
         assert np.abs(np.asarray(picture) - expected[index]).max() <= 1
+
+
+@pytest.mark.parametrize(("vae", "variant", "error", "hint"), [
+    (None, None, OSError, "add --variant fp16"), (None, "fp16", OSError, None), (None, None, ValueError, None),
+    ("own", "fp16", OSError, "--variant is for the model"), ("own", None, OSError, "--variant is for the model")])
+def test_files_that_cannot_be_loaded_are_told_with_a_hint_that_fits(first_script, vae, variant, error, hint):
+    names = {"pretrained_model_name_or_path": "base", "pretrained_vae_model_name_or_path": vae}
+    with pytest.raises(ValueError, match="base .*cannot be loaded: no such thing") as told, \
+            first_script.explained_load(SimpleNamespace(**names, variant=variant)):
+        raise error("no such thing")
+    assert (hint or "no such thing") in str(told.value) and (hint is not None) == ("--variant" in str(told.value))
