@@ -1023,10 +1023,10 @@ def make_file_name(index: int, stored: dict) -> str:
 
 def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
     """Return the images of `folder`, or of --dataset_name where it is None."""
-    rows = load_image_folder(folder, args) if folder else load_rows(args)
-    source = folder or args.dataset_name
     if args.image_column == args.caption_column:
         raise ValueError(f"--image_column and --caption_column are both {args.image_column}: name two columns.")
+    rows = load_image_folder(folder, args) if folder else load_rows(args)
+    source = folder or args.dataset_name
     for flag, column in (("image", args.image_column), ("caption", args.caption_column)):
         if column not in rows.column_names:
             hint = " No captions were found: add metadata.jsonl with file_name and text, or a .txt beside each image."
