@@ -31,6 +31,8 @@ another number of devices or processes repeats the same training. Rooms meant to
 `CaptionedImages`) and `Objective` (`compute_loss`). The others should rarely need it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import dataclasses
@@ -81,96 +83,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTokenizer
 
-# ---- Names and types ------------------------------------------------------------------------------------------------
-
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
-LR_SCHEDULERS = tuple("linear cosine cosine_with_restarts polynomial constant constant_with_warmup "
-                      "piecewise_constant".split())
-INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
-                       for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
-ENCODED_PIXELS = 2**20  # that the VAE takes at once for the cache: one image of 1024 px, four of 512
-MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: bytes in a file, and how many files
-TRACKERS = ("tensorboard", "wandb", "none")
-POSITIVE_FLAGS = (
-    "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
-    "lr_num_cycles lr_power snr_gamma adam_epsilon checkpointing_steps logging_steps "
-    "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
-    "rank lora_alpha cache_crops"
-).split()
-NONNEGATIVE_FLAGS = (
-    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay max_grad_norm noise_offset "
-    "input_perturbation dream_detail_preservation dataloader_num_workers num_validation_images "
-    "validation_guidance_scale timestep_bias_begin"
-).split()
-FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
-# Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
-# those above are the same in every script, which has some of these flags.
-FIXED_FLAGS = (
-    "use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora"
-).split()
-RESULT = "model_index.json"  # in --output_dir: the sign of a finished run
-MODEL_KIND = "Stable Diffusion 1.x or 2.x"
-MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
-ADDITION_EMBED_TYPE = None  # of the UNet: what tells this kind of model from the other
-TOKENIZERS = ("tokenizer",)
-TEXT_ENCODERS = {"text_encoder": ("CLIPTextModel",)}  # with the classes that each may be of
-TRAINED = "state"  # in a checkpoint: weights and moments, and the sign that this script made it
-EMA_FOLDER = "averages"  # in a checkpoint: the averaged weights
-# Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
-INCONSEQUENTIAL_FLAGS = frozenset(
-    "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
-    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
-    "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
-    "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format encoded_dir debug_loss vae_slicing optimizer_in_backward".split()
-)
-ATTENTIONS = ("plain", "cudnn")
-CUDNN_WIDTH = 128  # of an attention head, the most on all GPUs: SD 1.x has up to 160, SD 2.x 64
-NO_DRAWS = SimpleNamespace(params=lambda: None)  # where flax would take keys for random weights from
-QUERIES_AT_ONCE = 1024  # of plain attention: its table of all pairs is made in parts of this many rows
-WEIGHT_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
-                "safety_checker": "model"}
-OLD_NAMES = {"query": ".to_q.", "key": ".to_k.", "value": ".to_v.", "proj_attn": ".to_out.0."}  # in the VAE
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}  # in flax and in torch
-# Settings of networks: those that may differ, with what holds where an old file leaves them out, ...
-SETTINGS = {
-    "unet": {"sample_size": None, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_eps": 1e-5,
-             "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1280, "attention_head_dim": 8,
-             "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "num_attention_heads": None,
-             "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "norm_num_groups": 32,
-             "use_linear_projection": False, "upcast_attention": False},
-    "vae": {"sample_size": None, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 1,
-            "block_out_channels": (64,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 32,
-            "up_block_types": ("UpDecoderBlock2D",), "scaling_factor": 0.18215, "latents_mean": None,
-            "latents_std": None, "force_upcast": True, "mid_block_add_attention": True, "use_quant_conv": True,
-            "use_post_quant_conv": True},
-    "text_encoder": {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
-                     "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
-                     "layer_norm_eps": 1e-5},
-}
-# ... and those that must be as here if they are there at all. Others may only be unset.
-FIXED_SETTINGS = {
-    "unet": {"act_fn": ("silu",), "attention_type": ("default",), "addition_embed_type_num_heads": (64,),
-             "center_input_sample": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
-             "downsample_padding": (1,), "dropout": (0.0,), "flip_sin_to_cos": (True,), "freq_shift": (0,),
-             "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-             "resnet_out_scale_factor": (1.0,), "resnet_time_scale_shift": ("default",),
-             "time_embedding_type": ("positional",), "transformer_layers_per_block": (1,)},
-    "vae": {"act_fn": ("silu",)},
-    "text_encoder": {"attention_dropout": (0.0,), "dropout": (0.0,), "model_type": ("clip_text_model",)},
-}
-BLOCK_TYPES = {"unet": ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-               "vae": ("DownEncoderBlock2D", "UpDecoderBlock2D")}
-# Settings of the text encoder that are of no use to it or that its tokenizer knows.
-IDLE_SETTINGS = frozenset(
-    "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_factor initializer_range "
-    "projection_dim transformers_version".split())
+# ---- Types ----------------------------------------------------------------------------------------------------------
 
 
 class ProcessLogger(logging.LoggerAdapter):
@@ -183,6 +96,7 @@ class ProcessLogger(logging.LoggerAdapter):
 
 
 logger = ProcessLogger(logging.getLogger(__name__))
+MODEL_KIND = "Stable Diffusion 1.x or 2.x"
 
 
 @dataclass
@@ -193,7 +107,7 @@ class Progress:
     epoch: int = 0  # passes over the data that were begun before this one
     samples_seen: int = 0  # samples of this epoch used so far, over all processes
 
-    def advance(self, step: "MicroStep") -> None:
+    def advance(self, step: MicroStep) -> None:
         """Count the update that `step` has ended."""
         self.global_step, self.epoch, self.samples_seen = self.global_step + 1, step.epoch, step.last
 
@@ -220,8 +134,27 @@ class MicroStep(NamedTuple):
 class Data(NamedTuple):
     """What a run trains on, and what it only measures."""
 
-    train: "Samples"
-    held_out: "Samples | None"
+    train: Samples
+    held_out: Samples | None
+
+
+@dataclass
+class Models:
+    """The networks of a run, their weights and what trains them."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: TextEncoder  # this and the next two know shapes and formulas; `with_weights` gives them weights
+    vae: VAE
+    unet: UNet
+    configs: dict[str, dict]  # of the base model: the settings of its parts
+    scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
+    trained: tuple[str, ...]  # the names above of what is trained: unet, perhaps text_encoder
+    frozen: dict[str, np.ndarray]  # in host memory, in the run's precision
+    initial: dict[str, np.ndarray]  # what is trained as it was loaded, float32; empty once it is on the devices
+    files: dict[str, Path]  # of the base model, by their place in the output folder
+    placed: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # of `frozen`, what training needs on devices
+    state: TrainState | None = None  # this and the next are made by `prepare_training`
+    programs: Programs | None = None
 
 
 class TrainState(NamedTuple):
@@ -237,734 +170,140 @@ class TrainState(NamedTuple):
 class Programs(NamedTuple):
     """What is compiled, once."""
 
-    train_step: "jax.stages.Wrapped"  # (state, frozen, batch) -> (state, metrics)
-    compute_losses: "jax.stages.Wrapped"  # (weights, frozen, batch) -> their sum
-    draw: "jax.stages.Wrapped"  # (weights, frozen, latents, input_ids) -> images
+    train_step: jax.stages.Wrapped  # (state, frozen, batch) -> (state, metrics)
+    compute_losses: jax.stages.Wrapped  # (weights, frozen, batch) -> their sum
+    draw: jax.stages.Wrapped  # (weights, frozen, latents, input_ids) -> images
 
 
-@dataclass
-class Models:
-    """The networks of a run, their weights and what trains them."""
+# ---- Objective ------------------------------------------------------------------------------------------------------
+# b batch, c latent channels, h and w latent height and width, s caption tokens, d text width, T timesteps
 
-    tokenizer: CLIPTokenizer
-    text_encoder: "TextEncoder"  # this and the next two know shapes and formulas; `with_weights` gives them weights
-    vae: "VAE"
-    unet: "UNet"
-    configs: dict[str, dict]  # of the base model: the settings of its parts
-    scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
-    trained: tuple[str, ...]  # the names above of what is trained: unet, perhaps text_encoder
-    frozen: dict[str, np.ndarray]  # in host memory, in the run's precision
-    initial: dict[str, np.ndarray]  # what is trained as it was loaded, float32; empty once it is on the devices
-    files: dict[str, Path]  # of the base model, by their place in the output folder
-    placed: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # of `frozen`, what training needs on devices
-    state: TrainState | None = None  # this and the next are made by `prepare_training`
-    programs: Programs | None = None
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
-# ---- Arguments ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the noise schedule, as tables on the device, and the options of the loss."""
+
+    alpha: Tensor  # [T] float32: share of the latents at each timestep; alpha^2 + sigma^2 = 1
+    sigma: Tensor  # [T] float32: share of the noise
+    prediction_type: str
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    dream_detail_preservation: float | None = None  # None: no DREAM
 
 
-def parse_args(argv: list[str] | None = None) -> Namespace:
-    """Return the flags of the command line (or of `argv`), refusing impossible ones with exit status 2."""
-    parser = ArgumentParser(
-        description="Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned images with JAX.",
-        usage="python %(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER [flags]",
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
-    add_model_args(parser)
-    add_raw_weights_args(parser)
-    add_data_args(parser)
-    add_cache_args(parser)
-    add_objective_args(parser)
-    add_length_args(parser)
-    add_optimizer_args(parser)
-    add_ema_args(parser)
-    add_jax_args(parser)
-    add_validation_args(parser)
-    add_checkpoint_and_output_args(parser)
-    add_tracking_and_hub_args(parser)
-    parser.set_defaults(output_dir="sd-model-finetuned", resolution=512, validation_epochs=5, seed=0,
-                        image_interpolation_mode="bilinear")
-    args = read_args(parser, argv)
-    args.non_ema_revision = args.non_ema_revision or args.revision
-    return args
+def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
+    """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
+    unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
+    latents, conditions = get_latents(models, batch), get_conditions(models, batch)
+
+    # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
+    # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
+    if objective.noise_offset:
+        noise = noise + objective.noise_offset * batch["offset_noise"]
+    input_noise = noise
+    if objective.input_perturbation:
+        input_noise = noise + objective.input_perturbation * batch["perturbation_noise"]
+
+    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma would vanish at the first timesteps
+    alpha, sigma = (table[timesteps].reshape(-1, 1, 1, 1) for table in (objective.alpha, objective.sigma))
+    noisy_latents = alpha * latents + sigma * input_noise
+    target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
+    if objective.dream_detail_preservation is not None:
+        estimate = jax.lax.stop_gradient(unet(noisy_latents, timesteps, **conditions)).astype(jnp.float32)
+        noisy_latents, target = jax.lax.stop_gradient(apply_dream(
+            noisy_latents, target, estimate, sigma, objective.dream_detail_preservation))
+
+    model_pred = unet(noisy_latents, timesteps, **conditions)
+    loss = jnp.square(model_pred.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
+    if objective.snr_gamma is not None:
+        loss = loss * compute_snr_weights(alpha.ravel(), sigma.ravel(), objective.snr_gamma,
+                                          objective.prediction_type)
+    return loss
 
 
-def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """Return the checked flags of the command line, with ~ in their paths expanded."""
-    args = parser.parse_args(argv)
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name",
-                 "train_data_dir", "validation_data_dir", "output_dir", "cache_dir", "encoded_dir",
-                 "resume_from_checkpoint"):
-        if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
-    check_values(parser, args)
-    check_args(parser, args)
-    return args
+def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
+                   prediction_type: str) -> Tensor:
+    """Return what the UNet should predict [b, h, w, c]; v as in Salimans & Ho 2022, arXiv:2202.00512."""
+    if prediction_type == "epsilon":
+        return noise
+    return alpha * noise - sigma * latents if prediction_type == "v_prediction" else latents
 
 
-def add_model_args(parser: ArgumentParser) -> None:
-    """Add the flags that say which model to start from."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_name_or_path", type=str, required=True,
-                       help="Model to start from: a folder in diffusers layout or a name on the hub.")
-    group.add_argument("--pretrained_vae_model_name_or_path", type=str,
-                       help="VAE to use in place of the model's own: a folder with its config.json and weights, or a "
-                       "name on the hub; --revision and --variant do not apply to it.")
-    group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
-    group.add_argument("--variant", type=str, help="Weight files to read, fp16 for *.fp16.safetensors.")
-    group.add_argument("--cache_dir", type=str, help="Where downloaded models and data are kept.")
-    group.add_argument("--train_text_encoder", action="store_true",
-                       help="Train the text encoder, or both of SDXL's, as well as the UNet and in the same way.")
+def apply_dream(noisy_latents: Tensor, target: Tensor, estimate: Tensor, sigma: Tensor,
+                detail_preservation: float) -> tuple[Tensor, Tensor]:
+    """Return noisy latents and noise target moved by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8).
 
-
-def add_raw_weights_args(parser: ArgumentParser) -> None:
-    """Add the flag for models that are published with raw and averaged weights."""
-    group = parser.add_argument_group("raw weights")
-    group.add_argument("--non_ema_revision", type=str,
-                       help="Revision of the UNet to train when it is not --revision; the averaged weights of "
-                       "--use_ema then start from --revision, at full decay.")
-
-
-def add_data_args(parser: ArgumentParser) -> None:
-    """Add the flags that say which images and captions to train on, and how they are prepared."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", type=str,
-                       help="Data set on the hub, or a local folder that `datasets` can load or has saved.")
-    group.add_argument("--dataset_config_name", type=str, help="Configuration of --dataset_name.")
-    group.add_argument("--train_data_dir", type=str,
-                       help="Folder of images with captions in metadata.jsonl, .csv or .parquet (columns file_name "
-                       "and --caption_column), or in one .txt beside each. With --dataset_name: its data_dir.")
-    group.add_argument("--image_column", type=str, default="image", help="Column with the images.")
-    group.add_argument("--caption_column", type=str, default="text",
-                       help="Column with the captions: a string, or a list of strings of which each visit draws one.")
-    group.add_argument("--max_train_samples", type=int, help="Train on at most this many samples, drawn by the seed.")
-    group.add_argument("--resolution", type=int,
-                       help="Side of the training images in pixels: the shorter side is resized to it, then cropped.")
-    group.add_argument("--image_interpolation_mode", type=str, default="lanczos", choices=tuple(INTERPOLATION_MODES),
-                       help="Filter for resizing images.")
-    group.add_argument("--center_crop", action="store_true", help="Crop the centre rather than a random part.")
-    group.add_argument("--random_flip", action="store_true", help="Mirror half of the images left to right.")
-    group.add_argument("--proportion_empty_prompts", type=float, default=0,
-                       help="Share of visits that train without the caption, from 0 to 1, drawn anew each time; 0.1 "
-                       "keeps classifier-free guidance healthy in long runs (arXiv:2207.12598).")
-    group.add_argument("--skip_broken_images", action="store_true",
-                       help="Use the next readable image in place of one that cannot be read, and count it.")
-    group.add_argument("--dataloader_num_workers", type=int, default=0,
-                       help="Processes that load data. 0 loads in threads of the training process, which suits most "
-                       "runs; raise it when `data_wait` in the logs exceeds a few percent.")
-
-
-def add_cache_args(parser: ArgumentParser) -> None:
-    """Add the flags of encodings that are made once and kept on disk."""
-    group = parser.add_argument_group("cache")
-    group.add_argument("--cache_latents", action="store_true",
-                       help="Encode every image once, before training, and keep what the VAE makes of it on disk.")
-    group.add_argument("--no_cache_latents", dest="cache_latents", action="store_false",
-                       help="Encode images at each visit.")
-    group.add_argument("--cache_text_embeddings", action="store_true",
-                       help="Encode every caption once, before training, and keep its text states on disk.")
-    group.add_argument("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
-                       help="Encode captions at each visit.")
-    group.add_argument("--cache_crops", type=int,
-                       help="Random crops of each image that are kept, of which each visit draws one; left out, 4, or "
-                       "1 with --center_crop. --random_flip keeps each mirrored as well.")
-    group.add_argument("--cache_dtype", type=str, default="fp16", choices=("fp16", "fp32"),
-                       help="Number format on disk: fp32 where fp16 overflows.")
-    group.add_argument("--encoded_dir", type=str,
-                       help="Where it is kept, for all runs with the same data and model; left out, in --cache_dir or "
-                       "the hub's cache.")
-
-
-def add_objective_args(parser: ArgumentParser) -> None:
-    """Add the flags that change what is learned."""
-    group = parser.add_argument_group("objective")
-    group.add_argument("--prediction_type", type=str,
-                       help="What the UNet predicts: epsilon, v_prediction or sample; left out, the model's own.")
-    group.add_argument("--snr_gamma", type=float,
-                       help="Weigh the loss by Min-SNR with this gamma; 5.0 is usual (arXiv:2303.09556).")
-    group.add_argument("--noise_offset", type=float, default=0,
-                       help="Size of the noise added to whole channels; 0.1 helps dark and bright pictures.")
-    group.add_argument("--input_perturbation", type=float, default=0,
-                       help="Size of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
-    group.add_argument("--dream_training", action="store_true",
-                       help="Correct input and target by the UNet's own estimate: slower steps, fewer needed "
-                       "(DREAM, arXiv:2312.00210).")
-    group.add_argument("--dream_detail_preservation", type=float, default=1.0,
-                       help="The exponent p of DREAM: larger keeps more detail, smaller converges faster.")
-    group.add_argument("--timestep_bias_strategy", type=str, default="none",
-                       choices=("earlier", "later", "range", "none"),
-                       help="Draw some timesteps more often: the least noisy, the most noisy, or a range.")
-    group.add_argument("--timestep_bias_multiplier", type=float, default=1.0,
-                       help="How many times as often the chosen timesteps are drawn.")
-    group.add_argument("--timestep_bias_portion", type=float, default=0.25,
-                       help="Share of all timesteps that `earlier` and `later` choose.")
-    group.add_argument("--timestep_bias_begin", type=int, default=0, help="First timestep that `range` chooses.")
-    group.add_argument("--timestep_bias_end", type=int, default=1000, help="End of `range`, itself not chosen.")
-    group.add_argument("--rescale_betas_zero_snr", action="store_true",
-                       help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction "
-                       "or sample. The saved scheduler is set to match.")
-
-
-def add_length_args(parser: ArgumentParser) -> None:
-    """Add the flags that say how long to train and from which seed."""
-    group = parser.add_argument_group("length and batch")
-    group.add_argument("--train_batch_size", type=int, default=16, help="Images per device and forward pass.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1,
-                       help="Forward passes per optimizer update: batches larger than memory holds.")
-    group.add_argument("--num_train_epochs", type=int, default=100, help="Passes over the data.")
-    group.add_argument("--max_train_steps", type=int, help="Optimizer updates; overrides --num_train_epochs.")
-    group.add_argument("--seed", type=int, help="Seed of every random draw; left out, one is drawn and logged.")
-
-
-def add_optimizer_args(parser: ArgumentParser) -> None:
-    """Add the flags of the optimizer and of the learning-rate schedule."""
-    group = parser.add_argument_group("optimizer")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
-    group.add_argument("--text_encoder_lr", type=float,
-                       help="Peak rate of the text encoder with --train_text_encoder; left out, --learning_rate.")
-    group.add_argument("--scale_lr", action="store_true",
-                       help="Multiply the rates by batch size, accumulation steps and number of devices.")
-    group.add_argument("--lr_scheduler", type=str, default="constant",
-                       help=f"Course of the rate over the updates: {', '.join(LR_SCHEDULERS)}.")
-    group.add_argument("--lr_warmup_steps", type=int, default=500,
-                       help="Updates in which the rate rises from 0; `constant` has no such rise.")
-    group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    group.add_argument("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
-    group.add_argument("--lr_step_rules", type=str,
-                       help="For piecewise_constant: `1:1000,0.1:2000,0.01` is the rate up to update 1000, a tenth of "
-                       "it up to 2000, then a hundredth.")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of squared gradients.")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
-    group.add_argument("--adam_epsilon", type=float, default=1e-08, help="Term that keeps AdamW's division finite.")
-    group.add_argument("--max_grad_norm", type=float, default=1.0,
-                       help="Norm that gradients are clipped to; 0 clips nothing.")
-
-
-def add_ema_args(parser: ArgumentParser) -> None:
-    """Add the flags of the averaged weights."""
-    group = parser.add_argument_group("averaged weights")
-    group.add_argument("--use_ema", action="store_true",
-                       help="Keep an exponential moving average of the weights; validate with it and export it.")
-    group.add_argument("--ema_decay", type=float, default=0.9999,
-                       help="Share of the old average kept at each update, reached by a ramp of (1 + n) / (10 + n).")
-
-
-def add_jax_args(parser: ArgumentParser) -> None:
-    """Add the flags that trade exactness, memory and speed, and those that say which devices take part."""
-    group = parser.add_argument_group("precision, memory and devices")
-    group.add_argument("--mixed_precision", type=str, default="no", choices=("no", "fp16", "bf16"),
-                       help="Number format of computations: bf16 halves memory and time; fp16 is refused, because it "
-                       "needs a scaled loss and bf16 does not.")
-    group.add_argument("--allow_tf32", action="store_true",
-                       help="Multiply float32 matrices as fast as the device can: in TF32 on GPUs, in bf16 on TPUs.")
-    group.add_argument("--gradient_checkpointing", action="store_true",
-                       help="Compute activations again in the backward pass: less memory, slower updates.")
-    group.add_argument("--fsdp", action="store_true",
-                       help="Divide weights, averages and AdamW's moments among the devices: less memory on each.")
-    group.add_argument("--attention", type=str, default="plain", choices=ATTENTIONS,
-                       help="How pixels attend to each other: by two products and a softmax, or in one kernel of "
-                       "cuDNN on NVIDIA GPUs, which keeps no table of all pairs and needs bf16.")
-    group.add_argument("--multi_host", action="store_true",
-                       help="Train with the other machines of a TPU slice or of a Slurm, MPI or Kubernetes job.")
-    group.add_argument("--from_pt", action="store_true",
-                       help="Weights are those of PyTorch. It is always so; accepted for old commands.")
-    group.add_argument("--local_rank", type=int, default=-1, help="Accepted for old commands.")
-
-
-def add_validation_args(parser: ArgumentParser) -> None:
-    """Add the flags that say what is drawn and measured while training."""
-    group = parser.add_argument_group("validation")
-    group.add_argument("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one picture each.")
-    group.add_argument("--validation_prompt", type=str, help="Prompt to draw --num_validation_images pictures of.")
-    group.add_argument("--num_validation_images", type=int, default=4, help="Pictures of --validation_prompt.")
-    group.add_argument("--validation_epochs", type=int, help="Validate every this many epochs.")
-    group.add_argument("--validation_steps", type=int, help="Validate every this many updates as well.")
-    group.add_argument("--validation_data_dir", type=str,
-                       help="Held-out images with captions, laid out as --train_data_dir: their loss with fixed noise "
-                       "and timesteps, unweighted, is logged as validation_loss and can be compared between runs.")
-    group.add_argument("--validation_inference_steps", type=int, default=20, help="Denoising steps per picture.")
-    group.add_argument("--validation_guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
-
-
-def add_checkpoint_and_output_args(parser: ArgumentParser) -> None:
-    """Add the flags that say what is saved, where, and what to go on from."""
-    group = parser.add_argument_group("checkpoints and output")
-    group.add_argument("--output_dir", type=str, help="Where everything is saved.")
-    group.add_argument("--checkpointing_steps", type=int, default=500,
-                       help="Save a checkpoint every this many updates; the last update always leaves one.")
-    group.add_argument("--checkpoints_total_limit", type=int,
-                       help="Checkpoints to keep; the oldest goes once a newer one is complete.")
-    group.add_argument("--resume_from_checkpoint", type=str,
-                       help="Checkpoint to go on from: `latest`, a name in --output_dir, or a path.")
-
-
-def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
-    """Add the flags of logs, trackers and the hub."""
-    group = parser.add_argument_group("tracking and hub")
-    group.add_argument("--report_to", type=str, default="tensorboard",
-                       help=f"Where numbers and pictures go: {', '.join(TRACKERS)}; several with commas.")
-    group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
-    group.add_argument("--logging_steps", type=int, default=10,
-                       help="Read the numbers from the device every this many updates; each update's are logged.")
-    group.add_argument("--debug_loss", action="store_true",
-                       help="Log each picture's own loss as loss_for_<file name>, to find the odd ones; pictures of "
-                       "the same name in several folders share one.")
-    group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
-                       help="Name of the project in trackers.")
-    group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
-    group.add_argument("--hub_model_id", type=str, help="Repository to upload to; left out, --output_dir's name.")
-    group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    group.add_argument("--hub_token", type=str,
-                       help="Token for the upload; `hf auth login` or HF_TOKEN keep it off the command line.")
-
-
-def check_values(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse flags whose value alone is impossible."""
-    bounds = (
-        (POSITIVE_FLAGS, lambda value: 0 < value < math.inf, "must be positive"),
-        (NONNEGATIVE_FLAGS, lambda value: 0 <= value < math.inf, "must not be negative"),
-        (FRACTION_FLAGS, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
-        (("adam_beta1", "adam_beta2", "lora_dropout"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
-        (("seed",), lambda value: value < 2**32, f"must be below {2**32}"),
-    )
-    for names, is_possible, rule in bounds:
-        for name in names:
-            value = getattr(args, name, None)
-            if value is not None and not is_possible(value):
-                parser.error(f"--{name} {rule}, got {value}.")
-    args.report_to = ",".join(tracker.strip() for tracker in args.report_to.split(","))
-    trackers = args.report_to.split(",")
-    for name, given, accepted in (("lr_scheduler", [args.lr_scheduler], LR_SCHEDULERS),
-                                  ("prediction_type", [args.prediction_type], (None, *PREDICTION_TYPES)),
-                                  ("report_to", trackers, TRACKERS)):
-        for value in given:
-            if value not in accepted:
-                parser.error(f"--{name} {value} is unknown: choose from {', '.join(filter(None, accepted))}.")
-    packages = [(f"--report_to {name}", name) for name in trackers if name not in ("all", "none")]
-    packages += [(f"--{name}", package) for name, package in (
-        ("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers"),
-        ("enable_npu_flash_attention", "torch_npu")) if getattr(args, name, False)]
-    for flag, package in packages:
-        if importlib.util.find_spec(package) is None:
-            parser.error(f"{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
-
-
-def check_args(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse combinations of flags, files and devices that cannot work."""
-    trackers, source = args.report_to.split(","), find_source_of_output(args)
-    found = [folder.name for folder in list_checkpoints(args.output_dir)]
-    found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
-    refusals = (
-        (args.dataset_name is None and args.train_data_dir is None,
-         "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
-        (args.dataset_name is None and args.train_data_dir is not None and not Path(args.train_data_dir).is_dir(),
-         f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
-        (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
-         f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (not args.output_dir, "--output_dir is empty: name a folder."),
-        (source is not None, f"--output_dir {args.output_dir} is the folder of --{source}, or lies in it, where the "
-         "run's files would count as its own: name another."),
-        (Path(args.output_dir).is_file() or "://" in args.output_dir,
-         f"--output_dir {args.output_dir} is a file or an address; name a folder, of this machine or mounted on it."),
-        (found and args.resume_from_checkpoint is None,
-         f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
-         "add --resume_from_checkpoint latest to go on from there, or name another folder."),
-        (args.dream_training and args.input_perturbation > 0,
-         "--dream_training cannot be combined with --input_perturbation: DREAM corrects the input by the noise in it, "
-         "which perturbation changes. Drop one of them."),
-        (args.dream_training and args.prediction_type in ("v_prediction", "sample"),
-         f"--dream_training is defined for epsilon only, got --prediction_type {args.prediction_type}."),
-        (args.rescale_betas_zero_snr and args.prediction_type == "epsilon",
-         "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, got epsilon."),
-        (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
-         f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
-         f"{args.timestep_bias_end}."),
-        ((args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None),
-         "--lr_scheduler piecewise_constant and --lr_step_rules go together, such as --lr_step_rules 1:1000,0.1."),
-        (args.lr_step_rules is not None and not re.fullmatch(rf"({FACTOR}:\d+,)*{FACTOR}", args.lr_step_rules),
-         f"--lr_step_rules {args.lr_step_rules} is not of the form FACTOR:UPDATE,...,FACTOR, such as 1:1000,0.1."),
-        (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
-         f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that, got {args.learning_rate}."),
-        (args.text_encoder_lr is not None and not args.train_text_encoder,
-         "--text_encoder_lr needs --train_text_encoder."),
-        (args.cache_text_embeddings and args.train_text_encoder,
-         "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: add "
-         "--no_cache_text_embeddings, or drop --train_text_encoder."),
-        (args.cache_crops is not None and not args.cache_latents, "--cache_crops needs --cache_latents."),
-        (args.encoded_dir is not None and not (args.cache_latents or args.cache_text_embeddings),
-         "--encoded_dir needs --cache_latents or --cache_text_embeddings."),
-        (args.center_crop and (args.cache_crops or 1) > 1,
-         f"--cache_crops {args.cache_crops} of --center_crop would all be the same: drop one of them."),
-        ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
-        (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
-         f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
-         "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
-    )
-    for is_wrong, message in refusals:
-        if is_wrong:
-            parser.error(message)
-    check_memory_args(parser, args)
-    try:
-        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def find_source_of_output(args: Namespace) -> str | None:
-    """Return the flag of a model or of data whose folder is --output_dir; `datasets` also reads what lies in its own.
-
-    Of the folders with images the run's own is left out where it lies in one.
+    With lambda = sigma^p, p the detail preservation, and delta = lambda (target - estimate).
     """
-    out = Path(args.output_dir).resolve()
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "validation_data_dir", "dataset_name"):
-        folder = Path(getattr(args, name) or os.devnull).resolve()
-        if out == folder or (name == "dataset_name" and folder.is_dir() and folder in out.parents):
-            return name
-    return None
+    delta = sigma**detail_preservation * (target - estimate)
+    return noisy_latents + sigma * delta, target + delta
 
 
-def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse combinations of what trades exactness, memory and speed that cannot work."""
-    refusals = (
-        (args.mixed_precision == "fp16",
-         "--mixed_precision fp16 needs a scaled loss, or small gradients vanish: use bf16, which does not, or no."),
-        (args.attention == "cudnn" and args.mixed_precision != "bf16",
-         "--attention cudnn needs --mixed_precision bf16: cuDNN's kernel takes no float32."),
-    )
-    for is_wrong, message in refusals:
-        if is_wrong:
-            parser.error(message)
+def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, prediction_type: str) -> Tensor:
+    """Return Min-SNR loss weights [b] (Hang et al. 2023, arXiv:2303.09556, section 3.4).
 
-
-# ---- Setup ----------------------------------------------------------------------------------------------------------
-
-
-class Accelerator:
-    """The processes, devices and trackers of a run, under the names that accelerate gives them in the torch scripts.
-
-    Helpers that stand in those scripts as well ask for nothing else.
+    With snr = alpha^2 / sigma^2: min(snr, gamma) / snr for epsilon, / (snr + 1) for v_prediction, / 1 for sample. Ours
+    is 1 where snr is 0, the end of a rescaled schedule: the formula gives 0/0 or never trains the first sampling step.
     """
-
-    def __init__(self, mixed_precision: str, *, fsdp: bool) -> None:
-        self.process_index, self.num_processes = jax.process_index(), jax.process_count()
-        self.is_main_process = self.process_index == 0
-        self.num_devices, self.mixed_precision, self.fsdp = jax.device_count(), mixed_precision, fsdp
-        self.mesh, self.local_mesh = (Mesh(np.array(devices), ("devices",))
-                                      for devices in (jax.devices(), jax.local_devices()))
-        self.whole = NamedSharding(self.mesh, PartitionSpec())  # of what every device has a copy of
-        self.trackers: list[TensorBoardTracker | WandbTracker] = []
-        self.models: Models | None = None  # whose state `save_state` writes
-
-    def wait_for_everyone(self) -> None:
-        """Return when every process has come here."""
-        if self.num_processes > 1:
-            multihost_utils.sync_global_devices("wait_for_everyone")
-
-    @contextlib.contextmanager
-    def main_process_first(self):
-        """Let the main process do what is inside first, and then the others, which find it done."""
-        if not self.is_main_process:
-            self.wait_for_everyone()
-        yield
-        if self.is_main_process:
-            self.wait_for_everyone()
-
-    def save_state(self, folder: str) -> None:
-        """Write the state of training into a folder, every process its part."""
-        self.wait_for_everyone()
-        save_state(self.models.state, Path(folder).resolve())
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        """Send numbers to the trackers."""
-        log_rows(self, [(step, numbers)])
-
-    def end_training(self) -> None:
-        """Close the trackers."""
-        for tracker in self.trackers:
-            tracker.finish()
-
-    def place(self, arrays: dict[str, np.ndarray],
-              places: dict[str, NamedSharding] | None = None) -> dict[str, Tensor]:
-        """Return host arrays, which every process has whole, on the devices: in their places, or whole on each."""
-        return {name: jax.make_array_from_callback(
-            array.shape, self.whole if places is None else places[name], array.__getitem__)
-            for name, array in arrays.items()}
-
-    def choose_sharding(self, array) -> NamedSharding:
-        """Return how an array of the state lies on the devices: whole on each, or with --fsdp cut along one axis.
-
-        That is the longest axis whose length is a multiple of the number of devices. Biases and the scales of norms
-        are too small to be worth it.
-        """
-        sizes = [size if size % self.num_devices == 0 else 0 for size in array.shape]
-        if not self.fsdp or array.ndim < 2 or not any(sizes):
-            return self.whole
-        axis = sizes.index(max(sizes))
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "devices"))
-
-    def gather_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights whole on each device for one pass, which --fsdp has divided; for compiled programs.
-
-        So each device computes what is its own of the batch. Matrices come in the format they are multiplied in.
-        """
-        if not self.fsdp:
-            return weights
-        dtype = get_dtype(self.mixed_precision)
-        return {name: jax.lax.with_sharding_constraint(array.astype(dtype) if array.ndim > 1 else array, self.whole)
-                for name, array in weights.items()}
-
-    def divide_gradients(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return gradients that lie on the devices as their weights do; for compiled programs."""
-        return {name: jax.lax.with_sharding_constraint(array, self.choose_sharding(array))
-                for name, array in gradients.items()}
-
-    def place_batch(self, batch: dict[str, np.ndarray], axis: int) -> dict[str, Tensor]:
-        """Return a batch, of which each process has its part, cut along an axis; scalars are whole on each device."""
-        split = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "devices"))
-        return {name: jax.make_array_from_process_local_data(
-            split if np.ndim(array) > axis else self.whole, np.asarray(array)) for name, array in batch.items()}
+    snr = (alpha / sigma) ** 2
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": jnp.ones_like(snr)}[prediction_type]
+    return jnp.where(snr > 0, jnp.minimum(snr, snr_gamma) / divisor, 1.0)
 
 
-def make_accelerator(args: Namespace) -> Accelerator:
-    """Return processes and devices, with quiet libraries and logs on the main process."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO,
-                        force=True)  # in place of the handler that Orbax's logging library has set up
-    for name in ("httpx", "absl", "jax", "orbax"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if args.multi_host:
-        try:
-            jax.distributed.initialize(shutdown_timeout_seconds=30)  # of the others, where one has failed
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"--multi_host finds no other machines: {error}. Start it on each of them by Slurm, MPI, "
-                             "Kubernetes or as a TPU slice, or drop the flag.") from error
-    if args.mixed_precision == "no" and not args.allow_tf32:  # by default JAX multiplies float32 as fast as it can
-        jax.config.update("jax_default_matmul_precision", "highest")
-    accelerator = Accelerator(args.mixed_precision, fsdp=args.fsdp)
-    if args.fsdp and accelerator.num_devices == 1:
-        logger.warning("--fsdp divides nothing: this run has one device")
-    for library in (datasets, transformers):
-        level = logging.WARNING if accelerator.is_main_process else logging.ERROR
-        library.utils.logging.set_verbosity(level)
-        if library is not datasets or not accelerator.is_main_process:
-            library.utils.logging.disable_progress_bar()
-    if args.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"--attention cudnn needs an NVIDIA GPU, and this run is on {jax.default_backend()}: use "
-                         "--attention plain.")
-    return accelerator
+def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, portion: float, begin: int,
+                         end: int) -> np.ndarray:
+    """Return the cumulative probability of each timestep [num_timesteps], uniform but for the chosen ones."""
+    weights = np.ones(num_timesteps)
+    count = max(1, int(portion * num_timesteps))
+    chosen = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
+              "range": slice(begin, end)}[strategy]
+    weights[chosen] *= multiplier
+    cumulative = np.cumsum(weights)
+    return cumulative / cumulative[-1]
 
 
-def gather_object(things: list) -> list:
-    """Return the lists of all processes as one."""
-    packed = np.frombuffer(pickle.dumps(things), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(packed)))
-    padded = multihost_utils.process_allgather(np.pad(packed, (0, int(sizes.max()) - len(packed))))
-    return [thing for row, size in zip(padded, sizes, strict=True) for thing in pickle.loads(row[:size].tobytes())]
+def make_objective(args: Namespace, scheduler_config: dict) -> Objective:
+    """Return the objective that the flags ask for."""
+    alphas_cumprod = jnp.asarray(compute_alphas_cumprod(scheduler_config))
+    return Objective(
+        jnp.sqrt(alphas_cumprod), jnp.sqrt(1 - alphas_cumprod), scheduler_config["prediction_type"], args.snr_gamma,
+        args.noise_offset, args.input_perturbation, args.dream_detail_preservation if args.dream_training else None)
 
 
-def open_output_dir(args: Namespace, accelerator: Accelerator):
-    """Create the output folder, cleared of what a killed run has left; return the lock that keeps other runs out.
+def compute_alphas_cumprod(config: dict) -> np.ndarray:
+    """Return the share of the signal's variance at each timestep [T] in float32, from a scheduler's settings.
 
-    The lock, a file among the temporary ones of this machine, is held until the process ends. Raises ValueError where
-    another run has it, perhaps one that was told to stop and is still saving.
+    With rescale_betas_zero_snr its root is shifted and stretched to end in 0 (Lin et al. 2023, arXiv:2305.08891,
+    algorithm 1).
     """
-    lock, folder = None, Path(args.output_dir).resolve()
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".partial-probe").touch()  # cleared with the leftovers below
-        except OSError as error:
-            raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
-        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
-        with contextlib.suppress(ImportError, PermissionError):  # no such locks on Windows, or another user's file
-            import fcntl
-
-            lock = open(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), "w")  # noqa: SIM115 - stays open
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
-                                 "saving: wait for its end, or name another folder.") from error
-        remove_leftovers(folder)
-    accelerator.wait_for_everyone()
-    return lock
-
-
-def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None) -> int:
-    """Create the repository on the hub and the trackers; return the seed of the run.
-
-    The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
-    """
-    seed = args.seed
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            name = args.hub_model_id or Path(args.output_dir).resolve().name
-            try:
-                args.hub_model_id = huggingface_hub.create_repo(
-                    name, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token).repo_id
-            except Exception as error:  # no network, no login, no right to that name
-                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Mend that, or drop the flag and give "
-                                 "`hf upload` the output folder afterwards.") from error
-        if seed is None:
-            seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
-        accelerator.trackers = [make_tracker(name, args) for name in args.report_to.split(",") if name != "none"]
-    if accelerator.num_processes > 1:
-        seed, args.hub_model_id = gather_object([(seed, args.hub_model_id)])[0]
-    return seed
-
-
-def make_tracker(name: str, args: Namespace):
-    """Return a tracker that has been told the flags of the run."""
-    config = {key: value if isinstance(value, bool | int | float) else str(value)
-              for key, value in get_public_args(args).items()}
-    if name == "wandb":
-        return WandbTracker(args.tracker_project_name, args.output_dir, config)
-    return TensorBoardTracker(Path(args.output_dir, args.logging_dir, args.tracker_project_name), config)
-
-
-class TensorBoardTracker:
-    """Writes event files for TensorBoard."""
-
-    name = "tensorboard"
-
-    def __init__(self, folder: Path, config: dict) -> None:
-        self.writer = EventWriter(folder)
-        self.writer.add_text("flags", "\n".join(f"    {key}: {value}" for key, value in sorted(config.items())))
-
-    def finish(self) -> None:
-        """Write what is left and close the file."""
-        self.writer.close()
-
-
-class EventWriter:
-    """What torch's SummaryWriter is for those who have torch: numbers, pictures and texts in an event file."""
-
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        from tensorboard.util.tensor_util import make_tensor_proto
-
-        self.file, self.make_event, self.make_tensor = EventFileWriter(str(folder)), event_pb2.Event, make_tensor_proto
-        self.messages = summary_pb2.Summary.Value, summary_pb2.Summary.Image, summary_pb2.SummaryMetadata
-
-    def add(self, step: int, **content) -> None:
-        """Write one value of a summary."""
-        event = self.make_event(wall_time=time.time(), step=step)
-        event.summary.value.append(self.messages[0](**content))
-        self.file.add_event(event)
-
-    def add_scalar(self, tag: str, number: float, step: int) -> None:
-        """Write a number."""
-        self.add(step, tag=tag, simple_value=number)
-
-    def add_images(self, tag: str, images: np.ndarray, step: int, dataformats: str) -> None:
-        """Write uint8 pictures [n, h, w, 3], in the one format NHWC that is asked for here."""
-        for index, array in enumerate(images):
-            stream = io.BytesIO()
-            Image.fromarray(array).save(stream, format="PNG")
-            picture = self.messages[1](height=array.shape[0], width=array.shape[1], colorspace=3,
-                                       encoded_image_string=stream.getvalue())
-            self.add(step, tag=f"{tag}/{index}", image=picture)
-
-    def add_text(self, tag: str, text: str) -> None:
-        """Write a text in Markdown."""
-        metadata = self.messages[2](plugin_data={"plugin_name": "text"})
-        self.add(0, tag=f"{tag}/text_summary", metadata=metadata, tensor=self.make_tensor([text], dtype="string"))
-
-    def flush(self) -> None:
-        """Write what has gathered."""
-        self.file.flush()
-
-    def close(self) -> None:
-        """Write what has gathered and close the file."""
-        self.file.close()
-
-
-class WandbTracker:
-    """Sends numbers and pictures to Weights & Biases."""
-
-    name = "wandb"
-
-    def __init__(self, project: str, folder: str, config: dict) -> None:
-        import wandb
-
-        self.run = wandb.init(project=project, dir=folder, config=config)
-
-    def log(self, numbers: dict, step: int) -> None:
-        """Send numbers or pictures."""
-        self.run.log(numbers, step=step)
-
-    def finish(self) -> None:
-        """End the run there."""
-        self.run.finish()
-
-
-def get_public_args(args: Namespace) -> dict:
-    """Return the flags that may be written down: all that are set, but for the token."""
-    return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
-
-
-def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: "Samples") -> dict:
-    """Return what a checkpoint keeps about the run that made it, ready for JSON."""
-    versions = {library.__name__: library.__version__ for library in (jax, flax, optax, transformers)}
-    return {"seed": seed, "num_processes": accelerator.num_devices, "precision": accelerator.mixed_precision,
-            "captions_digest": getattr(samples.images, "captions_digest", None),
-            "encodings": [rows.folder.name for rows in (samples.latents, samples.text_states) if rows is not None],
-            "versions": versions, "flags": get_public_args(args)}
-
-
-def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
-                   seed: int) -> None:
-    """Log the facts that decide the run."""
-    trained = sum(array.size for array in models.state.weights.values())
-    last_step = compute_last_step(args, num_samples, accelerator.num_devices)
-    logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
-                f"{args.resolution} px, seed {seed}")
-    logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_devices)} samples: "
-                f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
-                f"{accelerator.num_devices} devices ({jax.devices()[0].device_kind}) of "
-                f"{accelerator.num_processes} processes")
-    if args.lr_scheduler not in ("constant", "piecewise_constant") and args.lr_warmup_steps >= last_step:
-        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} is no shorter than the run of {last_step} updates")
-    logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
-                f"output in {args.output_dir}")
-
-
-class StopRequest:
-    """Turns SIGTERM or the first Ctrl-C into a wish to save and stop, on which all processes agree.
-
-    Of several processes, each sends what it has received along with its batches, and reads the highest signal of all
-    with the numbers of the update before, so that nobody waits for it.
-    """
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.signal_number, self.previous_metrics, self.is_shared = 0, None, accelerator.num_processes > 1
-
-    def __enter__(self) -> "StopRequest":
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame) -> None:
-        """Note the signal; a second one of the same kind ends the process at once."""
-        self.signal_number = number
-        signal.signal(number, self.previous[number])
-        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once",
-                       main_process_only=False)
-
-    def agreed(self, metrics: dict[str, Tensor]) -> int:
-        """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
-        if not self.is_shared:
-            return self.signal_number
-        before, self.previous_metrics = self.previous_metrics, metrics
-        return 0 if before is None else int(before["signal"])
+    count, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    first, last = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    times = np.arange(count + 1) / count
+    cosine = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
+    betas = {"linear": lambda: np.linspace(first, last, count),
+             "scaled_linear": lambda: np.linspace(first**0.5, last**0.5, count) ** 2,
+             "squaredcos_cap_v2": lambda: np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)}
+    if config.get("trained_betas") is None and schedule not in betas:
+        raise ValueError(f"the scheduler's beta_schedule {schedule} is not implemented here: it knows "
+                         f"{', '.join(betas)}. Use train_text_to_image.py.")
+    trained = config.get("trained_betas")
+    alphas_cumprod = np.cumprod(1 - (np.array(trained) if trained is not None else betas[schedule]()))
+    if config.get("rescale_betas_zero_snr"):
+        root = np.sqrt(alphas_cumprod)
+        alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alphas_cumprod.astype(np.float32)
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
+
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
+                       for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
+MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
 
 
 class CaptionedImages:
@@ -993,7 +332,7 @@ class CaptionedImages:
         """Return an item's image as `datasets` stores it: `bytes`, or the `path` of its file."""
         return self.rows[index][self.image_column] or {"bytes": None, "path": None}
 
-    def select(self, indices: np.ndarray) -> "CaptionedImages":
+    def select(self, indices: np.ndarray) -> CaptionedImages:
         """Return some of the items."""
         return CaptionedImages(self.rows.select(indices), self.image_column, self.caption_column)
 
@@ -1009,16 +348,6 @@ class CaptionedImages:
             return stored["bytes"] or Path(stored["path"] or "").read_bytes()
         except OSError:  # reading the image will say so, or pass it over
             return b""
-
-
-def make_row_name(index: int, stored: dict) -> str:
-    """Return what to call an item of the data in a message."""
-    return f"row {index} of the data ({stored['path'] or 'no file of its own'})"
-
-
-def make_file_name(index: int, stored: dict) -> str:
-    """Return what to call an item of the data in a log."""
-    return Path(stored["path"]).name if stored["path"] else f"row-{index}"
 
 
 def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
@@ -1130,26 +459,14 @@ def decode_image(stored: dict, name: str) -> Image.Image:
         raise ValueError(message) from error
 
 
-def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
-    """Return the generator of the one draw for `purpose` at `where`, such as (epoch, index).
-
-    Philox is counter-based (Salmon et al. 2011, doi:10.1145/2063384.2063405): keys that differ at all give independent
-    streams, so adding, leaving out or reordering draws changes no other.
-    """
-    digest = hashlib.blake2b(repr((seed, purpose, *where)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+def make_row_name(index: int, stored: dict) -> str:
+    """Return what to call an item of the data in a message."""
+    return f"row {index} of the data ({stored['path'] or 'no file of its own'})"
 
 
-def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, portion: float, begin: int,
-                         end: int) -> np.ndarray:
-    """Return the cumulative probability of each timestep [num_timesteps], uniform but for the chosen ones."""
-    weights = np.ones(num_timesteps)
-    count = max(1, int(portion * num_timesteps))
-    chosen = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
-              "range": slice(begin, end)}[strategy]
-    weights[chosen] *= multiplier
-    cumulative = np.cumsum(weights)
-    return cumulative / cumulative[-1]
+def make_file_name(index: int, stored: dict) -> str:
+    """Return what to call an item of the data in a log."""
+    return Path(stored["path"]).name if stored["path"] else f"row-{index}"
 
 
 def transform_image(image: Image.Image, resolution: int, interpolation: str, corner: tuple[float, float] | None,
@@ -1168,6 +485,16 @@ def transform_image(image: Image.Image, resolution: int, interpolation: str, cor
                  else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
     image = image.crop((left, top, left + resolution, top + resolution))
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), (top, left)
+
+
+def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
+    """Return the generator of the one draw for `purpose` at `where`, such as (epoch, index).
+
+    Philox is counter-based (Salmon et al. 2011, doi:10.1145/2063384.2063405): keys that differ at all give independent
+    streams, so adding, leaving out or reordering draws changes no other.
+    """
+    digest = hashlib.blake2b(repr((seed, purpose, *where)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 class Samples:
@@ -1294,6 +621,22 @@ class Samples:
         raise ValueError(f"none of the {len(self.images)} images can be read.")
 
 
+def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
+              configs: dict[str, dict]) -> Data:
+    """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
+    side = args.resolution // compute_vae_factor(configs["vae"])
+    shapes = {"latent_shape": (configs["vae"]["latent_channels"], side, side),
+              "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
+    if args.max_train_samples is not None and args.max_train_samples < len(images):
+        chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
+        images = images.select(chosen)
+    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
+             "input_perturbation": 0, "timestep_bias_strategy": "none"}
+    plain_args = Namespace(**{**vars(args), **plain})
+    held_out = Samples(held_out_images, plain_args, seed=0, **shapes) if held_out_images is not None else None
+    return Data(Samples(images, args, seed=seed, **shapes), held_out)
+
+
 def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
     """Yield the micro steps of the next `num_updates` updates, from where `progress` stands.
 
@@ -1347,6 +690,14 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, n
     return batch
 
 
+def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator, size: int):
+    """Yield this process's batch of each micro step, always of `size` samples for each of its devices."""
+    batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
+    tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
+    for read in read_samples(samples, batches, num_workers):
+        yield pad_batch(collate(read, tokenizers), size * jax.local_device_count())
+
+
 def pad_batch(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
     """Return a batch of `size` samples, filled up with its first one, without weight, where it is short."""
     missing = size - len(batch["weights"])
@@ -1377,15 +728,6 @@ def read_samples(samples: Samples, batches: VisitBatches, num_workers: int):
             yield [sample for part in parts for sample in part.result()]
 
 
-def start_loader_process(samples: Samples) -> None:
-    """Keep the samples; leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that trains."""
-    samples.is_loader_process = True
-    read_in_loader_process.samples = samples  # sent once, not with every batch
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 def end_with_parent() -> None:
     """End this loader process when the one that trains has ended, even by a signal that it could not heed."""
     multiprocessing.parent_process().join()
@@ -1395,14 +737,6 @@ def end_with_parent() -> None:
 def read_in_loader_process(visits: list[Visit]) -> list[dict]:
     """Return some samples from those that the process was started with."""
     return read_in_loader_process.samples.__getitems__(visits)
-
-
-def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator, size: int):
-    """Yield this process's batch of each micro step, always of `size` samples for each of its devices."""
-    batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
-    tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
-    for read in read_samples(samples, batches, num_workers):
-        yield pad_batch(collate(read, tokenizers), size * jax.local_device_count())
 
 
 def make_updates(args: Namespace, accelerator: Accelerator, steps, batches, stop_request: StopRequest):
@@ -1426,132 +760,13 @@ def make_updates(args: Namespace, accelerator: Accelerator, steps, batches, stop
         micro_batches = []
 
 
-def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
-              configs: dict[str, dict]) -> Data:
-    """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
-    side = args.resolution // compute_vae_factor(configs["vae"])
-    shapes = {"latent_shape": (configs["vae"]["latent_channels"], side, side),
-              "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
-    if args.max_train_samples is not None and args.max_train_samples < len(images):
-        chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
-        images = images.select(chosen)
-    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
-             "input_perturbation": 0, "timestep_bias_strategy": "none"}
-    plain_args = Namespace(**{**vars(args), **plain})
-    held_out = Samples(held_out_images, plain_args, seed=0, **shapes) if held_out_images is not None else None
-    return Data(Samples(images, args, seed=seed, **shapes), held_out)
-
-
-class EncodedRows:
-    """Arrays with a row per caption, or per crop of an image, in the .safetensors files of a folder.
-
-    They are read through memory maps; a loader process that is sent one opens the files itself.
-    """
-
-    def __init__(self, folder: Path, num_things: int, thing_size: int, rows_per_thing: int = 1) -> None:
-        per_file = max(1, min(SHARD_SIZE // thing_size, math.ceil(num_things / LEAST_SHARDS)))
-        self.rows_per_file, self.num_rows = per_file * rows_per_thing, num_things * rows_per_thing
-        self.folder, self.files = folder.with_name(f"{folder.name}-{self.rows_per_file}"), {}
-
-    def __getstate__(self) -> dict:
-        return {**vars(self), "files": {}}
-
-    def get_path(self, number: int) -> Path:
-        """Return the place of a file."""
-        return self.folder / f"{number:06d}.safetensors"
-
-    def read(self, row: int) -> dict[str, np.ndarray]:
-        """Return one row of every array."""
-        number, row = divmod(row, self.rows_per_file)
-        if len(self.files) > 256:  # each open file takes one of the process's descriptors
-            self.files = {}
-        try:
-            file = self.files.get(number) or safe_open(self.get_path(number), framework="numpy")
-        except (OSError, SafetensorError) as error:
-            message = f"{self.get_path(number)} is damaged or gone: {error}. Remove it and start again."
-            raise ValueError(message) from error
-        self.files[number] = file
-        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118 - no dict
-
-    def fill(self, accelerator: Accelerator, encode) -> None:
-        """Write the files that are not there: `encode(first, last)` returns the rows from first to last, exclusive.
-
-        The processes share the work. A file is renamed when it is whole: a run that was killed goes on with the next,
-        and of two runs that make the same one the later wins.
-        """
-        numbers = range(math.ceil(self.num_rows / self.rows_per_file))
-        mine = [number for number in numbers[accelerator.process_index :: accelerator.num_processes]
-                if not self.is_whole(number)]
-        for number in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
-            first = number * self.rows_per_file
-            self.save(number, encode(first, min(first + self.rows_per_file, self.num_rows)))
-        accelerator.wait_for_everyone()
-        if not all(self.get_path(number).is_file() for number in numbers):
-            raise ValueError(f"{self.folder} lacks files that other machines have made: name an --encoded_dir that "
-                             "all of them share.")
-        logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(numbers)} files made now")
-
-    def is_whole(self, number: int) -> bool:
-        """Return whether a file is there and as long as it says itself."""
-        with contextlib.suppress(OSError, SafetensorError), safe_open(self.get_path(number), framework="numpy"):
-            return True
-        return False
-
-    def save(self, number: int, rows: dict[str, np.ndarray]) -> None:
-        """Write a file, aside first."""
-        aside = self.folder / f".partial-{os.urandom(8).hex()}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_arrays({name: np.ascontiguousarray(array) for name, array in rows.items()}, aside)
-            finish_file(aside)
-            aside.replace(self.get_path(number))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{self.folder} cannot be written: {error}. Make room, name another --encoded_dir, or "
-                             "ask for fewer --cache_crops; what is there already is kept.") from error
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-
-
-def make_key(*facts) -> str:
-    """Return a short name for facts, the same for equal ones only."""
-    return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
-
-
-def digest_caption(caption: str) -> int:
-    """Return a number of 64 bits that stands for a caption."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
-
-
-def digest_images(accelerator: Accelerator, samples: Samples) -> str:
-    """Return a digest of the content of all images in their order, to which every process contributes its part."""
-    def digest(index: int) -> bytes:
-        return hashlib.blake2b(samples.images.read_content(index), digest_size=16).digest()
-
-    mine = np.array_split(np.arange(len(samples)), accelerator.num_processes)[accelerator.process_index]
-    chunks = np.array_split(mine, math.ceil(len(mine) / 1000) or 1)  # a thread pool keeps all that it is given at once
-    part = b"".join(b"".join(samples.map_in_threads(digest, chunk.tolist())) for chunk in tqdm(
-        chunks, desc="reading images", disable=not accelerator.is_main_process))
-    parts = gather_object([part]) if accelerator.num_processes > 1 else [part]
-    return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
-
-
-def digest_variants(samples: Samples) -> str:
-    """Return a digest of what becomes of a few images before the VAE: a user may have edited how they are prepared."""
-    chosen = sorted({0, len(samples) // 2, len(samples) - 1})
-    arrays = [array for index in chosen for variant in samples.make_variants(index) for array in variant.values()]
-    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=12).hexdigest()
-
-
-def digest_network(models: Models, part: str) -> str:
-    """Return a digest of a frozen network's settings, number format and weights, wherever it was loaded from."""
-    settings = {key: value for key, value in models.configs[part].items()
-                if key[0] != "_" and key != "transformers_version"}
-    digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=12)
-    for name, array in sorted(select_part(models.frozen, part).items()):
-        digest.update(repr((name, array.dtype, array.shape)).encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+def start_loader_process(samples: Samples) -> None:
+    """Keep the samples; leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that trains."""
+    samples.is_loader_process = True
+    read_in_loader_process.samples = samples  # sent once, not with every batch
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def iterate_ahead(batches):
@@ -1577,7 +792,160 @@ def count_cores_per_process() -> int:
     return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
-# ---- Models ---------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def train_step(accelerator: Accelerator, models: Models, objective: Objective, recipe: Recipe, state: TrainState,
+               frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
+    """Return the state after one update, and its numbers. Every sample of an update counts the same.
+
+    The batch is that of a whole update [a, b, ...], a micro steps of b samples over all devices.
+    """
+    losses, gradients = compute_gradients(accelerator, models, objective, state.weights, frozen, batch)
+    norm = optax.tree.norm(gradients)
+    if recipe.max_grad_norm:
+        clip = jnp.minimum(1.0, recipe.max_grad_norm / (norm + 1e-6))  # as torch clips
+        gradients = jax.tree.map(lambda gradient: gradient * clip, gradients)
+
+    factor = recipe.lr_factor(state.step)
+    rates = {part: rate * factor for part, rate in recipe.rates.items() if part in models.trained}
+    changes, moments = recipe.optimizer.update(gradients, state.moments, state.weights)
+    weights = {name: weight - rates[name.split(".")[0]] * changes[name] for name, weight in state.weights.items()}
+
+    is_used = batch["weights"] > 0
+    metrics = {"train_loss": (losses * batch["weights"]).sum() / batch["window_size"], "grad_norm": norm,
+               "lr": rates["unet"], "signal": batch["signal"].max(),
+               "skipped_images": (batch["num_skipped"] * is_used).sum(),
+               "long_captions": (batch["num_long"] * is_used).sum()}
+    if "indices" in batch:
+        metrics["image_losses"] = {"index": batch["indices"], "loss": losses, "weight": batch["weights"]}
+    if len(rates) > 1:
+        metrics["lr_text_encoder"] = rates["text_encoder"]
+    averages, ema_updates = state.averages, state.ema_updates
+    if averages is not None:
+        ema_updates = ema_updates + 1
+        decay = metrics["ema_decay"] = compute_ema_decay(ema_updates, recipe.ema_decay, recipe.min_ema_decay)
+        averages = {name: average + (1 - decay) * (weights[name] - average) for name, average in averages.items()}
+    return TrainState(state.step + 1, weights, moments, ema_updates, averages), metrics
+
+
+def compute_gradients(accelerator: Accelerator, models: Models, objective: Objective, weights: dict[str, Tensor],
+                      frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the losses [a, b] of an update's samples and the gradients of their mean.
+
+    They come from the batch's first `num_micro_steps` micro steps; the losses of the others are 0.
+    """
+    micro_batches = {name: array for name, array in batch.items() if array.ndim > 1 and name != "signal"}
+
+    def compute_mean(weights: dict[str, Tensor], micro_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        gathered = accelerator.gather_weights(weights)
+        losses = compute_loss(with_weights(models, {**frozen, **gathered}), objective, micro_batch)
+        return (losses * micro_batch["weights"]).sum() / batch["window_size"], losses
+
+    def compute_part(index: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
+        micro_batch = {name: array[index] for name, array in micro_batches.items()}
+        gradients, losses = jax.grad(compute_mean, has_aux=True)(weights, micro_batch)
+        return losses, accelerator.divide_gradients(gradients)
+
+    def add_part(index: Tensor, total: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        losses, gradients = compute_part(index)
+        return total[0].at[index].set(losses), jax.tree.map(jnp.add, total[1], gradients)
+
+    if len(batch["weights"]) == 1:  # without accumulation no second set of gradients is kept to add to
+        losses, gradients = compute_part(0)
+        return losses[None], gradients
+    nothing = jnp.zeros_like(batch["weights"]), jax.tree.map(jnp.zeros_like, weights)
+    return jax.lax.fori_loop(0, batch["num_micro_steps"], add_part, nothing)
+
+
+def compile_train_step(models: Models, batch: dict[str, Tensor]) -> jax.stages.Compiled:
+    """Return `train_step` compiled for batches like this one; it takes no others, so that it is compiled once."""
+    began = time.perf_counter()
+    compiled = models.programs.train_step.lower(models.state, models.placed, batch).compile()
+    logger.info(f"compiled the update in {time.perf_counter() - began:.1f} s")
+    return compiled
+
+
+def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data, progress: Progress,
+          record: dict) -> int:
+    """Train until the last update, moving `progress` along; return the signal that stopped it early, or 0."""
+    last_step = compute_last_step(args, len(data.train), accelerator.num_devices)
+    if progress.global_step > last_step:
+        logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
+        last_step = progress.global_step + 1
+    plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
+                   args.train_batch_size * accelerator.num_devices, args.gradient_accumulation_steps)
+    loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator,
+                             args.train_batch_size)
+    meter = Meter(args, accelerator, data.train.images, progress.global_step, last_step)
+    stop_request = StopRequest(accelerator)
+    ahead = contextlib.closing(iterate_ahead(make_updates(args, accelerator, plan(), loader, stop_request)))
+    compiled, signal_number = None, 0
+
+    with stop_request, meter, logging_redirect_tqdm(), ahead as updates:
+        for step, batch in meter.iterate(updates):
+            if compiled is None:
+                compiled = compile_train_step(models, batch)
+                meter.restart_clock()
+            models.state, metrics = compiled(models.state, models.placed, batch)
+            progress.advance(step)
+            meter.end_update(progress.global_step, step, metrics)
+
+            signal_number = stop_request.agreed(metrics)
+            ends_run = progress.global_step == last_step or signal_number
+            if ends_run or progress.global_step % args.checkpointing_steps == 0:
+                meter.flush()
+                save_checkpoint(args, accelerator, progress, record)
+                meter.restart_clock()
+            if ends_run:
+                break
+            if is_validation_due(args, progress, step):
+                meter.flush()
+                validate(args, accelerator, models, data, progress)
+                meter.restart_clock()
+    return signal_number
+
+
+def get_conditions(models: Models, batch: dict) -> dict:
+    """Return what else the UNet is given: `encoder_hidden_states` [b, s, d]."""
+    return get_text_states(models, batch)
+
+
+def get_latents(models: Models, batch: dict) -> Tensor:
+    """Return latents [b, h, w, c] in float32, sampled anew at each visit whether their moments are cached or not."""
+    if "moments" in batch:
+        mean, std = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
+    else:
+        mean, std = encode_images(models.vae, batch["images"])
+    latents = mean + std * batch["posterior_noise"]
+    if models.vae.latents_mean is not None:  # of VAEs whose channels are far from zero mean and unit variance
+        latents = (latents - jnp.array(models.vae.latents_mean)) / jnp.array(models.vae.latents_std)
+    return latents * models.vae.scaling_factor
+
+
+def encode_images(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 mean and standard deviation [b, h, w, c] of what uint8 images [b, H, W, 3] are encoded to."""
+    return vae.encode(images.astype(jnp.float32) / 127.5 - 1)  # [-1, 1]
+
+
+def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
+    """Return what `encode_captions` makes of the captions, or what is cached of it."""
+    if "encoder_hidden_states" in batch:
+        return {"encoder_hidden_states": batch["encoder_hidden_states"].astype(jnp.float32)}
+    return encode_captions(models, batch)
+
+
+def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
+    """Return the text encoder's last states [b, s, d]."""
+    return {"encoder_hidden_states": models.text_encoder(batch["input_ids"])}
+
+
+# ---- Networks -------------------------------------------------------------------------------------------------------
+
+ATTENTIONS = ("plain", "cudnn")
+CUDNN_WIDTH = 128  # of an attention head, the most on all GPUs: SD 1.x has up to 160, SD 2.x 64
+NO_DRAWS = SimpleNamespace(params=lambda: None)  # where flax would take keys for random weights from
+QUERIES_AT_ONCE = 1024  # of plain attention: its table of all pairs is made in parts of this many rows
 
 
 class Layers(NamedTuple):
@@ -2099,16 +1467,682 @@ class TextEncoder(nnx.Module):
         return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
 
 
-def find_file(args: Namespace, part: str, name: str) -> Path | None:
-    """Return a file of the base model, downloaded if it is on the hub, or None where there is no such file."""
-    where, files = locate_part(args, part)
-    if Path(where).is_dir():
-        path = Path(where, files.get("subfolder", ""), name)
-        return path if path.is_file() else None
+# ---- Arguments ------------------------------------------------------------------------------------------------------
+
+LR_SCHEDULERS = tuple("linear cosine cosine_with_restarts polynomial constant constant_with_warmup "
+                      "piecewise_constant".split())
+FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
+TRACKERS = ("tensorboard", "wandb", "none")
+POSITIVE_FLAGS = (
+    "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
+    "lr_num_cycles lr_power snr_gamma adam_epsilon checkpointing_steps logging_steps "
+    "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
+    "rank lora_alpha cache_crops"
+).split()
+NONNEGATIVE_FLAGS = (
+    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay max_grad_norm noise_offset "
+    "input_perturbation dream_detail_preservation dataloader_num_workers num_validation_images "
+    "validation_guidance_scale timestep_bias_begin"
+).split()
+FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """Return the flags of the command line (or of `argv`), refusing impossible ones with exit status 2."""
+    parser = ArgumentParser(
+        description="Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned images with JAX.",
+        usage="python %(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER [flags]",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    add_model_args(parser)
+    add_raw_weights_args(parser)
+    add_data_args(parser)
+    add_cache_args(parser)
+    add_objective_args(parser)
+    add_length_args(parser)
+    add_optimizer_args(parser)
+    add_ema_args(parser)
+    add_jax_args(parser)
+    add_validation_args(parser)
+    add_checkpoint_and_output_args(parser)
+    add_tracking_and_hub_args(parser)
+    parser.set_defaults(output_dir="sd-model-finetuned", resolution=512, validation_epochs=5, seed=0,
+                        image_interpolation_mode="bilinear")
+    args = read_args(parser, argv)
+    args.non_ema_revision = args.non_ema_revision or args.revision
+    return args
+
+
+def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Return the checked flags of the command line, with ~ in their paths expanded."""
+    args = parser.parse_args(argv)
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name",
+                 "train_data_dir", "validation_data_dir", "output_dir", "cache_dir", "encoded_dir",
+                 "resume_from_checkpoint"):
+        if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+    check_values(parser, args)
+    check_args(parser, args)
+    return args
+
+
+def add_model_args(parser: ArgumentParser) -> None:
+    """Add the flags that say which model to start from."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", type=str, required=True,
+                       help="Model to start from: a folder in diffusers layout or a name on the hub.")
+    group.add_argument("--pretrained_vae_model_name_or_path", type=str,
+                       help="VAE to use in place of the model's own: a folder with its config.json and weights, or a "
+                       "name on the hub; --revision and --variant do not apply to it.")
+    group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
+    group.add_argument("--variant", type=str, help="Weight files to read, fp16 for *.fp16.safetensors.")
+    group.add_argument("--cache_dir", type=str, help="Where downloaded models and data are kept.")
+    group.add_argument("--train_text_encoder", action="store_true",
+                       help="Train the text encoder, or both of SDXL's, as well as the UNet and in the same way.")
+
+
+def add_raw_weights_args(parser: ArgumentParser) -> None:
+    """Add the flag for models that are published with raw and averaged weights."""
+    group = parser.add_argument_group("raw weights")
+    group.add_argument("--non_ema_revision", type=str,
+                       help="Revision of the UNet to train when it is not --revision; the averaged weights of "
+                       "--use_ema then start from --revision, at full decay.")
+
+
+def add_data_args(parser: ArgumentParser) -> None:
+    """Add the flags that say which images and captions to train on, and how they are prepared."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_name", type=str,
+                       help="Data set on the hub, or a local folder that `datasets` can load or has saved.")
+    group.add_argument("--dataset_config_name", type=str, help="Configuration of --dataset_name.")
+    group.add_argument("--train_data_dir", type=str,
+                       help="Folder of images with captions in metadata.jsonl, .csv or .parquet (columns file_name "
+                       "and --caption_column), or in one .txt beside each. With --dataset_name: its data_dir.")
+    group.add_argument("--image_column", type=str, default="image", help="Column with the images.")
+    group.add_argument("--caption_column", type=str, default="text",
+                       help="Column with the captions: a string, or a list of strings of which each visit draws one.")
+    group.add_argument("--max_train_samples", type=int, help="Train on at most this many samples, drawn by the seed.")
+    group.add_argument("--resolution", type=int,
+                       help="Side of the training images in pixels: the shorter side is resized to it, then cropped.")
+    group.add_argument("--image_interpolation_mode", type=str, default="lanczos", choices=tuple(INTERPOLATION_MODES),
+                       help="Filter for resizing images.")
+    group.add_argument("--center_crop", action="store_true", help="Crop the centre rather than a random part.")
+    group.add_argument("--random_flip", action="store_true", help="Mirror half of the images left to right.")
+    group.add_argument("--proportion_empty_prompts", type=float, default=0,
+                       help="Share of visits that train without the caption, from 0 to 1, drawn anew each time; 0.1 "
+                       "keeps classifier-free guidance healthy in long runs (arXiv:2207.12598).")
+    group.add_argument("--skip_broken_images", action="store_true",
+                       help="Use the next readable image in place of one that cannot be read, and count it.")
+    group.add_argument("--dataloader_num_workers", type=int, default=0,
+                       help="Processes that load data. 0 loads in threads of the training process, which suits most "
+                       "runs; raise it when `data_wait` in the logs exceeds a few percent.")
+
+
+def add_cache_args(parser: ArgumentParser) -> None:
+    """Add the flags of encodings that are made once and kept on disk."""
+    group = parser.add_argument_group("cache")
+    group.add_argument("--cache_latents", action="store_true",
+                       help="Encode every image once, before training, and keep what the VAE makes of it on disk.")
+    group.add_argument("--no_cache_latents", dest="cache_latents", action="store_false",
+                       help="Encode images at each visit.")
+    group.add_argument("--cache_text_embeddings", action="store_true",
+                       help="Encode every caption once, before training, and keep its text states on disk.")
+    group.add_argument("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
+                       help="Encode captions at each visit.")
+    group.add_argument("--cache_crops", type=int,
+                       help="Random crops of each image that are kept, of which each visit draws one; left out, 4, or "
+                       "1 with --center_crop. --random_flip keeps each mirrored as well.")
+    group.add_argument("--cache_dtype", type=str, default="fp16", choices=("fp16", "fp32"),
+                       help="Number format on disk: fp32 where fp16 overflows.")
+    group.add_argument("--encoded_dir", type=str,
+                       help="Where it is kept, for all runs with the same data and model; left out, in --cache_dir or "
+                       "the hub's cache.")
+
+
+def add_objective_args(parser: ArgumentParser) -> None:
+    """Add the flags that change what is learned."""
+    group = parser.add_argument_group("objective")
+    group.add_argument("--prediction_type", type=str,
+                       help="What the UNet predicts: epsilon, v_prediction or sample; left out, the model's own.")
+    group.add_argument("--snr_gamma", type=float,
+                       help="Weigh the loss by Min-SNR with this gamma; 5.0 is usual (arXiv:2303.09556).")
+    group.add_argument("--noise_offset", type=float, default=0,
+                       help="Size of the noise added to whole channels; 0.1 helps dark and bright pictures.")
+    group.add_argument("--input_perturbation", type=float, default=0,
+                       help="Size of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
+    group.add_argument("--dream_training", action="store_true",
+                       help="Correct input and target by the UNet's own estimate: slower steps, fewer needed "
+                       "(DREAM, arXiv:2312.00210).")
+    group.add_argument("--dream_detail_preservation", type=float, default=1.0,
+                       help="The exponent p of DREAM: larger keeps more detail, smaller converges faster.")
+    group.add_argument("--timestep_bias_strategy", type=str, default="none",
+                       choices=("earlier", "later", "range", "none"),
+                       help="Draw some timesteps more often: the least noisy, the most noisy, or a range.")
+    group.add_argument("--timestep_bias_multiplier", type=float, default=1.0,
+                       help="How many times as often the chosen timesteps are drawn.")
+    group.add_argument("--timestep_bias_portion", type=float, default=0.25,
+                       help="Share of all timesteps that `earlier` and `later` choose.")
+    group.add_argument("--timestep_bias_begin", type=int, default=0, help="First timestep that `range` chooses.")
+    group.add_argument("--timestep_bias_end", type=int, default=1000, help="End of `range`, itself not chosen.")
+    group.add_argument("--rescale_betas_zero_snr", action="store_true",
+                       help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction "
+                       "or sample. The saved scheduler is set to match.")
+
+
+def add_length_args(parser: ArgumentParser) -> None:
+    """Add the flags that say how long to train and from which seed."""
+    group = parser.add_argument_group("length and batch")
+    group.add_argument("--train_batch_size", type=int, default=16, help="Images per device and forward pass.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1,
+                       help="Forward passes per optimizer update: batches larger than memory holds.")
+    group.add_argument("--num_train_epochs", type=int, default=100, help="Passes over the data.")
+    group.add_argument("--max_train_steps", type=int, help="Optimizer updates; overrides --num_train_epochs.")
+    group.add_argument("--seed", type=int, help="Seed of every random draw; left out, one is drawn and logged.")
+
+
+def add_optimizer_args(parser: ArgumentParser) -> None:
+    """Add the flags of the optimizer and of the learning-rate schedule."""
+    group = parser.add_argument_group("optimizer")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
+    group.add_argument("--text_encoder_lr", type=float,
+                       help="Peak rate of the text encoder with --train_text_encoder; left out, --learning_rate.")
+    group.add_argument("--scale_lr", action="store_true",
+                       help="Multiply the rates by batch size, accumulation steps and number of devices.")
+    group.add_argument("--lr_scheduler", type=str, default="constant",
+                       help=f"Course of the rate over the updates: {', '.join(LR_SCHEDULERS)}.")
+    group.add_argument("--lr_warmup_steps", type=int, default=500,
+                       help="Updates in which the rate rises from 0; `constant` has no such rise.")
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    group.add_argument("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
+    group.add_argument("--lr_step_rules", type=str,
+                       help="For piecewise_constant: `1:1000,0.1:2000,0.01` is the rate up to update 1000, a tenth of "
+                       "it up to 2000, then a hundredth.")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of squared gradients.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-08, help="Term that keeps AdamW's division finite.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0,
+                       help="Norm that gradients are clipped to; 0 clips nothing.")
+
+
+def add_ema_args(parser: ArgumentParser) -> None:
+    """Add the flags of the averaged weights."""
+    group = parser.add_argument_group("averaged weights")
+    group.add_argument("--use_ema", action="store_true",
+                       help="Keep an exponential moving average of the weights; validate with it and export it.")
+    group.add_argument("--ema_decay", type=float, default=0.9999,
+                       help="Share of the old average kept at each update, reached by a ramp of (1 + n) / (10 + n).")
+
+
+def add_jax_args(parser: ArgumentParser) -> None:
+    """Add the flags that trade exactness, memory and speed, and those that say which devices take part."""
+    group = parser.add_argument_group("precision, memory and devices")
+    group.add_argument("--mixed_precision", type=str, default="no", choices=("no", "fp16", "bf16"),
+                       help="Number format of computations: bf16 halves memory and time; fp16 is refused, because it "
+                       "needs a scaled loss and bf16 does not.")
+    group.add_argument("--allow_tf32", action="store_true",
+                       help="Multiply float32 matrices as fast as the device can: in TF32 on GPUs, in bf16 on TPUs.")
+    group.add_argument("--gradient_checkpointing", action="store_true",
+                       help="Compute activations again in the backward pass: less memory, slower updates.")
+    group.add_argument("--fsdp", action="store_true",
+                       help="Divide weights, averages and AdamW's moments among the devices: less memory on each.")
+    group.add_argument("--attention", type=str, default="plain", choices=ATTENTIONS,
+                       help="How pixels attend to each other: by two products and a softmax, or in one kernel of "
+                       "cuDNN on NVIDIA GPUs, which keeps no table of all pairs and needs bf16.")
+    group.add_argument("--multi_host", action="store_true",
+                       help="Train with the other machines of a TPU slice or of a Slurm, MPI or Kubernetes job.")
+    group.add_argument("--from_pt", action="store_true",
+                       help="Weights are those of PyTorch. It is always so; accepted for old commands.")
+    group.add_argument("--local_rank", type=int, default=-1, help="Accepted for old commands.")
+
+
+def add_validation_args(parser: ArgumentParser) -> None:
+    """Add the flags that say what is drawn and measured while training."""
+    group = parser.add_argument_group("validation")
+    group.add_argument("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one picture each.")
+    group.add_argument("--validation_prompt", type=str, help="Prompt to draw --num_validation_images pictures of.")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Pictures of --validation_prompt.")
+    group.add_argument("--validation_epochs", type=int, help="Validate every this many epochs.")
+    group.add_argument("--validation_steps", type=int, help="Validate every this many updates as well.")
+    group.add_argument("--validation_data_dir", type=str,
+                       help="Held-out images with captions, laid out as --train_data_dir: their loss with fixed noise "
+                       "and timesteps, unweighted, is logged as validation_loss and can be compared between runs.")
+    group.add_argument("--validation_inference_steps", type=int, default=20, help="Denoising steps per picture.")
+    group.add_argument("--validation_guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
+
+
+def add_checkpoint_and_output_args(parser: ArgumentParser) -> None:
+    """Add the flags that say what is saved, where, and what to go on from."""
+    group = parser.add_argument_group("checkpoints and output")
+    group.add_argument("--output_dir", type=str, help="Where everything is saved.")
+    group.add_argument("--checkpointing_steps", type=int, default=500,
+                       help="Save a checkpoint every this many updates; the last update always leaves one.")
+    group.add_argument("--checkpoints_total_limit", type=int,
+                       help="Checkpoints to keep; the oldest goes once a newer one is complete.")
+    group.add_argument("--resume_from_checkpoint", type=str,
+                       help="Checkpoint to go on from: `latest`, a name in --output_dir, or a path.")
+
+
+def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
+    """Add the flags of logs, trackers and the hub."""
+    group = parser.add_argument_group("tracking and hub")
+    group.add_argument("--report_to", type=str, default="tensorboard",
+                       help=f"Where numbers and pictures go: {', '.join(TRACKERS)}; several with commas.")
+    group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
+    group.add_argument("--logging_steps", type=int, default=10,
+                       help="Read the numbers from the device every this many updates; each update's are logged.")
+    group.add_argument("--debug_loss", action="store_true",
+                       help="Log each picture's own loss as loss_for_<file name>, to find the odd ones; pictures of "
+                       "the same name in several folders share one.")
+    group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
+                       help="Name of the project in trackers.")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
+    group.add_argument("--hub_model_id", type=str, help="Repository to upload to; left out, --output_dir's name.")
+    group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
+    group.add_argument("--hub_token", type=str,
+                       help="Token for the upload; `hf auth login` or HF_TOKEN keep it off the command line.")
+
+
+def check_values(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse flags whose value alone is impossible."""
+    bounds = (
+        (POSITIVE_FLAGS, lambda value: 0 < value < math.inf, "must be positive"),
+        (NONNEGATIVE_FLAGS, lambda value: 0 <= value < math.inf, "must not be negative"),
+        (FRACTION_FLAGS, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
+        (("adam_beta1", "adam_beta2", "lora_dropout"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
+        (("seed",), lambda value: value < 2**32, f"must be below {2**32}"),
+    )
+    for names, is_possible, rule in bounds:
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not is_possible(value):
+                parser.error(f"--{name} {rule}, got {value}.")
+    args.report_to = ",".join(tracker.strip() for tracker in args.report_to.split(","))
+    trackers = args.report_to.split(",")
+    for name, given, accepted in (("lr_scheduler", [args.lr_scheduler], LR_SCHEDULERS),
+                                  ("prediction_type", [args.prediction_type], (None, *PREDICTION_TYPES)),
+                                  ("report_to", trackers, TRACKERS)):
+        for value in given:
+            if value not in accepted:
+                parser.error(f"--{name} {value} is unknown: choose from {', '.join(filter(None, accepted))}.")
+    packages = [(f"--report_to {name}", name) for name in trackers if name not in ("all", "none")]
+    packages += [(f"--{name}", package) for name, package in (
+        ("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers"),
+        ("enable_npu_flash_attention", "torch_npu")) if getattr(args, name, False)]
+    for flag, package in packages:
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
+
+
+def check_args(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse combinations of flags, files and devices that cannot work."""
+    trackers, source = args.report_to.split(","), find_source_of_output(args)
+    found = [folder.name for folder in list_checkpoints(args.output_dir)]
+    found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
+    refusals = (
+        (args.dataset_name is None and args.train_data_dir is None,
+         "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
+        (args.dataset_name is None and args.train_data_dir is not None and not Path(args.train_data_dir).is_dir(),
+         f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
+        (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
+         f"--validation_data_dir {args.validation_data_dir} is not a folder."),
+        (not args.output_dir, "--output_dir is empty: name a folder."),
+        (source is not None, f"--output_dir {args.output_dir} is the folder of --{source}, or lies in it, where the "
+         "run's files would count as its own: name another."),
+        (Path(args.output_dir).is_file() or "://" in args.output_dir,
+         f"--output_dir {args.output_dir} is a file or an address; name a folder, of this machine or mounted on it."),
+        (found and args.resume_from_checkpoint is None,
+         f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
+         "add --resume_from_checkpoint latest to go on from there, or name another folder."),
+        (args.dream_training and args.input_perturbation > 0,
+         "--dream_training cannot be combined with --input_perturbation: DREAM corrects the input by the noise in it, "
+         "which perturbation changes. Drop one of them."),
+        (args.dream_training and args.prediction_type in ("v_prediction", "sample"),
+         f"--dream_training is defined for epsilon only, got --prediction_type {args.prediction_type}."),
+        (args.rescale_betas_zero_snr and args.prediction_type == "epsilon",
+         "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, got epsilon."),
+        (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
+         f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
+         f"{args.timestep_bias_end}."),
+        ((args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None),
+         "--lr_scheduler piecewise_constant and --lr_step_rules go together, such as --lr_step_rules 1:1000,0.1."),
+        (args.lr_step_rules is not None and not re.fullmatch(rf"({FACTOR}:\d+,)*{FACTOR}", args.lr_step_rules),
+         f"--lr_step_rules {args.lr_step_rules} is not of the form FACTOR:UPDATE,...,FACTOR, such as 1:1000,0.1."),
+        (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
+         f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that, got {args.learning_rate}."),
+        (args.text_encoder_lr is not None and not args.train_text_encoder,
+         "--text_encoder_lr needs --train_text_encoder."),
+        (args.cache_text_embeddings and args.train_text_encoder,
+         "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: add "
+         "--no_cache_text_embeddings, or drop --train_text_encoder."),
+        (args.cache_crops is not None and not args.cache_latents, "--cache_crops needs --cache_latents."),
+        (args.encoded_dir is not None and not (args.cache_latents or args.cache_text_embeddings),
+         "--encoded_dir needs --cache_latents or --cache_text_embeddings."),
+        (args.center_crop and (args.cache_crops or 1) > 1,
+         f"--cache_crops {args.cache_crops} of --center_crop would all be the same: drop one of them."),
+        ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
+        (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
+         f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
+         "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            parser.error(message)
+    check_memory_args(parser, args)
     try:
-        return Path(huggingface_hub.hf_hub_download(where, name, **files))
-    except huggingface_hub.errors.EntryNotFoundError:  # also offline, of what has not been downloaded
-        return None
+        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def find_source_of_output(args: Namespace) -> str | None:
+    """Return the flag of a model or of data whose folder is --output_dir; `datasets` also reads what lies in its own.
+
+    Of the folders with images the run's own is left out where it lies in one.
+    """
+    out = Path(args.output_dir).resolve()
+    for name in ("pretrained_model_name_or_path", "train_data_dir", "validation_data_dir", "dataset_name"):
+        folder = Path(getattr(args, name) or os.devnull).resolve()
+        if out == folder or (name == "dataset_name" and folder.is_dir() and folder in out.parents):
+            return name
+    return None
+
+
+def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse combinations of what trades exactness, memory and speed that cannot work."""
+    refusals = (
+        (args.mixed_precision == "fp16",
+         "--mixed_precision fp16 needs a scaled loss, or small gradients vanish: use bf16, which does not, or no."),
+        (args.attention == "cudnn" and args.mixed_precision != "bf16",
+         "--attention cudnn needs --mixed_precision bf16: cuDNN's kernel takes no float32."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            parser.error(message)
+
+
+# ---- Setup ----------------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(args: Namespace) -> Accelerator:
+    """Return processes and devices, with quiet libraries and logs on the main process."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO,
+                        force=True)  # in place of the handler that Orbax's logging library has set up
+    for name in ("httpx", "absl", "jax", "orbax"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if args.multi_host:
+        try:
+            jax.distributed.initialize(shutdown_timeout_seconds=30)  # of the others, where one has failed
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"--multi_host finds no other machines: {error}. Start it on each of them by Slurm, MPI, "
+                             "Kubernetes or as a TPU slice, or drop the flag.") from error
+    if args.mixed_precision == "no" and not args.allow_tf32:  # by default JAX multiplies float32 as fast as it can
+        jax.config.update("jax_default_matmul_precision", "highest")
+    accelerator = Accelerator(args.mixed_precision, fsdp=args.fsdp)
+    if args.fsdp and accelerator.num_devices == 1:
+        logger.warning("--fsdp divides nothing: this run has one device")
+    for library in (datasets, transformers):
+        level = logging.WARNING if accelerator.is_main_process else logging.ERROR
+        library.utils.logging.set_verbosity(level)
+        if library is not datasets or not accelerator.is_main_process:
+            library.utils.logging.disable_progress_bar()
+    if args.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"--attention cudnn needs an NVIDIA GPU, and this run is on {jax.default_backend()}: use "
+                         "--attention plain.")
+    return accelerator
+
+
+class Accelerator:
+    """The processes, devices and trackers of a run, under the names that accelerate gives them in the torch scripts.
+
+    Helpers that stand in those scripts as well ask for nothing else.
+    """
+
+    def __init__(self, mixed_precision: str, *, fsdp: bool) -> None:
+        self.process_index, self.num_processes = jax.process_index(), jax.process_count()
+        self.is_main_process = self.process_index == 0
+        self.num_devices, self.mixed_precision, self.fsdp = jax.device_count(), mixed_precision, fsdp
+        self.mesh, self.local_mesh = (Mesh(np.array(devices), ("devices",))
+                                      for devices in (jax.devices(), jax.local_devices()))
+        self.whole = NamedSharding(self.mesh, PartitionSpec())  # of what every device has a copy of
+        self.trackers: list[TensorBoardTracker | WandbTracker] = []
+        self.models: Models | None = None  # whose state `save_state` writes
+
+    def wait_for_everyone(self) -> None:
+        """Return when every process has come here."""
+        if self.num_processes > 1:
+            multihost_utils.sync_global_devices("wait_for_everyone")
+
+    @contextlib.contextmanager
+    def main_process_first(self):
+        """Let the main process do what is inside first, and then the others, which find it done."""
+        if not self.is_main_process:
+            self.wait_for_everyone()
+        yield
+        if self.is_main_process:
+            self.wait_for_everyone()
+
+    def save_state(self, folder: str) -> None:
+        """Write the state of training into a folder, every process its part."""
+        self.wait_for_everyone()
+        save_state(self.models.state, Path(folder).resolve())
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """Send numbers to the trackers."""
+        log_rows(self, [(step, numbers)])
+
+    def end_training(self) -> None:
+        """Close the trackers."""
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def place(self, arrays: dict[str, np.ndarray],
+              places: dict[str, NamedSharding] | None = None) -> dict[str, Tensor]:
+        """Return host arrays, which every process has whole, on the devices: in their places, or whole on each."""
+        return {name: jax.make_array_from_callback(
+            array.shape, self.whole if places is None else places[name], array.__getitem__)
+            for name, array in arrays.items()}
+
+    def choose_sharding(self, array) -> NamedSharding:
+        """Return how an array of the state lies on the devices: whole on each, or with --fsdp cut along one axis.
+
+        That is the longest axis whose length is a multiple of the number of devices. Biases and the scales of norms
+        are too small to be worth it.
+        """
+        sizes = [size if size % self.num_devices == 0 else 0 for size in array.shape]
+        if not self.fsdp or array.ndim < 2 or not any(sizes):
+            return self.whole
+        axis = sizes.index(max(sizes))
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "devices"))
+
+    def gather_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights whole on each device for one pass, which --fsdp has divided; for compiled programs.
+
+        So each device computes what is its own of the batch. Matrices come in the format they are multiplied in.
+        """
+        if not self.fsdp:
+            return weights
+        dtype = get_dtype(self.mixed_precision)
+        return {name: jax.lax.with_sharding_constraint(array.astype(dtype) if array.ndim > 1 else array, self.whole)
+                for name, array in weights.items()}
+
+    def divide_gradients(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return gradients that lie on the devices as their weights do; for compiled programs."""
+        return {name: jax.lax.with_sharding_constraint(array, self.choose_sharding(array))
+                for name, array in gradients.items()}
+
+    def place_batch(self, batch: dict[str, np.ndarray], axis: int) -> dict[str, Tensor]:
+        """Return a batch, of which each process has its part, cut along an axis; scalars are whole on each device."""
+        split = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "devices"))
+        return {name: jax.make_array_from_process_local_data(
+            split if np.ndim(array) > axis else self.whole, np.asarray(array)) for name, array in batch.items()}
+
+
+def gather_object(things: list) -> list:
+    """Return the lists of all processes as one."""
+    packed = np.frombuffer(pickle.dumps(things), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(packed)))
+    padded = multihost_utils.process_allgather(np.pad(packed, (0, int(sizes.max()) - len(packed))))
+    return [thing for row, size in zip(padded, sizes, strict=True) for thing in pickle.loads(row[:size].tobytes())]
+
+
+def open_output_dir(args: Namespace, accelerator: Accelerator):
+    """Create the output folder, cleared of what a killed run has left; return the lock that keeps other runs out.
+
+    The lock, a file among the temporary ones of this machine, is held until the process ends. Raises ValueError where
+    another run has it, perhaps one that was told to stop and is still saving.
+    """
+    lock, folder = None, Path(args.output_dir).resolve()
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".partial-probe").touch()  # cleared with the leftovers below
+        except OSError as error:
+            raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
+        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+        with contextlib.suppress(ImportError, PermissionError):  # no such locks on Windows, or another user's file
+            import fcntl
+
+            lock = open(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), "w")  # noqa: SIM115 - stays open
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
+                                 "saving: wait for its end, or name another folder.") from error
+        remove_leftovers(folder)
+    accelerator.wait_for_everyone()
+    return lock
+
+
+def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None) -> int:
+    """Create the repository on the hub and the trackers; return the seed of the run.
+
+    The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
+    """
+    seed = args.seed
+    if accelerator.is_main_process:
+        if args.push_to_hub:
+            name = args.hub_model_id or Path(args.output_dir).resolve().name
+            try:
+                args.hub_model_id = huggingface_hub.create_repo(
+                    name, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token).repo_id
+            except Exception as error:  # no network, no login, no right to that name
+                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Mend that, or drop the flag and give "
+                                 "`hf upload` the output folder afterwards.") from error
+        if seed is None:
+            seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
+        accelerator.trackers = [make_tracker(name, args) for name in args.report_to.split(",") if name != "none"]
+    if accelerator.num_processes > 1:
+        seed, args.hub_model_id = gather_object([(seed, args.hub_model_id)])[0]
+    return seed
+
+
+def get_public_args(args: Namespace) -> dict:
+    """Return the flags that may be written down: all that are set, but for the token."""
+    return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
+
+
+def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: Samples) -> dict:
+    """Return what a checkpoint keeps about the run that made it, ready for JSON."""
+    versions = {library.__name__: library.__version__ for library in (jax, flax, optax, transformers)}
+    return {"seed": seed, "num_processes": accelerator.num_devices, "precision": accelerator.mixed_precision,
+            "captions_digest": getattr(samples.images, "captions_digest", None),
+            "encodings": [rows.folder.name for rows in (samples.latents, samples.text_states) if rows is not None],
+            "versions": versions, "flags": get_public_args(args)}
+
+
+def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
+                   seed: int) -> None:
+    """Log the facts that decide the run."""
+    trained = sum(array.size for array in models.state.weights.values())
+    last_step = compute_last_step(args, num_samples, accelerator.num_devices)
+    logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
+                f"{args.resolution} px, seed {seed}")
+    logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_devices)} samples: "
+                f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
+                f"{accelerator.num_devices} devices ({jax.devices()[0].device_kind}) of "
+                f"{accelerator.num_processes} processes")
+    if args.lr_scheduler not in ("constant", "piecewise_constant") and args.lr_warmup_steps >= last_step:
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} is no shorter than the run of {last_step} updates")
+    logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
+                f"output in {args.output_dir}")
+
+
+class StopRequest:
+    """Turns SIGTERM or the first Ctrl-C into a wish to save and stop, on which all processes agree.
+
+    Of several processes, each sends what it has received along with its batches, and reads the highest signal of all
+    with the numbers of the update before, so that nobody waits for it.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.signal_number, self.previous_metrics, self.is_shared = 0, None, accelerator.num_processes > 1
+
+    def __enter__(self) -> StopRequest:
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        """Note the signal; a second one of the same kind ends the process at once."""
+        self.signal_number = number
+        signal.signal(number, self.previous[number])
+        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once",
+                       main_process_only=False)
+
+    def agreed(self, metrics: dict[str, Tensor]) -> int:
+        """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
+        if not self.is_shared:
+            return self.signal_number
+        before, self.previous_metrics = self.previous_metrics, metrics
+        return 0 if before is None else int(before["signal"])
+
+
+# ---- Models ---------------------------------------------------------------------------------------------------------
+
+ADDITION_EMBED_TYPE = None  # of the UNet: what tells this kind of model from the other
+TOKENIZERS = ("tokenizer",)
+TEXT_ENCODERS = {"text_encoder": ("CLIPTextModel",)}  # with the classes that each may be of
+WEIGHT_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+                "safety_checker": "model"}
+OLD_NAMES = {"query": ".to_q.", "key": ".to_k.", "value": ".to_v.", "proj_attn": ".to_out.0."}  # in the VAE
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}  # in flax and in torch
+# Settings of networks: those that may differ, with what holds where an old file leaves them out, ...
+SETTINGS = {
+    "unet": {"sample_size": None, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_eps": 1e-5,
+             "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1280, "attention_head_dim": 8,
+             "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "num_attention_heads": None,
+             "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "norm_num_groups": 32,
+             "use_linear_projection": False, "upcast_attention": False},
+    "vae": {"sample_size": None, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 1,
+            "block_out_channels": (64,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 32,
+            "up_block_types": ("UpDecoderBlock2D",), "scaling_factor": 0.18215, "latents_mean": None,
+            "latents_std": None, "force_upcast": True, "mid_block_add_attention": True, "use_quant_conv": True,
+            "use_post_quant_conv": True},
+    "text_encoder": {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+                     "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
+                     "layer_norm_eps": 1e-5},
+}
+# ... and those that must be as here if they are there at all. Others may only be unset.
+FIXED_SETTINGS = {
+    "unet": {"act_fn": ("silu",), "attention_type": ("default",), "addition_embed_type_num_heads": (64,),
+             "center_input_sample": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
+             "downsample_padding": (1,), "dropout": (0.0,), "flip_sin_to_cos": (True,), "freq_shift": (0,),
+             "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+             "resnet_out_scale_factor": (1.0,), "resnet_time_scale_shift": ("default",),
+             "time_embedding_type": ("positional",), "transformer_layers_per_block": (1,)},
+    "vae": {"act_fn": ("silu",)},
+    "text_encoder": {"attention_dropout": (0.0,), "dropout": (0.0,), "model_type": ("clip_text_model",)},
+}
+BLOCK_TYPES = {"unet": ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+               "vae": ("DownEncoderBlock2D", "UpDecoderBlock2D")}
+# Settings of the text encoder that are of no use to it or that its tokenizer knows.
+IDLE_SETTINGS = frozenset(
+    "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_factor initializer_range "
+    "projection_dim transformers_version".split())
 
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
@@ -2143,29 +2177,12 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
     return configs
 
 
-def check_settings(where: str, part: str, config: dict) -> dict:
-    """Return a network's settings, complete, refusing by name those that this script has not implemented."""
-    for name, value in config.items():
-        accepted = FIXED_SETTINGS[part].get(name, (None, False))
-        is_free = name in SETTINGS[part] or name in IDLE_SETTINGS or name.startswith("_")
-        if not is_free and value not in accepted and value is not None:
-            raise ValueError(f"{part}/config.json of {where} has {name} = {value!r}, which this script has not "
-                             f"implemented: it knows {', '.join(map(repr, accepted))}. Use train_text_to_image.py.")
-    config = {**SETTINGS[part], **config}
-    kinds = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
-    odd = [kind for kind in kinds if kind not in BLOCK_TYPES[part]]
-    if part == "text_encoder" and config["hidden_act"] not in ("gelu", "quick_gelu"):
-        odd.append(config["hidden_act"])
-    odd += [f"{name} {config[name]}" for name in ("cross_attention_dim", "layers_per_block")
-            if not isinstance(config.get(name, 1), int)]
-    if part == "unet":
-        heads = config["num_attention_heads"] or config["attention_head_dim"]
-        count = len(heads) if isinstance(heads, list | tuple) else isinstance(heads, int) * len(kinds) // 2
-        odd += [f"attention_head_dim {heads}"] * (count != len(config["block_out_channels"]))
-    if odd:
-        raise ValueError(f"{part}/config.json of {where} asks for {', '.join(odd)}, which this script has not "
-                         "implemented. Use train_text_to_image.py.")
-    return config
+def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
+    """Return the folder, or name on the hub, that a part of the model is loaded from, and where in it."""
+    if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
+        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
+    revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
+    return args.pretrained_model_name_or_path, {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
 
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
@@ -2205,14 +2222,6 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
                              f"{' or '.join(accepted)}.")
 
 
-def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
-    """Return the folder, or name on the hub, that a part of the model is loaded from, and where in it."""
-    if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
-        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
-    revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
-    return args.pretrained_model_name_or_path, {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
-
-
 def compute_vae_factor(vae_config: dict) -> int:
     """Return how many pixels one latent value spans in each direction."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
@@ -2243,6 +2252,75 @@ def explained_load(args: Namespace):
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
                          f"{error}{hint}") from error
+
+
+def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
+    """Load the networks: what is to be trained in float32, what is frozen in the run's precision."""
+    kinds, dtype = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}, get_dtype(accelerator.mixed_precision)
+    trained = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
+    networks, frozen, initial, files = {}, {}, {}, find_copied_files(args)
+    for part, kind in kinds.items():
+        settings = {"dtype": dtype, "attention": args.attention,
+                    "remat": args.gradient_checkpointing and part in trained}
+        networks[part] = make_network(kind, configs[part], settings)
+        found = find_weights(args, part)
+        weights = load_weights(networks[part], part, read_arrays(found), jnp.float32 if part in trained else dtype,
+                               f"the {part} of {locate_part(args, part)[0]}")
+        (initial if part in trained else frozen).update(weights)
+        if part not in trained:
+            files |= {f"{part}/{name}": file for name, file in found.items()}
+    tokenizer = CLIPTokenizer.from_pretrained(
+        args.pretrained_model_name_or_path, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
+    size, most = len(tokenizer), configs["text_encoder"]["vocab_size"]
+    if not 512 < size <= most:  # each byte has an entry of its own, and one at the end of a word
+        raise OSError(f"its tokenizer has a vocabulary of {size}, where more than 512 and at most the {most} of its "
+                      "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are not there or "
+                      "another model's.")
+    scheduler_config = make_scheduler_config(args, configs["scheduler"])
+    return Models(tokenizer, **networks, configs=configs, scheduler_config=scheduler_config, trained=trained,
+                  frozen=frozen, initial=initial, files=files)
+
+
+def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
+    """Return the tokenizers, of which SDXL has two."""
+    return [getattr(models, name) for name in TOKENIZERS]
+
+
+def find_file(args: Namespace, part: str, name: str) -> Path | None:
+    """Return a file of the base model, downloaded if it is on the hub, or None where there is no such file."""
+    where, files = locate_part(args, part)
+    if Path(where).is_dir():
+        path = Path(where, files.get("subfolder", ""), name)
+        return path if path.is_file() else None
+    try:
+        return Path(huggingface_hub.hf_hub_download(where, name, **files))
+    except huggingface_hub.errors.EntryNotFoundError:  # also offline, of what has not been downloaded
+        return None
+
+
+def check_settings(where: str, part: str, config: dict) -> dict:
+    """Return a network's settings, complete, refusing by name those that this script has not implemented."""
+    for name, value in config.items():
+        accepted = FIXED_SETTINGS[part].get(name, (None, False))
+        is_free = name in SETTINGS[part] or name in IDLE_SETTINGS or name.startswith("_")
+        if not is_free and value not in accepted and value is not None:
+            raise ValueError(f"{part}/config.json of {where} has {name} = {value!r}, which this script has not "
+                             f"implemented: it knows {', '.join(map(repr, accepted))}. Use train_text_to_image.py.")
+    config = {**SETTINGS[part], **config}
+    kinds = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
+    odd = [kind for kind in kinds if kind not in BLOCK_TYPES[part]]
+    if part == "text_encoder" and config["hidden_act"] not in ("gelu", "quick_gelu"):
+        odd.append(config["hidden_act"])
+    odd += [f"{name} {config[name]}" for name in ("cross_attention_dim", "layers_per_block")
+            if not isinstance(config.get(name, 1), int)]
+    if part == "unet":
+        heads = config["num_attention_heads"] or config["attention_head_dim"]
+        count = len(heads) if isinstance(heads, list | tuple) else isinstance(heads, int) * len(kinds) // 2
+        odd += [f"attention_head_dim {heads}"] * (count != len(config["block_out_channels"]))
+    if odd:
+        raise ValueError(f"{part}/config.json of {where} asks for {', '.join(odd)}, which this script has not "
+                         "implemented. Use train_text_to_image.py.")
+    return config
 
 
 def get_dtype(mixed_precision: str) -> type:
@@ -2298,21 +2376,6 @@ def change_layout(path: tuple, array: np.ndarray, *, to_torch: bool = False) -> 
     return array.T
 
 
-def load_weights(network: nnx.Module, part: str, arrays: dict[str, np.ndarray], dtype: type,
-                 source: str) -> dict[str, np.ndarray]:
-    """Return the arrays as weights of a network by names with its part in front; ValueError where they are others."""
-    leaves = list_leaves(network)
-    laid_out = {name: change_layout(leaves[name][0], array) if name in leaves else array
-                for name, array in arrays.items()}
-    odd = [name for name in sorted(leaves.keys() | laid_out.keys()) if name not in leaves or name not in laid_out
-           or tuple(leaves[name][1].shape) != laid_out[name].shape]
-    if odd:
-        found = {name: arrays[name].shape if name in arrays else "missing" for name in odd[:3]}
-        raise ValueError(f"{source} does not fit {part}/config.json: {len(odd)} tensors are missing, too many or of "
-                         f"another shape, among them {found}. Mend or replace that model.")
-    return {f"{part}.{name}": np.asarray(array, dtype) for name, array in laid_out.items()}
-
-
 def with_weights(models: Models, weights: dict[str, Tensor]) -> Models:
     """Return the models with the networks that `weights` are of, ready to be called."""
     networks = {}
@@ -2327,33 +2390,6 @@ def with_weights(models: Models, weights: dict[str, Tensor]) -> Models:
 def select_part(weights: dict, part: str) -> dict:
     """Return the weights of one part by their names in it."""
     return {name.removeprefix(f"{part}."): array for name, array in weights.items() if name.startswith(f"{part}.")}
-
-
-def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
-    """Load the networks: what is to be trained in float32, what is frozen in the run's precision."""
-    kinds, dtype = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}, get_dtype(accelerator.mixed_precision)
-    trained = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
-    networks, frozen, initial, files = {}, {}, {}, find_copied_files(args)
-    for part, kind in kinds.items():
-        settings = {"dtype": dtype, "attention": args.attention,
-                    "remat": args.gradient_checkpointing and part in trained}
-        networks[part] = make_network(kind, configs[part], settings)
-        found = find_weights(args, part)
-        weights = load_weights(networks[part], part, read_arrays(found), jnp.float32 if part in trained else dtype,
-                               f"the {part} of {locate_part(args, part)[0]}")
-        (initial if part in trained else frozen).update(weights)
-        if part not in trained:
-            files |= {f"{part}/{name}": file for name, file in found.items()}
-    tokenizer = CLIPTokenizer.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
-    size, most = len(tokenizer), configs["text_encoder"]["vocab_size"]
-    if not 512 < size <= most:  # each byte has an entry of its own, and one at the end of a word
-        raise OSError(f"its tokenizer has a vocabulary of {size}, where more than 512 and at most the {most} of its "
-                      "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are not there or "
-                      "another model's.")
-    scheduler_config = make_scheduler_config(args, configs["scheduler"])
-    return Models(tokenizer, **networks, configs=configs, scheduler_config=scheduler_config, trained=trained,
-                  frozen=frozen, initial=initial, files=files)
 
 
 def make_network(kind: type, config: dict, settings: dict) -> nnx.Module:
@@ -2383,11 +2419,6 @@ def find_copied_files(args: Namespace) -> dict[str, Path]:
     return files
 
 
-def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
-    """Return the tokenizers, of which SDXL has two."""
-    return [getattr(models, name) for name in TOKENIZERS]
-
-
 def load_first_averages(args: Namespace, models: Models) -> dict[str, np.ndarray]:
     """Return what the averages of --use_ema begin with: the weights at --revision, where others are trained."""
     if args.non_ema_revision == args.revision:
@@ -2406,26 +2437,11 @@ def compute_ema_decay(num_updates: Tensor, decay: float, min_decay: float) -> Te
     return jnp.maximum(min_decay, jnp.minimum(decay, ramp))
 
 
-def list_cached(args: Namespace) -> list[str]:
-    """Return the parts whose results are cached."""
-    return ["vae"] * args.cache_latents + ["text_encoder"] * args.cache_text_embeddings
-
-
 def place_frozen(accelerator: Accelerator, models: Models, parts: list[str]) -> dict[str, Tensor]:
     """Return the frozen weights of some parts on the devices; those that are there are not copied."""
     chosen = {name: array for name, array in models.frozen.items() if name.split(".")[0] in parts}
     missing = {name: array for name, array in chosen.items() if name not in models.placed}
     return {**{name: models.placed[name] for name in chosen if name in models.placed}, **accelerator.place(missing)}
-
-
-def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
-    """Have images and captions encoded once where the flags ask for it."""
-    folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
-    dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
-    if args.cache_latents:
-        cache_latents(args, accelerator, models, samples, folder, dtype)
-    if args.cache_text_embeddings:
-        cache_text_states(accelerator, models, samples, folder, dtype)
 
 
 class LocalEncoder:
@@ -2449,6 +2465,27 @@ class LocalEncoder:
             padded = np.concatenate([part, np.repeat(part[:1], self.batch_size - len(part), axis=0)])
             results.append(np.asarray(self.encode(self.weights, jax.device_put(padded, self.split)))[: len(part)])
         return np.concatenate(results)
+
+
+# ---- Cache ----------------------------------------------------------------------------------------------------------
+
+SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: bytes in a file, and how many files
+ENCODED_PIXELS = 2**20  # that the VAE takes at once for the cache: one image of 1024 px, four of 512
+
+
+def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
+    """Have images and captions encoded once where the flags ask for it."""
+    folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
+    dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
+    if args.cache_latents:
+        cache_latents(args, accelerator, models, samples, folder, dtype)
+    if args.cache_text_embeddings:
+        cache_text_states(accelerator, models, samples, folder, dtype)
+
+
+def list_cached(args: Namespace) -> list[str]:
+    """Return the parts whose results are cached."""
+    return ["vae"] * args.cache_latents + ["text_encoder"] * args.cache_text_embeddings
 
 
 def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
@@ -2526,161 +2563,119 @@ def encode_texts(encoder: LocalEncoder, models: Models, captions: list[str], dty
     return {"encoder_hidden_states": states, "num_long": batch["num_long"]}
 
 
-# ---- Objective ------------------------------------------------------------------------------------------------------
-# b batch, c latent channels, h and w latent height and width, s caption tokens, d text width, T timesteps
+class EncodedRows:
+    """Arrays with a row per caption, or per crop of an image, in the .safetensors files of a folder.
 
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised: the noise schedule, as tables on the device, and the options of the loss."""
-
-    alpha: Tensor  # [T] float32: share of the latents at each timestep; alpha^2 + sigma^2 = 1
-    sigma: Tensor  # [T] float32: share of the noise
-    prediction_type: str
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    input_perturbation: float = 0.0
-    dream_detail_preservation: float | None = None  # None: no DREAM
-
-
-def compute_alphas_cumprod(config: dict) -> np.ndarray:
-    """Return the share of the signal's variance at each timestep [T] in float32, from a scheduler's settings.
-
-    With rescale_betas_zero_snr its root is shifted and stretched to end in 0 (Lin et al. 2023, arXiv:2305.08891,
-    algorithm 1).
+    They are read through memory maps; a loader process that is sent one opens the files itself.
     """
-    count, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    first, last = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    times = np.arange(count + 1) / count
-    cosine = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
-    betas = {"linear": lambda: np.linspace(first, last, count),
-             "scaled_linear": lambda: np.linspace(first**0.5, last**0.5, count) ** 2,
-             "squaredcos_cap_v2": lambda: np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)}
-    if config.get("trained_betas") is None and schedule not in betas:
-        raise ValueError(f"the scheduler's beta_schedule {schedule} is not implemented here: it knows "
-                         f"{', '.join(betas)}. Use train_text_to_image.py.")
-    trained = config.get("trained_betas")
-    alphas_cumprod = np.cumprod(1 - (np.array(trained) if trained is not None else betas[schedule]()))
-    if config.get("rescale_betas_zero_snr"):
-        root = np.sqrt(alphas_cumprod)
-        alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return alphas_cumprod.astype(np.float32)
+
+    def __init__(self, folder: Path, num_things: int, thing_size: int, rows_per_thing: int = 1) -> None:
+        per_file = max(1, min(SHARD_SIZE // thing_size, math.ceil(num_things / LEAST_SHARDS)))
+        self.rows_per_file, self.num_rows = per_file * rows_per_thing, num_things * rows_per_thing
+        self.folder, self.files = folder.with_name(f"{folder.name}-{self.rows_per_file}"), {}
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "files": {}}
+
+    def get_path(self, number: int) -> Path:
+        """Return the place of a file."""
+        return self.folder / f"{number:06d}.safetensors"
+
+    def read(self, row: int) -> dict[str, np.ndarray]:
+        """Return one row of every array."""
+        number, row = divmod(row, self.rows_per_file)
+        if len(self.files) > 256:  # each open file takes one of the process's descriptors
+            self.files = {}
+        try:
+            file = self.files.get(number) or safe_open(self.get_path(number), framework="numpy")
+        except (OSError, SafetensorError) as error:
+            message = f"{self.get_path(number)} is damaged or gone: {error}. Remove it and start again."
+            raise ValueError(message) from error
+        self.files[number] = file
+        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118 - no dict
+
+    def fill(self, accelerator: Accelerator, encode) -> None:
+        """Write the files that are not there: `encode(first, last)` returns the rows from first to last, exclusive.
+
+        The processes share the work. A file is renamed when it is whole: a run that was killed goes on with the next,
+        and of two runs that make the same one the later wins.
+        """
+        numbers = range(math.ceil(self.num_rows / self.rows_per_file))
+        mine = [number for number in numbers[accelerator.process_index :: accelerator.num_processes]
+                if not self.is_whole(number)]
+        for number in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
+            first = number * self.rows_per_file
+            self.save(number, encode(first, min(first + self.rows_per_file, self.num_rows)))
+        accelerator.wait_for_everyone()
+        if not all(self.get_path(number).is_file() for number in numbers):
+            raise ValueError(f"{self.folder} lacks files that other machines have made: name an --encoded_dir that "
+                             "all of them share.")
+        logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(numbers)} files made now")
+
+    def is_whole(self, number: int) -> bool:
+        """Return whether a file is there and as long as it says itself."""
+        with contextlib.suppress(OSError, SafetensorError), safe_open(self.get_path(number), framework="numpy"):
+            return True
+        return False
+
+    def save(self, number: int, rows: dict[str, np.ndarray]) -> None:
+        """Write a file, aside first."""
+        aside = self.folder / f".partial-{os.urandom(8).hex()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_arrays({name: np.ascontiguousarray(array) for name, array in rows.items()}, aside)
+            finish_file(aside)
+            aside.replace(self.get_path(number))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{self.folder} cannot be written: {error}. Make room, name another --encoded_dir, or "
+                             "ask for fewer --cache_crops; what is there already is kept.") from error
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
-def make_objective(args: Namespace, scheduler_config: dict) -> Objective:
-    """Return the objective that the flags ask for."""
-    alphas_cumprod = jnp.asarray(compute_alphas_cumprod(scheduler_config))
-    return Objective(
-        jnp.sqrt(alphas_cumprod), jnp.sqrt(1 - alphas_cumprod), scheduler_config["prediction_type"], args.snr_gamma,
-        args.noise_offset, args.input_perturbation, args.dream_detail_preservation if args.dream_training else None)
+def make_key(*facts) -> str:
+    """Return a short name for facts, the same for equal ones only."""
+    return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
 
 
-def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
-    """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
-    unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
-    latents, conditions = get_latents(models, batch), get_conditions(models, batch)
-
-    # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
-    # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
-    if objective.noise_offset:
-        noise = noise + objective.noise_offset * batch["offset_noise"]
-    input_noise = noise
-    if objective.input_perturbation:
-        input_noise = noise + objective.input_perturbation * batch["perturbation_noise"]
-
-    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma would vanish at the first timesteps
-    alpha, sigma = (table[timesteps].reshape(-1, 1, 1, 1) for table in (objective.alpha, objective.sigma))
-    noisy_latents = alpha * latents + sigma * input_noise
-    target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
-    if objective.dream_detail_preservation is not None:
-        estimate = jax.lax.stop_gradient(unet(noisy_latents, timesteps, **conditions)).astype(jnp.float32)
-        noisy_latents, target = jax.lax.stop_gradient(apply_dream(
-            noisy_latents, target, estimate, sigma, objective.dream_detail_preservation))
-
-    model_pred = unet(noisy_latents, timesteps, **conditions)
-    loss = jnp.square(model_pred.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
-    if objective.snr_gamma is not None:
-        loss = loss * compute_snr_weights(alpha.ravel(), sigma.ravel(), objective.snr_gamma,
-                                          objective.prediction_type)
-    return loss
+def digest_caption(caption: str) -> int:
+    """Return a number of 64 bits that stands for a caption."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
 
 
-def get_conditions(models: Models, batch: dict) -> dict:
-    """Return what else the UNet is given: `encoder_hidden_states` [b, s, d]."""
-    return get_text_states(models, batch)
+def digest_images(accelerator: Accelerator, samples: Samples) -> str:
+    """Return a digest of the content of all images in their order, to which every process contributes its part."""
+    def digest(index: int) -> bytes:
+        return hashlib.blake2b(samples.images.read_content(index), digest_size=16).digest()
+
+    mine = np.array_split(np.arange(len(samples)), accelerator.num_processes)[accelerator.process_index]
+    chunks = np.array_split(mine, math.ceil(len(mine) / 1000) or 1)  # a thread pool keeps all that it is given at once
+    part = b"".join(b"".join(samples.map_in_threads(digest, chunk.tolist())) for chunk in tqdm(
+        chunks, desc="reading images", disable=not accelerator.is_main_process))
+    parts = gather_object([part]) if accelerator.num_processes > 1 else [part]
+    return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
 
 
-def get_latents(models: Models, batch: dict) -> Tensor:
-    """Return latents [b, h, w, c] in float32, sampled anew at each visit whether their moments are cached or not."""
-    if "moments" in batch:
-        mean, std = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
-    else:
-        mean, std = encode_images(models.vae, batch["images"])
-    latents = mean + std * batch["posterior_noise"]
-    if models.vae.latents_mean is not None:  # of VAEs whose channels are far from zero mean and unit variance
-        latents = (latents - jnp.array(models.vae.latents_mean)) / jnp.array(models.vae.latents_std)
-    return latents * models.vae.scaling_factor
+def digest_variants(samples: Samples) -> str:
+    """Return a digest of what becomes of a few images before the VAE: a user may have edited how they are prepared."""
+    chosen = sorted({0, len(samples) // 2, len(samples) - 1})
+    arrays = [array for index in chosen for variant in samples.make_variants(index) for array in variant.values()]
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=12).hexdigest()
 
 
-def encode_images(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float32 mean and standard deviation [b, h, w, c] of what uint8 images [b, H, W, 3] are encoded to."""
-    return vae.encode(images.astype(jnp.float32) / 127.5 - 1)  # [-1, 1]
-
-
-def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
-    """Return what `encode_captions` makes of the captions, or what is cached of it."""
-    if "encoder_hidden_states" in batch:
-        return {"encoder_hidden_states": batch["encoder_hidden_states"].astype(jnp.float32)}
-    return encode_captions(models, batch)
-
-
-def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
-    """Return the text encoder's last states [b, s, d]."""
-    return {"encoder_hidden_states": models.text_encoder(batch["input_ids"])}
-
-
-def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
-                   prediction_type: str) -> Tensor:
-    """Return what the UNet should predict [b, h, w, c]; v as in Salimans & Ho 2022, arXiv:2202.00512."""
-    if prediction_type == "epsilon":
-        return noise
-    return alpha * noise - sigma * latents if prediction_type == "v_prediction" else latents
-
-
-def apply_dream(noisy_latents: Tensor, target: Tensor, estimate: Tensor, sigma: Tensor,
-                detail_preservation: float) -> tuple[Tensor, Tensor]:
-    """Return noisy latents and noise target moved by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8).
-
-    With lambda = sigma^p, p the detail preservation, and delta = lambda (target - estimate).
-    """
-    delta = sigma**detail_preservation * (target - estimate)
-    return noisy_latents + sigma * delta, target + delta
-
-
-def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, prediction_type: str) -> Tensor:
-    """Return Min-SNR loss weights [b] (Hang et al. 2023, arXiv:2303.09556, section 3.4).
-
-    With snr = alpha^2 / sigma^2: min(snr, gamma) / snr for epsilon, / (snr + 1) for v_prediction, / 1 for sample. Ours
-    is 1 where snr is 0, the end of a rescaled schedule: the formula gives 0/0 or never trains the first sampling step.
-    """
-    snr = (alpha / sigma) ** 2
-    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": jnp.ones_like(snr)}[prediction_type]
-    return jnp.where(snr > 0, jnp.minimum(snr, snr_gamma) / divisor, 1.0)
+def digest_network(models: Models, part: str) -> str:
+    """Return a digest of a frozen network's settings, number format and weights, wherever it was loaded from."""
+    settings = {key: value for key, value in models.configs[part].items()
+                if key[0] != "_" and key != "transformers_version"}
+    digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=12)
+    for name, array in sorted(select_part(models.frozen, part).items()):
+        digest.update(repr((name, array.dtype, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 # ---- Optimization ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What `train_step` does with a loss, apart from the loss itself."""
-
-    optimizer: optax.GradientTransformation  # what AdamW moves weights by, before the rate
-    lr_factor: optax.Schedule  # of the updates so far
-    rates: dict[str, float]  # peak rate of each part
-    max_grad_norm: float
-    ema_decay: float
-    min_ema_decay: float
 
 
 def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
@@ -2700,6 +2695,49 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
     models.placed = place_frozen(accelerator, models, used)
     models.programs = make_programs(args, accelerator, models, objective, recipe, places)
     accelerator.models = models
+
+
+def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
+    """Return the number of samples in a full update."""
+    return args.train_batch_size * args.gradient_accumulation_steps * num_processes
+
+
+def compute_learning_rate(args: Namespace, rate: float, num_processes: int) -> float:
+    """Return a peak learning rate, scaled by the batch if asked for."""
+    return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
+
+
+def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
+    """Return the number of updates in the whole run: --max_train_steps, else --num_train_epochs of them."""
+    updates_per_epoch = math.ceil(num_samples / compute_total_batch_size(args, num_processes))
+    return args.max_train_steps or args.num_train_epochs * updates_per_epoch
+
+
+def load_weights(network: nnx.Module, part: str, arrays: dict[str, np.ndarray], dtype: type,
+                 source: str) -> dict[str, np.ndarray]:
+    """Return the arrays as weights of a network by names with its part in front; ValueError where they are others."""
+    leaves = list_leaves(network)
+    laid_out = {name: change_layout(leaves[name][0], array) if name in leaves else array
+                for name, array in arrays.items()}
+    odd = [name for name in sorted(leaves.keys() | laid_out.keys()) if name not in leaves or name not in laid_out
+           or tuple(leaves[name][1].shape) != laid_out[name].shape]
+    if odd:
+        found = {name: arrays[name].shape if name in arrays else "missing" for name in odd[:3]}
+        raise ValueError(f"{source} does not fit {part}/config.json: {len(odd)} tensors are missing, too many or of "
+                         f"another shape, among them {found}. Mend or replace that model.")
+    return {f"{part}.{name}": np.asarray(array, dtype) for name, array in laid_out.items()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `train_step` does with a loss, apart from the loss itself."""
+
+    optimizer: optax.GradientTransformation  # what AdamW moves weights by, before the rate
+    lr_factor: optax.Schedule  # of the updates so far
+    rates: dict[str, float]  # peak rate of each part
+    max_grad_norm: float
+    ema_decay: float
+    min_ema_decay: float
 
 
 def make_state(recipe: Recipe, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> TrainState:
@@ -2742,16 +2780,6 @@ def make_recipe(args: Namespace, last_step: int, num_devices: int) -> Recipe:
                   args.ema_decay, 0.0 if own_averages else args.ema_decay)
 
 
-def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
-    """Return the number of samples in a full update."""
-    return args.train_batch_size * args.gradient_accumulation_steps * num_processes
-
-
-def compute_learning_rate(args: Namespace, rate: float, num_processes: int) -> float:
-    """Return a peak learning rate, scaled by the batch if asked for."""
-    return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
-
-
 def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedule:
     """Return what the peak rate is multiplied by, from the number of updates so far."""
     warmup = args.lr_warmup_steps
@@ -2779,13 +2807,25 @@ def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedu
                                 [optax.constant_schedule(float(last))], [end for end, _ in ends])
 
 
-def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
-    """Return the number of updates in the whole run: --max_train_steps, else --num_train_epochs of them."""
-    updates_per_epoch = math.ceil(num_samples / compute_total_batch_size(args, num_processes))
-    return args.max_train_steps or args.num_train_epochs * updates_per_epoch
-
-
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
+TRAINED = "state"  # in a checkpoint: weights and moments, and the sign that this script made it
+EMA_FOLDER = "averages"  # in a checkpoint: the averaged weights
+# Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
+# those above are the same in every script, which has some of these flags.
+FIXED_FLAGS = (
+    "use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora"
+).split()
+# Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
+INCONSEQUENTIAL_FLAGS = frozenset(
+    "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
+    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
+    "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
+    "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
+    "validation_inference_steps save_kohya_format encoded_dir debug_loss vae_slicing optimizer_in_backward".split()
+)
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
@@ -2983,6 +3023,23 @@ def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
 
 # ---- Validation and export ------------------------------------------------------------------------------------------
 
+MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
+RESULT = "model_index.json"  # in --output_dir: the sign of a finished run
+
+
+def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
+           progress: Progress) -> None:
+    """Export what was trained with its card, send the last pictures to the trackers, and upload."""
+    export_model(args, accelerator, models)
+    if accelerator.is_main_process:
+        save_model_card(args, images, seed, progress)
+        if images:
+            with log_failure("sending the last pictures to the trackers"):
+                log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
+    accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:  # after the barrier: the others need not wait for an upload
+        push_to_hub(args)
+
 
 def get_validation_prompts(args: Namespace) -> list[str]:
     """Return the prompts to draw, one picture each."""
@@ -3016,15 +3073,6 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Da
             save_images(images, prompts, Path(args.output_dir, "validation", f"step-{progress.global_step}"))
             log_images(accelerator, "validation", images, prompts, progress.global_step)
     return images
-
-
-@contextlib.contextmanager
-def log_failure(what: str):
-    """Log an exception in place of raising it: looking at a run must not end one that trains well."""
-    try:
-        yield
-    except Exception:  # whatever it is, from out of memory to a full disk
-        logger.exception(f"{what} failed; the run goes on", main_process_only=False)
 
 
 def get_best_weights(models: Models) -> dict[str, Tensor]:
@@ -3151,23 +3199,6 @@ def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Ima
     return grid
 
 
-def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
-    """Send pictures to every tracker that shows pictures."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_images(tag, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
-            tracker.log({tag: captioned}, step=step)
-        elif tracker.name == "comet_ml":
-            for i, image in enumerate(images):
-                tracker.writer.log_image(image, name=f"{tag}-{i}: {prompts[i]}", step=step)
-        else:
-            logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
-
-
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
     """Write the pipeline to --output_dir, aside first, so that a failure leaves what was there before.
 
@@ -3261,7 +3292,7 @@ def push_to_hub(args: Namespace) -> None:
         raise RuntimeError(message) from error
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
+# ---- Logging --------------------------------------------------------------------------------------------------------
 
 
 class Meter:
@@ -3280,7 +3311,7 @@ class Meter:
         self.updates, self.counts = [], {"skipped_images": 0, "long_captions": 0}
         self.restart_clock()
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> Meter:
         return self
 
     def __exit__(self, *error) -> None:
@@ -3376,6 +3407,32 @@ def send_rows(tracker, rows: list[tuple[int, dict[str, float]]]) -> None:
     tracker.writer.flush()  # once: the tracker's own `log` does so at every row
 
 
+@contextlib.contextmanager
+def log_failure(what: str):
+    """Log an exception in place of raising it: looking at a run must not end one that trains well."""
+    try:
+        yield
+    except Exception:  # whatever it is, from out of memory to a full disk
+        logger.exception(f"{what} failed; the run goes on", main_process_only=False)
+
+
+def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+    """Send pictures to every tracker that shows pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images(tag, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
+            tracker.log({tag: captioned}, step=step)
+        elif tracker.name == "comet_ml":
+            for i, image in enumerate(images):
+                tracker.writer.log_image(image, name=f"{tag}-{i}: {prompts[i]}", step=step)
+        else:
+            logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
+
+
 def get_peak_memory() -> float:
     """Return the most memory used so far in GiB: of a device where it counts it, else by the whole process."""
     statistics = jax.local_devices()[0].memory_stats()
@@ -3387,129 +3444,93 @@ def get_peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def train_step(accelerator: Accelerator, models: Models, objective: Objective, recipe: Recipe, state: TrainState,
-               frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
-    """Return the state after one update, and its numbers. Every sample of an update counts the same.
-
-    The batch is that of a whole update [a, b, ...], a micro steps of b samples over all devices.
-    """
-    losses, gradients = compute_gradients(accelerator, models, objective, state.weights, frozen, batch)
-    norm = optax.tree.norm(gradients)
-    if recipe.max_grad_norm:
-        clip = jnp.minimum(1.0, recipe.max_grad_norm / (norm + 1e-6))  # as torch clips
-        gradients = jax.tree.map(lambda gradient: gradient * clip, gradients)
-
-    factor = recipe.lr_factor(state.step)
-    rates = {part: rate * factor for part, rate in recipe.rates.items() if part in models.trained}
-    changes, moments = recipe.optimizer.update(gradients, state.moments, state.weights)
-    weights = {name: weight - rates[name.split(".")[0]] * changes[name] for name, weight in state.weights.items()}
-
-    is_used = batch["weights"] > 0
-    metrics = {"train_loss": (losses * batch["weights"]).sum() / batch["window_size"], "grad_norm": norm,
-               "lr": rates["unet"], "signal": batch["signal"].max(),
-               "skipped_images": (batch["num_skipped"] * is_used).sum(),
-               "long_captions": (batch["num_long"] * is_used).sum()}
-    if "indices" in batch:
-        metrics["image_losses"] = {"index": batch["indices"], "loss": losses, "weight": batch["weights"]}
-    if len(rates) > 1:
-        metrics["lr_text_encoder"] = rates["text_encoder"]
-    averages, ema_updates = state.averages, state.ema_updates
-    if averages is not None:
-        ema_updates = ema_updates + 1
-        decay = metrics["ema_decay"] = compute_ema_decay(ema_updates, recipe.ema_decay, recipe.min_ema_decay)
-        averages = {name: average + (1 - decay) * (weights[name] - average) for name, average in averages.items()}
-    return TrainState(state.step + 1, weights, moments, ema_updates, averages), metrics
+def make_tracker(name: str, args: Namespace):
+    """Return a tracker that has been told the flags of the run."""
+    config = {key: value if isinstance(value, bool | int | float) else str(value)
+              for key, value in get_public_args(args).items()}
+    if name == "wandb":
+        return WandbTracker(args.tracker_project_name, args.output_dir, config)
+    return TensorBoardTracker(Path(args.output_dir, args.logging_dir, args.tracker_project_name), config)
 
 
-def compute_gradients(accelerator: Accelerator, models: Models, objective: Objective, weights: dict[str, Tensor],
-                      frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the losses [a, b] of an update's samples and the gradients of their mean.
+class TensorBoardTracker:
+    """Writes event files for TensorBoard."""
 
-    They come from the batch's first `num_micro_steps` micro steps; the losses of the others are 0.
-    """
-    micro_batches = {name: array for name, array in batch.items() if array.ndim > 1 and name != "signal"}
+    name = "tensorboard"
 
-    def compute_mean(weights: dict[str, Tensor], micro_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        gathered = accelerator.gather_weights(weights)
-        losses = compute_loss(with_weights(models, {**frozen, **gathered}), objective, micro_batch)
-        return (losses * micro_batch["weights"]).sum() / batch["window_size"], losses
+    def __init__(self, folder: Path, config: dict) -> None:
+        self.writer = EventWriter(folder)
+        self.writer.add_text("flags", "\n".join(f"    {key}: {value}" for key, value in sorted(config.items())))
 
-    def compute_part(index: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
-        micro_batch = {name: array[index] for name, array in micro_batches.items()}
-        gradients, losses = jax.grad(compute_mean, has_aux=True)(weights, micro_batch)
-        return losses, accelerator.divide_gradients(gradients)
-
-    def add_part(index: Tensor, total: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, gradients = compute_part(index)
-        return total[0].at[index].set(losses), jax.tree.map(jnp.add, total[1], gradients)
-
-    if len(batch["weights"]) == 1:  # without accumulation no second set of gradients is kept to add to
-        losses, gradients = compute_part(0)
-        return losses[None], gradients
-    nothing = jnp.zeros_like(batch["weights"]), jax.tree.map(jnp.zeros_like, weights)
-    return jax.lax.fori_loop(0, batch["num_micro_steps"], add_part, nothing)
+    def finish(self) -> None:
+        """Write what is left and close the file."""
+        self.writer.close()
 
 
-def compile_train_step(models: Models, batch: dict[str, Tensor]) -> "jax.stages.Compiled":
-    """Return `train_step` compiled for batches like this one; it takes no others, so that it is compiled once."""
-    began = time.perf_counter()
-    compiled = models.programs.train_step.lower(models.state, models.placed, batch).compile()
-    logger.info(f"compiled the update in {time.perf_counter() - began:.1f} s")
-    return compiled
+class EventWriter:
+    """What torch's SummaryWriter is for those who have torch: numbers, pictures and texts in an event file."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.util.tensor_util import make_tensor_proto
+
+        self.file, self.make_event, self.make_tensor = EventFileWriter(str(folder)), event_pb2.Event, make_tensor_proto
+        self.messages = summary_pb2.Summary.Value, summary_pb2.Summary.Image, summary_pb2.SummaryMetadata
+
+    def add(self, step: int, **content) -> None:
+        """Write one value of a summary."""
+        event = self.make_event(wall_time=time.time(), step=step)
+        event.summary.value.append(self.messages[0](**content))
+        self.file.add_event(event)
+
+    def add_scalar(self, tag: str, number: float, step: int) -> None:
+        """Write a number."""
+        self.add(step, tag=tag, simple_value=number)
+
+    def add_images(self, tag: str, images: np.ndarray, step: int, dataformats: str) -> None:
+        """Write uint8 pictures [n, h, w, 3], in the one format NHWC that is asked for here."""
+        for index, array in enumerate(images):
+            stream = io.BytesIO()
+            Image.fromarray(array).save(stream, format="PNG")
+            picture = self.messages[1](height=array.shape[0], width=array.shape[1], colorspace=3,
+                                       encoded_image_string=stream.getvalue())
+            self.add(step, tag=f"{tag}/{index}", image=picture)
+
+    def add_text(self, tag: str, text: str) -> None:
+        """Write a text in Markdown."""
+        metadata = self.messages[2](plugin_data={"plugin_name": "text"})
+        self.add(0, tag=f"{tag}/text_summary", metadata=metadata, tensor=self.make_tensor([text], dtype="string"))
+
+    def flush(self) -> None:
+        """Write what has gathered."""
+        self.file.flush()
+
+    def close(self) -> None:
+        """Write what has gathered and close the file."""
+        self.file.close()
 
 
-def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data, progress: Progress,
-          record: dict) -> int:
-    """Train until the last update, moving `progress` along; return the signal that stopped it early, or 0."""
-    last_step = compute_last_step(args, len(data.train), accelerator.num_devices)
-    if progress.global_step > last_step:
-        logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
-        last_step = progress.global_step + 1
-    plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
-                   args.train_batch_size * accelerator.num_devices, args.gradient_accumulation_steps)
-    loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator,
-                             args.train_batch_size)
-    meter = Meter(args, accelerator, data.train.images, progress.global_step, last_step)
-    stop_request = StopRequest(accelerator)
-    ahead = contextlib.closing(iterate_ahead(make_updates(args, accelerator, plan(), loader, stop_request)))
-    compiled, signal_number = None, 0
+class WandbTracker:
+    """Sends numbers and pictures to Weights & Biases."""
 
-    with stop_request, meter, logging_redirect_tqdm(), ahead as updates:
-        for step, batch in meter.iterate(updates):
-            if compiled is None:
-                compiled = compile_train_step(models, batch)
-                meter.restart_clock()
-            models.state, metrics = compiled(models.state, models.placed, batch)
-            progress.advance(step)
-            meter.end_update(progress.global_step, step, metrics)
+    name = "wandb"
 
-            signal_number = stop_request.agreed(metrics)
-            ends_run = progress.global_step == last_step or signal_number
-            if ends_run or progress.global_step % args.checkpointing_steps == 0:
-                meter.flush()
-                save_checkpoint(args, accelerator, progress, record)
-                meter.restart_clock()
-            if ends_run:
-                break
-            if is_validation_due(args, progress, step):
-                meter.flush()
-                validate(args, accelerator, models, data, progress)
-                meter.restart_clock()
-    return signal_number
+    def __init__(self, project: str, folder: str, config: dict) -> None:
+        import wandb
+
+        self.run = wandb.init(project=project, dir=folder, config=config)
+
+    def log(self, numbers: dict, step: int) -> None:
+        """Send numbers or pictures."""
+        self.run.log(numbers, step=step)
+
+    def finish(self) -> None:
+        """End the run there."""
+        self.run.finish()
 
 
-def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
-           progress: Progress) -> None:
-    """Export what was trained with its card, send the last pictures to the trackers, and upload."""
-    export_model(args, accelerator, models)
-    if accelerator.is_main_process:
-        save_model_card(args, images, seed, progress)
-        if images:
-            with log_failure("sending the last pictures to the trackers"):
-                log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
-    accelerator.wait_for_everyone()
-    if args.push_to_hub and accelerator.is_main_process:  # after the barrier: the others need not wait for an upload
-        push_to_hub(args)
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:

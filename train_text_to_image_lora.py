@@ -36,6 +36,8 @@ training. Rooms meant to be edited: `Data` (your data set: `CaptionedImages`) an
 others should rarely need it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import dataclasses
@@ -95,71 +97,10 @@ import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 
-# ---- Names and types ------------------------------------------------------------------------------------------------
+# ---- Types ----------------------------------------------------------------------------------------------------------
 
 logger = get_logger(__name__)
-
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-LONGEST_WAIT = timedelta(hours=2)  # of one process for another, as for the first one to download the data
-RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
-LR_SCHEDULERS = tuple("linear cosine cosine_with_restarts polynomial constant constant_with_warmup "
-                      "piecewise_constant".split())
-INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
-                       for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
-MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: bytes in a file, and how many files
-ENCODED_PIXELS = 2**20  # that the VAE takes at once for the cache: one image of 1024 px, four of 512
-VAE_TILE = 512  # pixels on a side, with --vae_tiling
-TRACKERS = tuple("tensorboard wandb comet_ml mlflow aim clearml dvclive swanlab trackio all none".split())
-POSITIVE_FLAGS = (
-    "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
-    "lr_num_cycles lr_power snr_gamma adam_epsilon checkpointing_steps logging_steps "
-    "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
-    "rank lora_alpha cache_crops"
-).split()
-NONNEGATIVE_FLAGS = (
-    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay max_grad_norm noise_offset "
-    "input_perturbation dream_detail_preservation dataloader_num_workers num_validation_images "
-    "validation_guidance_scale timestep_bias_begin"
-).split()
-FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
-# Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
-# those above are the same in every script, which has some of these flags.
-FIXED_FLAGS = (
-    "use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora"
-).split()
 MODEL_KIND = "Stable Diffusion 1.x or 2.x"
-MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
-ADDITION_EMBED_TYPE = None  # of the UNet: what tells this kind of model from the other
-TOKENIZERS = ("tokenizer",)
-TEXT_ENCODERS = {"text_encoder": ("CLIPTextModel",)}  # with the classes that each may be of
-EMA_FOLDER = "lora_ema"  # in a checkpoint: the averaged weights and, in config.json, the state of the averaging
-# Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
-INCONSEQUENTIAL_FLAGS = frozenset(
-    "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
-    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
-    "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
-    "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format encoded_dir debug_loss vae_slicing optimizer_in_backward".split()
-)
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
-RESULT = LORA_FILE  # in --output_dir: the sign of a finished run
-TRAINED = LORA_FILE  # in a checkpoint: the sign that this script made it
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
-# What the names that --lora_target knows stand for in the UNet, and in a text encoder: ends of the names of layers.
-LORA_TARGETS = {
-    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-    "feed_forward": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),  # and what leads in and out of transformers
-    "convolution": ("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),  # all of the residual blocks
-}
-TEXT_LORA_TARGETS = {"attention": ("q_proj", "k_proj", "v_proj", "out_proj"), "feed_forward": ("fc1", "fc2")}
-# Parts of names in LoRA files, ours and the reference's, and what PEFT calls them.
-LORA_NAMES = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.",
-              ".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
 
 
 @dataclass
@@ -170,7 +111,7 @@ class Progress:
     epoch: int = 0  # passes over the data that were begun before this one
     samples_seen: int = 0  # samples of this epoch used so far, over all processes
 
-    def advance(self, step: "MicroStep") -> None:
+    def advance(self, step: MicroStep) -> None:
         """Count the update that `step` has ended."""
         self.global_step, self.epoch, self.samples_seen = self.global_step + 1, step.epoch, step.last
 
@@ -197,8 +138,8 @@ class MicroStep(NamedTuple):
 class Data(NamedTuple):
     """What a run trains on, and what it only measures."""
 
-    train: "Samples"
-    held_out: "Samples | None"
+    train: Samples
+    held_out: Samples | None
 
 
 @dataclass
@@ -212,12 +153,667 @@ class Models:
     scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
     trained: tuple[str, ...]  # the names above of what has an adapter: unet, perhaps text_encoder
     metadata: dict[str, str]  # of the adapter's file: what it was trained on, rank, scale and layers
-    ema: "EmaWeights | None" = None
+    ema: EmaWeights | None = None
     optimizer: torch.optim.Optimizer | None = None  # this and the next are made by `prepare_training`
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
 
+# ---- Objective ------------------------------------------------------------------------------------------------------
+# b batch, c latent channels, h and w latent height and width, s caption tokens, d text width, T timesteps
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the noise schedule, as tables on the device, and the options of the loss."""
+
+    alpha: Tensor  # [T] float32: share of the latents at each timestep; alpha^2 + sigma^2 = 1
+    sigma: Tensor  # [T] float32: share of the noise
+    prediction_type: str
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    input_perturbation: float = 0.0
+    dream_detail_preservation: float | None = None  # None: no DREAM
+
+
+def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
+    """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
+    unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
+    latents, conditions = get_latents(models, batch), get_conditions(models, batch)
+
+    # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
+    # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
+    if objective.noise_offset:
+        noise = noise + objective.noise_offset * batch["offset_noise"]
+    input_noise = noise
+    if objective.input_perturbation:
+        input_noise = noise + objective.input_perturbation * batch["perturbation_noise"]
+
+    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma would vanish at the first timesteps
+    alpha, sigma = objective.alpha[timesteps].view(-1, 1, 1, 1), objective.sigma[timesteps].view(-1, 1, 1, 1)
+    noisy_latents = alpha * latents + sigma * input_noise
+    target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
+    if objective.dream_detail_preservation is not None:
+        with torch.no_grad():
+            estimate = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0].float()
+        noisy_latents, target = apply_dream(noisy_latents, target, estimate, sigma,
+                                            objective.dream_detail_preservation)
+
+    model_pred = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0]
+    loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    if objective.snr_gamma is not None:
+        loss = loss * compute_snr_weights(alpha.flatten(), sigma.flatten(), objective.snr_gamma,
+                                          objective.prediction_type)
+    return loss
+
+
+def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
+                   prediction_type: str) -> Tensor:
+    """Return what the UNet should predict [b, c, h, w]; v as in Salimans & Ho 2022, arXiv:2202.00512."""
+    if prediction_type == "epsilon":
+        return noise
+    return alpha * noise - sigma * latents if prediction_type == "v_prediction" else latents
+
+
+def apply_dream(noisy_latents: Tensor, target: Tensor, estimate: Tensor, sigma: Tensor,
+                detail_preservation: float) -> tuple[Tensor, Tensor]:
+    """Return noisy latents and noise target moved by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8).
+
+    With lambda = sigma^p, p the detail preservation, and delta = lambda (target - estimate).
+    """
+    delta = sigma**detail_preservation * (target - estimate)
+    return noisy_latents + sigma * delta, target + delta
+
+
+def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, prediction_type: str) -> Tensor:
+    """Return Min-SNR loss weights [b] (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+
+    With snr = alpha^2 / sigma^2: min(snr, gamma) / snr for epsilon, / (snr + 1) for v_prediction, / 1 for sample. Ours
+    is 1 where snr is 0, the end of a rescaled schedule: the formula gives 0/0 or never trains the first sampling step.
+    """
+    snr = (alpha / sigma) ** 2
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
+    return torch.where(snr > 0, snr.clamp(max=snr_gamma) / divisor, 1.0)
+
+
+def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, portion: float, begin: int,
+                         end: int) -> np.ndarray:
+    """Return the cumulative probability of each timestep [num_timesteps], uniform but for the chosen ones."""
+    weights = np.ones(num_timesteps)
+    count = max(1, int(portion * num_timesteps))
+    chosen = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
+              "range": slice(begin, end)}[strategy]
+    weights[chosen] *= multiplier
+    cumulative = np.cumsum(weights)
+    return cumulative / cumulative[-1]
+
+
+def make_objective(args: Namespace, scheduler_config: dict, device: torch.device) -> Objective:
+    """Return the objective that the flags ask for."""
+    alphas_cumprod = DDPMScheduler.from_config(scheduler_config).alphas_cumprod.to(device, torch.float32)
+    return Objective(
+        alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), scheduler_config["prediction_type"], args.snr_gamma,
+        args.noise_offset, args.input_perturbation, args.dream_detail_preservation if args.dream_training else None)
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
+                       for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
+MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
+
+
+class CaptionedImages:
+    """Images with their captions: item i is a dict with `image` (RGB PIL picture) and `captions` (list of strings).
+
+    To train on data of your own, return such items from a class of your own and make it in `make_captioned_images`.
+    It needs `select` for --max_train_samples, and for the caches and --debug_loss the three methods named read_...
+    Nothing random belongs here: crops, flips and the choice of a caption are drawn in `Samples`.
+    """
+
+    def __init__(self, rows: datasets.Dataset, image_column: str, caption_column: str) -> None:
+        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
+        self.captions = rows.select_columns([caption_column])  # to be read without the images
+        self.image_column, self.caption_column = image_column, caption_column
+        self.captions_digest = hashlib.blake2b(
+            json.dumps(list(rows[caption_column])).encode(), digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        stored = self.read_stored(index)
+        return {"image": decode_image(stored, make_row_name(index, stored)), "captions": self.read_captions(index)}
+
+    def read_stored(self, index: int) -> dict:
+        """Return an item's image as `datasets` stores it: `bytes`, or the `path` of its file."""
+        return self.rows[index][self.image_column] or {"bytes": None, "path": None}
+
+    def select(self, indices: np.ndarray) -> CaptionedImages:
+        """Return some of the items."""
+        return CaptionedImages(self.rows.select(indices), self.image_column, self.caption_column)
+
+    def read_captions(self, index: int) -> list[str]:
+        """Return the captions of an item; --cache_latents and --cache_text_embeddings need no more at a visit."""
+        captions = self.captions[index][self.caption_column]
+        return [captions] if isinstance(captions, str) else list(captions)
+
+    def read_content(self, index: int) -> bytes:
+        """Return what tells an item's image from any other, without decoding it: for --cache_latents."""
+        stored = self.read_stored(index)
+        try:
+            return stored["bytes"] or Path(stored["path"] or "").read_bytes()
+        except OSError:  # reading the image will say so, or pass it over
+            return b""
+
+
+def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
+    """Return the images of `folder`, or of --dataset_name where it is None."""
+    if args.image_column == args.caption_column:
+        raise ValueError(f"--image_column and --caption_column are both {args.image_column}: name two columns.")
+    rows = load_image_folder(folder, args) if folder else load_rows(args)
+    source = folder or args.dataset_name
+    for flag, column in (("image", args.image_column), ("caption", args.caption_column)):
+        if column not in rows.column_names:
+            hint = " No captions were found: add metadata.jsonl with file_name and text, or a .txt beside each image."
+            raise ValueError(f"--{flag}_column {column} is not in {source}: its columns are "
+                             f"{', '.join(rows.column_names)}.{hint if folder and flag == 'caption' else ''}")
+    if len(rows) == 0:
+        raise ValueError(f"{source} has no images: a data set needs at least one.")
+    check_captions(rows[args.caption_column], source, args.caption_column)
+    try:
+        return CaptionedImages(rows.select_columns([args.image_column, args.caption_column]), args.image_column,
+                               args.caption_column)
+    except (TypeError, ValueError, NotImplementedError) as error:  # of Arrow, about types
+        raise ValueError(f"--image_column {args.image_column} of {source} holds no images: {error}") from error
+
+
+def load_rows(args: Namespace) -> datasets.Dataset:
+    """Return the `train` rows of --dataset_name: from the hub, or from a local folder."""
+    name = args.dataset_name
+    if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
+        loaded = datasets.load_from_disk(name)
+    else:
+        try:
+            loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir,
+                                           data_dir=args.train_data_dir)
+        except OSError as error:  # also what is not found, and a hub that is out of reach
+            raise ValueError(f"--dataset_name {name} is neither on the hub nor a local folder: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"--dataset_name {name} has no images that can be loaded: {error}") from error
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if "train" not in loaded:
+        raise ValueError(f"--dataset_name {name} has no split named train: its splits are {', '.join(loaded)}.")
+    return loaded["train"]
+
+
+def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
+    """Return the rows of a folder with a metadata file, or with a .txt beside each image."""
+    own = Path(args.output_dir).resolve()  # the run's own pictures are no training data
+    hides_own = own.is_relative_to(Path(folder).resolve())
+    paths = [path for path in sorted(Path(folder).rglob("*"))
+             if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+             and path.is_file() and not (hides_own and own in path.resolve().parents)]
+    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    has_archives = any(path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") for path in paths)
+    if not images and not has_archives:
+        raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
+    if has_archives or any(path.name in METADATA_NAMES for path in paths):
+        try:
+            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(str(Path(folder)))}/**"},
+                                         split="train", cache_dir=args.cache_dir)
+        except Exception as error:  # of `datasets` or Arrow, which name no file
+            raise ValueError(f"the metadata in {folder} cannot be read: {error}. Each row needs file_name and "
+                             f"{args.caption_column}, in one file of UTF-8 per folder.") from error
+        if len(rows) < len(images):
+            logger.warning(f"{len(images) - len(rows)} images in {folder} are not in its metadata and are left out")
+        return rows
+    missing = [path for path in images if not path.with_suffix(".txt").is_file()]
+    if missing:
+        raise ValueError(f"{folder} has no metadata file, and {len(missing)} of its {len(images)} images have no "
+                         f"caption: {missing[0]} needs {missing[0].with_suffix('.txt').name} beside it, or the folder "
+                         f"a metadata.jsonl with file_name and {args.caption_column}.")
+    captions = [read_caption(path.with_suffix(".txt")) for path in images]
+    return datasets.Dataset.from_dict({args.image_column: list(map(str, images)), args.caption_column: captions})
+
+
+def read_caption(path: Path) -> str:
+    """Return the text of a caption file."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+
+
+def check_captions(captions: list, source: str, column: str) -> None:
+    """Refuse captions that are neither a string nor a list with at least one string."""
+    for row, caption in enumerate(captions):
+        texts = [caption] if isinstance(caption, str) else caption
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"row {row} of {source} has {caption!r} in --caption_column {column}: a caption is a "
+                             "string or a list of at least one string. Mend or drop that row.")
+
+
+def decode_image(stored: dict, name: str) -> Image.Image:
+    """Return an image of a `datasets` row as RGB: upright as its EXIF says, transparency over white."""
+    try:
+        image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
+        image = ImageOps.exif_transpose(image)
+        if max(image.size) > MOST_ASPECT * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels are too thin a strip to crop from")
+        low, high = image.getextrema() if image.mode in ("I", "F") else (0, 0)
+        if image.mode == "F" or low < 0 or high > 65535:
+            raise ValueError(f"its values of type {image.mode} are not 8 or 16 bits per pixel")
+        if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
+            image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
+        message = f"{name} cannot be read as an image: {error}. Mend or remove it, or add --skip_broken_images."
+        raise ValueError(message) from error
+
+
+def make_row_name(index: int, stored: dict) -> str:
+    """Return what to call an item of the data in a message."""
+    return f"row {index} of the data ({stored['path'] or 'no file of its own'})"
+
+
+def make_file_name(index: int, stored: dict) -> str:
+    """Return what to call an item of the data in a log."""
+    return Path(stored["path"]).name if stored["path"] else f"row-{index}"
+
+
+def transform_image(image: Image.Image, resolution: int, interpolation: str, corner: tuple[float, float] | None,
+                    flip: bool) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return the image as uint8 [3, resolution, resolution]: resized by its shorter side, mirrored, cropped.
+
+    With it come the crop's top and left, in pixels of the resized and mirrored image.
+
+    `corner` is the crop's top left as fractions of the free way down and across; None crops the centre.
+    """
+    shorter = min(image.size)
+    image = image.resize([resolution * side // shorter for side in image.size], INTERPOLATION_MODES[interpolation])
+    image = ImageOps.mirror(image) if flip else image
+    down, across = image.height - resolution, image.width - resolution
+    top, left = ((round(down / 2), round(across / 2)) if corner is None
+                 else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), (top, left)
+
+
+def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
+    """Return the generator of the one draw for `purpose` at `where`, such as (epoch, index).
+
+    Philox is counter-based (Salmon et al. 2011, doi:10.1145/2063384.2063405): keys that differ at all give independent
+    streams, so adding, leaving out or reordering draws changes no other.
+    """
+    digest = hashlib.blake2b(repr((seed, purpose, *where)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+
+
+class Samples:
+    """What each visit to a sample trains on: its image, caption, and every random number that its loss needs."""
+
+    def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int,
+                 latent_shape: tuple[int, int, int], num_timesteps: int) -> None:
+        self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
+        self.timestep_cdf = compute_timestep_cdf(
+            num_timesteps, args.timestep_bias_strategy, args.timestep_bias_multiplier, args.timestep_bias_portion,
+            args.timestep_bias_begin, args.timestep_bias_end)
+        self.latents: EncodedRows | None = None  # with --cache_latents
+        self.text_states: EncodedRows | None = None  # with --cache_text_embeddings, in the order of these:
+        self.caption_digests: np.ndarray | None = None
+        self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape}
+        if args.noise_offset:
+            self.noise_shapes["offset_noise"] = (latent_shape[0], 1, 1)
+        if args.input_perturbation:
+            self.noise_shapes["perturbation_noise"] = latent_shape
+        self.threads, self.is_loader_process = None, False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "threads": None}  # which cannot be sent to a loader process
+
+    def __getitems__(self, visits: list[Visit]) -> list[dict]:
+        """Return several samples, read side by side in threads unless this is one of several loader processes."""
+        if self.is_loader_process:
+            return [self[visit] for visit in visits]
+        return self.map_in_threads(self.__getitem__, visits)
+
+    def map_in_threads(self, function, things) -> list:
+        """Return the results of a function for several things at once."""
+        if self.threads is None:
+            self.threads = ThreadPoolExecutor(max_workers=count_cores_per_process())
+        return list(self.threads.map(function, things))
+
+    def __getitem__(self, visit: Visit) -> dict:
+        """Return one sample: image and caption, or what is cached of them, `timesteps` and noises."""
+        rng, where = partial(make_rng, self.seed), (visit.epoch, visit.index)
+        corner, flip = rng("crop", *where).random(2), rng("flip", *where).random() < 0.5
+        image, captions, num_skipped = self.get_image(visit.index, corner, self.args.random_flip and flip)
+        caption = captions[rng("caption", *where).integers(len(captions))]
+        if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
+            caption = ""
+        noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
+                  for purpose, shape in self.noise_shapes.items()}
+        timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
+        index = {"indices": np.int64((visit.index + num_skipped) % len(self))} if self.args.debug_loss else {}
+        return {**image, **self.get_text(caption), **index, "timesteps": np.int64(timestep),
+                "weights": np.float32(visit.weight), "num_skipped": np.int64(num_skipped), **noises}
+
+    def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
+        """Return an image, its captions, and how many broken ones were passed over to find it.
+
+        It is `images` uint8 [3, resolution, resolution] or, cached, the `moments` [2c, h, w] of the crop that `corner`
+        stands for; either way with its `time_ids` [6].
+        """
+        if self.latents is None:
+            item, num_skipped = self.read(index)
+            return self.transform(item["image"], corner, flip), item["captions"], num_skipped
+        crop = int(corner[0] * self.count_crops())
+        variant = 2 * crop + flip if self.args.random_flip else crop
+        cached = self.latents.read(index * self.count_variants() + variant)
+        source = int(cached["sources"])
+        if source != index and not self.args.skip_broken_images:
+            self.read(index)  # which says what is wrong with it
+        image = {"moments": cached["moments"], "time_ids": cached["time_ids"]}
+        return image, self.images.read_captions(source), (source - index) % len(self)
+
+    def get_text(self, caption: str) -> dict:
+        """Return the caption, or what is cached of it."""
+        if self.text_states is None:
+            return {"caption": caption}
+        digest = np.uint64(digest_caption(caption))
+        row = int(np.searchsorted(self.caption_digests, digest))
+        if row == len(self.caption_digests) or self.caption_digests[row] != digest:
+            raise ValueError(f"caption {caption!r} was not there when captions were encoded: `read_captions` must "
+                             "return what `__getitem__` does, each time.")
+        return self.text_states.read(row)
+
+    def transform(self, image: Image.Image, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
+        """Return `images`, the image as the flags ask for, and its `time_ids`, which SDXL is conditioned on.
+
+        They are original height and width, top and left of the crop, and the crop's height and width (Podell et al.
+        2023, arXiv:2307.01952, section 2.2).
+        """
+        resolution = self.args.resolution
+        images, place = transform_image(image, resolution, self.args.image_interpolation_mode,
+                                        None if self.args.center_crop else tuple(corner), flip)
+        return {"images": images,
+                "time_ids": np.array([image.height, image.width, *place, resolution, resolution], np.float32)}
+
+    def count_crops(self) -> int:
+        """Return how many crops of an image are cached."""
+        return self.args.cache_crops or (1 if self.args.center_crop else 4)
+
+    def count_variants(self) -> int:
+        """Return how many rows an image has in the cache: its crops, each perhaps mirrored as well."""
+        return self.count_crops() * (2 if self.args.random_flip else 1)
+
+    def make_variants(self, index: int) -> list[dict[str, np.ndarray]]:
+        """Return the variants of an image that are cached, each with `sources`: the item that it was found in.
+
+        The crops are the same whatever the seed of the run.
+        """
+        (item, num_skipped), flips = self.read(index), (False, True) if self.args.random_flip else (False,)
+        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.count_crops())]
+        source = np.int64((index + num_skipped) % len(self))
+        return [{**self.transform(item["image"], corner, flip), "sources": source}
+                for corner in corners for flip in flips]
+
+    def read(self, index: int) -> tuple[dict, int]:
+        """Return item `index` and 0, or with --skip_broken_images the next readable one and how many were skipped."""
+        for num_skipped in range(len(self.images)):
+            try:
+                return self.images[(index + num_skipped) % len(self.images)], num_skipped
+            except ValueError as error:
+                if not self.args.skip_broken_images:
+                    raise
+                logging.getLogger(__name__).warning(f"skipped: {error}")
+        raise ValueError(f"none of the {len(self.images)} images can be read.")
+
+
+def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
+              configs: dict[str, dict]) -> Data:
+    """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
+    side = args.resolution // compute_vae_factor(configs["vae"])
+    shapes = {"latent_shape": (configs["vae"]["latent_channels"], side, side),
+              "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
+    if args.max_train_samples is not None and args.max_train_samples < len(images):
+        chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
+        images = images.select(chosen)
+    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
+             "input_perturbation": 0, "timestep_bias_strategy": "none"}
+    plain_args = Namespace(**{**vars(args), **plain})
+    held_out = Samples(held_out_images, plain_args, seed=0, **shapes) if held_out_images is not None else None
+    return Data(Samples(images, args, seed=seed, **shapes), held_out)
+
+
+def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
+    """Yield the micro steps of the next `num_updates` updates, from where `progress` stands.
+
+    `micro_batch_size` counts samples over all processes. An epoch ends with whatever is left: a smaller micro batch, a
+    smaller update. No sample is repeated or left out, also when a resumed run has another batch size.
+    """
+    epoch, first = progress.epoch, progress.samples_seen
+    for _ in range(num_updates):
+        if first >= num_samples:
+            epoch, first = epoch + 1, 0
+        end = min(first + micro_batch_size * accumulation, num_samples)
+        window_size = end - first
+        while first < end:
+            last = min(first + micro_batch_size, end)
+            yield MicroStep(epoch, first, last, window_size, ends_update=last == end, ends_epoch=last == num_samples)
+            first = last
+
+
+class VisitBatches:
+    """This process's share of each micro step as a list of visits: the batch sampler of a DataLoader."""
+
+    def __init__(self, steps, num_samples: int, seed: int, rank: int, num_processes: int) -> None:
+        self.steps, self.num_samples, self.seed = steps, num_samples, seed
+        self.rank, self.num_processes = rank, num_processes
+
+    def __iter__(self):
+        """Yield one list of visits per micro step: a contiguous part of it, so that processes make one large batch."""
+        epoch = None
+        for step in self.steps:
+            if step.epoch != epoch:
+                epoch = step.epoch
+                order = make_rng(self.seed, "order", epoch).permutation(self.num_samples)
+            count = step.last - step.first
+            begin = step.first + count * self.rank // self.num_processes
+            end = step.first + count * (self.rank + 1) // self.num_processes
+            idle = [Visit(epoch, int(order[step.first]), weight=0.0)]
+            yield [Visit(epoch, int(index)) for index in order[begin:end]] or idle
+
+
+def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, Tensor]:
+    """Return samples as one batch; for captions that are not cached `input_ids` [b, s], for a second tokenizer _2."""
+    captions = [sample.pop("caption") for sample in samples if "caption" in sample]
+    batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
+    if not captions:
+        return batch
+    for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
+        batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
+                                max_length=tokenizer.model_max_length).input_ids
+    batch["num_long"] = (batch["input_ids"][:, -2] != tokenizers[0].pad_token_id).long()  # full: perhaps cut
+    return batch
+
+
+def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator):
+    """Return a loader of this process's batch of each micro step."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader processes
+    batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
+    tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
+    return torch.utils.data.DataLoader(
+        samples, batch_sampler=batches, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
+        pin_memory=accelerator.device.type == "cuda", worker_init_fn=start_loader_process,
+        generator=torch.Generator())  # its own, to leave the global one alone
+
+
+def start_loader_process(worker_id: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that trains: it ends its loaders."""
+    torch.utils.data.get_worker_info().dataset.is_loader_process = True
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def iterate_ahead(batches):
+    """Yield what `batches` yields, with the next one being made in a thread while the caller uses this one.
+
+    Close it when leaving early: loader processes end with it, and would otherwise outlive an error.
+    """
+    iterator = iter(batches)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            pending = reader.submit(next, iterator, None)
+            while (batch := pending.result()) is not None:
+                pending = reader.submit(next, iterator, None)
+                yield batch
+    finally:
+        if hasattr(iterator, "_shutdown_workers"):  # a DataLoader ends its processes only when its last reference goes
+            iterator._shutdown_workers()
+
+
+def count_cores_per_process() -> int:
+    """Return how many threads may load data in one training process: its share of the cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def train_step(accelerator: Accelerator, models: Models, objective: Objective, batch: dict[str, Tensor],
+               step: MicroStep) -> Tensor:
+    """Add one micro step's gradients and return the loss of each of its samples [b].
+
+    Every sample of an update counts the same, however they fall into processes and micro steps. Accelerate divides by
+    the accumulation steps and averages over the processes, which the scale undoes.
+    """
+    accelerator.sync_gradients = step.ends_update
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
+    with contextlib.ExitStack() as unsynchronized:
+        for network in [] if step.ends_update else list_trained(models):
+            unsynchronized.enter_context(accelerator.no_sync(network))
+        losses = compute_loss(models, objective, batch)
+        loss = (losses * batch["weights"]).sum() / step.window_size
+        accelerator.backward(loss * scale)
+    return losses.detach()
+
+
+def train(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
+          progress: Progress, record: dict) -> int:
+    """Train until the last update, moving `progress` along; return the signal that stopped it early, or 0."""
+    last_step = compute_last_step(args, len(data.train), accelerator.num_processes)
+    if progress.global_step > last_step:
+        logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
+        last_step = progress.global_step + 1
+    plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
+                   args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
+    loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator)
+    parameters = list(name_trained_parameters(accelerator, models).values())
+    meter, signal_number = Meter(args, accelerator, data.train.images, progress.global_step, last_step), 0
+
+    ahead = contextlib.closing(iterate_ahead(loader))
+    with StopRequest(accelerator) as stop_request, meter, logging_redirect_tqdm(), ahead as batches:
+        for step, batch in meter.iterate(plan(), batches):
+            meter.add_losses(train_step(accelerator, models, objective, batch, step), batch, step)
+            if not step.ends_update:
+                continue
+            grad_norm = (None if args.optimizer_in_backward
+                         else accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
+            numbers = {"epoch": step.epoch, **get_learning_rates(models)}
+            models.optimizer.step()
+            models.lr_scheduler.step()
+            models.optimizer.zero_grad()
+            if models.ema is not None:
+                models.ema.step()
+                numbers["ema_decay"] = models.ema.compute_decay()
+            progress.advance(step)
+            meter.end_update(progress.global_step, numbers, grad_norm)
+
+            signal_number = stop_request.agreed()
+            ends_run = progress.global_step == last_step or signal_number
+            if ends_run or progress.global_step % args.checkpointing_steps == 0:
+                meter.flush()
+                save_checkpoint(args, accelerator, progress, record)
+                meter.restart_clock()
+            if ends_run:
+                break
+            if is_validation_due(args, progress, step):
+                meter.flush()
+                validate(args, accelerator, models, objective, data, progress)
+                meter.restart_clock()
+    return signal_number
+
+
+def get_conditions(models: Models, batch: dict) -> dict:
+    """Return what else the UNet is given: `encoder_hidden_states` [b, s, d]."""
+    return get_text_states(models, batch)
+
+
+def get_latents(models: Models, batch: dict) -> Tensor:
+    """Return latents [b, c, h, w] in float32, sampled anew at each visit whether their moments are cached or not."""
+    if "moments" in batch:
+        mean, std = batch["moments"].float().chunk(2, dim=1)
+    else:
+        mean, std = encode_images(models.vae, batch["images"])
+    config = models.vae.config
+    latents = mean + std * batch["posterior_noise"]
+    if config.get("latents_mean") is not None:  # of VAEs whose channels are far from zero mean and unit variance
+        mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        latents = (latents - mean) / std
+    return latents * config.scaling_factor
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float32 mean and standard deviation [b, c, h, w] of what uint8 images [b, 3, H, W] are encoded to."""
+    pixel_values = images.to(vae.device).float() / 127.5 - 1  # [-1, 1]
+    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
+    """Return what `encode_captions` makes of the captions, or what is cached of it."""
+    names = batch.keys() & {"encoder_hidden_states", "pooled_prompt_embeds"}
+    return {name: batch[name].float() for name in names} or encode_captions(models, batch)
+
+
+def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
+    """Return the text encoder's last states [b, s, d], with gradients only where it is trained."""
+    with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
+        return {"encoder_hidden_states": models.text_encoder(batch["input_ids"], return_dict=False)[0]}
+
+
 # ---- Arguments ------------------------------------------------------------------------------------------------------
+
+LR_SCHEDULERS = tuple("linear cosine cosine_with_restarts polynomial constant constant_with_warmup "
+                      "piecewise_constant".split())
+FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
+TRACKERS = tuple("tensorboard wandb comet_ml mlflow aim clearml dvclive swanlab trackio all none".split())
+POSITIVE_FLAGS = (
+    "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
+    "lr_num_cycles lr_power snr_gamma adam_epsilon checkpointing_steps logging_steps "
+    "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
+    "rank lora_alpha cache_crops"
+).split()
+NONNEGATIVE_FLAGS = (
+    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay max_grad_norm noise_offset "
+    "input_perturbation dream_detail_preservation dataloader_num_workers num_validation_images "
+    "validation_guidance_scale timestep_bias_begin"
+).split()
+FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -631,6 +1227,8 @@ def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
 
 # ---- Setup ----------------------------------------------------------------------------------------------------------
 
+LONGEST_WAIT = timedelta(hours=2)  # of one process for another, as for the first one to download the data
+
 
 def make_accelerator(args: Namespace) -> Accelerator:
     """Return the accelerator, with quiet libraries and logs on the main process."""
@@ -727,7 +1325,7 @@ def get_public_args(args: Namespace) -> dict:
     return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
 
 
-def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: "Samples") -> dict:
+def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: Samples) -> dict:
     """Return what a checkpoint keeps about the run that made it, ready for JSON."""
     versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, accelerate)}
     return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
@@ -763,7 +1361,7 @@ class StopRequest:
         self.pending = None
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> StopRequest:
         self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -793,420 +1391,419 @@ class StopRequest:
         return int(previous[0])
 
 
-# ---- Data -----------------------------------------------------------------------------------------------------------
+# ---- Models ---------------------------------------------------------------------------------------------------------
+
+ADDITION_EMBED_TYPE = None  # of the UNet: what tells this kind of model from the other
+TOKENIZERS = ("tokenizer",)
+TEXT_ENCODERS = {"text_encoder": ("CLIPTextModel",)}  # with the classes that each may be of
+# What the names that --lora_target knows stand for in the UNet, and in a text encoder: ends of the names of layers.
+LORA_TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "feed_forward": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),  # and what leads in and out of transformers
+    "convolution": ("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),  # all of the residual blocks
+}
+TEXT_LORA_TARGETS = {"attention": ("q_proj", "k_proj", "v_proj", "out_proj"), "feed_forward": ("fc1", "fc2")}
+# Parts of names in LoRA files, ours and the reference's, and what PEFT calls them.
+LORA_NAMES = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.",
+              ".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
+VAE_TILE = 512  # pixels on a side, with --vae_tiling
 
 
-class CaptionedImages:
-    """Images with their captions: item i is a dict with `image` (RGB PIL picture) and `captions` (list of strings).
-
-    To train on data of your own, return such items from a class of your own and make it in `make_captioned_images`.
-    It needs `select` for --max_train_samples, and for the caches and --debug_loss the three methods named read_...
-    Nothing random belongs here: crops, flips and the choice of a caption are drawn in `Samples`.
-    """
-
-    def __init__(self, rows: datasets.Dataset, image_column: str, caption_column: str) -> None:
-        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self.captions = rows.select_columns([caption_column])  # to be read without the images
-        self.image_column, self.caption_column = image_column, caption_column
-        self.captions_digest = hashlib.blake2b(
-            json.dumps(list(rows[caption_column])).encode(), digest_size=8).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict:
-        stored = self.read_stored(index)
-        return {"image": decode_image(stored, make_row_name(index, stored)), "captions": self.read_captions(index)}
-
-    def read_stored(self, index: int) -> dict:
-        """Return an item's image as `datasets` stores it: `bytes`, or the `path` of its file."""
-        return self.rows[index][self.image_column] or {"bytes": None, "path": None}
-
-    def select(self, indices: np.ndarray) -> "CaptionedImages":
-        """Return some of the items."""
-        return CaptionedImages(self.rows.select(indices), self.image_column, self.caption_column)
-
-    def read_captions(self, index: int) -> list[str]:
-        """Return the captions of an item; --cache_latents and --cache_text_embeddings need no more at a visit."""
-        captions = self.captions[index][self.caption_column]
-        return [captions] if isinstance(captions, str) else list(captions)
-
-    def read_content(self, index: int) -> bytes:
-        """Return what tells an item's image from any other, without decoding it: for --cache_latents."""
-        stored = self.read_stored(index)
+def load_model_configs(args: Namespace) -> dict[str, dict]:
+    """Return the configuration of each part of the model, refusing before any weights are read what cannot work."""
+    configs = {}
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
+    for part in (*kinds, *TEXT_ENCODERS, *TOKENIZERS):
+        where, files = locate_part(args, part)
         try:
-            return stored["bytes"] or Path(stored["path"] or "").read_bytes()
-        except OSError:  # reading the image will say so, or pass it over
-            return b""
+            if part in kinds:
+                configs[part] = kinds[part].load_config(where, **files)
+            else:
+                name = "tokenizer_config.json" if part in TOKENIZERS else "config.json"
+                path = transformers.utils.cached_file(where, name, **files) or Path(where, part, name)
+                configs[part] = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            flag = f"pretrained_{'' if 'subfolder' in files else 'vae_'}model_name_or_path"
+            layout = f"{part}/ and the others in diffusers layout" if "subfolder" in files else "its config.json"
+            raise ValueError(f"--{flag} {where} has no {part} to load: give a folder with {layout}, or a name on the "
+                             f"hub; for a gated one, run `hf auth login` first. {error}") from error
+        if part == "unet" and configs[part].get("addition_embed_type") != ADDITION_EMBED_TYPE:
+            raise ValueError(f"--pretrained_model_name_or_path {where} is no {MODEL_KIND} model: its UNet has "
+                             f"addition_embed_type {configs[part].get('addition_embed_type')}. The scripts for SDXL "
+                             "have sdxl in their names, those for Stable Diffusion have not.")
+        if part == "vae" and not {"latent_channels", "block_out_channels"} <= configs[part].keys():
+            raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
+                             "folder of a VAE itself, such as MODEL/vae.")
+    check_model_configs(args, configs)
+    return configs
 
 
-def make_row_name(index: int, stored: dict) -> str:
-    """Return what to call an item of the data in a message."""
-    return f"row {index} of the data ({stored['path'] or 'no file of its own'})"
+def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
+    """Return the folder, or name on the hub, that a part of the model is loaded from, and where in it."""
+    if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
+        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
+    revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
+    return args.pretrained_model_name_or_path, {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
 
 
-def make_file_name(index: int, stored: dict) -> str:
-    """Return what to call an item of the data in a log."""
-    return Path(stored["path"]).name if stored["path"] else f"row-{index}"
+def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
+    """Refuse a model that this script cannot train with these flags."""
+    where, unet, factor = args.pretrained_model_name_or_path, configs["unet"], compute_vae_factor(configs["vae"])
+    latent_channels = configs["vae"]["latent_channels"]
+    prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
+    num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
+    sampler = str(configs["scheduler"].get("_class_name"))
+    refusals = (
+        (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
+         f"{where} was trained for {sampler} to predict {prediction_type}: its noise is not that of {MODEL_KIND}, "
+         f"which predicts {' or '.join(PREDICTION_TYPES)}."),
+        (args.resolution % factor,
+         f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
+         f"try {max(1, args.resolution // factor) * factor}."),
+        (unet["in_channels"] != latent_channels,
+         f"the UNet of {where} takes {unet['in_channels']} channels and the VAE of {locate_part(args, 'vae')[0]} "
+         f"makes {latent_channels}: inpainting models cannot be trained here, nor with a VAE of another kind."),
+        (configs["vae"].get("shift_factor"),
+         f"the VAE of {locate_part(args, 'vae')[0]} shifts its latents (shift_factor), which no {MODEL_KIND} pipeline "
+         "undoes: take the model's own."),
+        (args.dream_training and prediction_type != "epsilon",
+         f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
+        (args.rescale_betas_zero_snr and prediction_type == "epsilon",
+         f"--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, and {where} predicts epsilon."),
+        (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
+         f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
+    )
+    for is_wrong, message in refusals:
+        if is_wrong:
+            raise ValueError(message)
+    for part, accepted in TEXT_ENCODERS.items():
+        found = (configs[part].get("architectures") or accepted)[0]
+        if found not in accepted:
+            raise ValueError(f"{where} is no {MODEL_KIND} model: its {part} is a {found}, not a "
+                             f"{' or '.join(accepted)}.")
 
 
-def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
-    """Return the images of `folder`, or of --dataset_name where it is None."""
-    if args.image_column == args.caption_column:
-        raise ValueError(f"--image_column and --caption_column are both {args.image_column}: name two columns.")
-    rows = load_image_folder(folder, args) if folder else load_rows(args)
-    source = folder or args.dataset_name
-    for flag, column in (("image", args.image_column), ("caption", args.caption_column)):
-        if column not in rows.column_names:
-            hint = " No captions were found: add metadata.jsonl with file_name and text, or a .txt beside each image."
-            raise ValueError(f"--{flag}_column {column} is not in {source}: its columns are "
-                             f"{', '.join(rows.column_names)}.{hint if folder and flag == 'caption' else ''}")
-    if len(rows) == 0:
-        raise ValueError(f"{source} has no images: a data set needs at least one.")
-    check_captions(rows[args.caption_column], source, args.caption_column)
+def check_lora_target(args: Namespace, unet_config: dict) -> None:
+    """Refuse names in --lora_target that stand for no layer of this UNet that can be adapted."""
+    with torch.device("meta"):  # the names without the weights
+        unet = UNet2DConditionModel.from_config(unet_config)
+    can_adapt = {f".{name}": isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+                 for name, module in unet.named_modules()}
+    for name in args.lora_target:
+        matched = [can for layer, can in can_adapt.items() if layer.endswith(f".{name}")]
+        if name not in LORA_TARGETS and not (matched and all(matched)):
+            ends = sorted({re.sub(r".*\.(?=\D)", "", layer) for layer, can in can_adapt.items() if can})
+            raise ValueError(f"--lora_target {name} is no linear or convolution layer of the UNet, or not only such: "
+                             f"give some of {', '.join(LORA_TARGETS)}, with spaces, or ends of names such as "
+                             f"{', '.join(ends)}.")
+
+
+def compute_vae_factor(vae_config: dict) -> int:
+    """Return how many pixels one latent value spans in each direction."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def make_scheduler_config(args: Namespace, config: dict) -> dict:
+    """Return the scheduler configuration to train with and to export."""
+    config = {**config, "prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
+    if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if args.rescale_betas_zero_snr or config["prediction_type"] == "sample":  # PNDM, the usual one, can do neither
+        config |= {"_class_name": "DDIMScheduler", "clip_sample": False}
+    return config
+
+
+def get_weight_dtype(mixed_precision: str) -> torch.dtype:
+    """Return the number format of the frozen parts."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
+
+
+@contextlib.contextmanager
+def explained_load(args: Namespace):
+    """Say of files that cannot be loaded which flag has named them."""
     try:
-        return CaptionedImages(rows.select_columns([args.image_column, args.caption_column]), args.image_column,
-                               args.caption_column)
-    except (TypeError, ValueError, NotImplementedError) as error:  # of Arrow, about types
-        raise ValueError(f"--image_column {args.image_column} of {source} holds no images: {error}") from error
+        yield
+    except (OSError, SafetensorError, ValueError) as error:
+        vae = args.pretrained_vae_model_name_or_path
+        hint = ""
+        if vae:
+            hint = " --variant is for the model: a VAE of its own needs weights named without one."
+        elif isinstance(error, OSError) and not args.variant:
+            hint = " If its weights are named *.fp16.safetensors, add --variant fp16."
+        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
+                         f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
+                         f"{error}{hint}") from error
 
 
-def load_rows(args: Namespace) -> datasets.Dataset:
-    """Return the `train` rows of --dataset_name: from the hub, or from a local folder."""
-    name = args.dataset_name
-    if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(name)
-    else:
-        try:
-            loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir,
-                                           data_dir=args.train_data_dir)
-        except OSError as error:  # also what is not found, and a hub that is out of reach
-            raise ValueError(f"--dataset_name {name} is neither on the hub nor a local folder: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"--dataset_name {name} has no images that can be loaded: {error}") from error
-    if isinstance(loaded, datasets.Dataset):
-        return loaded
-    if "train" not in loaded:
-        raise ValueError(f"--dataset_name {name} has no split named train: its splits are {', '.join(loaded)}.")
-    return loaded["train"]
+def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
+    """Load the networks, all frozen and in the run's precision, and give adapters to those that are trained."""
+    where, weight_dtype = args.pretrained_model_name_or_path, get_weight_dtype(accelerator.mixed_precision)
+    files = {part: locate_part(args, part)[1] for part in ("unet", "tokenizer")}
+    text_encoder = load_text_encoder(args, "text_encoder", configs["text_encoder"], weight_dtype)
+    vae = load_vae(args, weight_dtype)
+    unet = UNet2DConditionModel.from_pretrained(where, **files["unet"], variant=args.variant, torch_dtype=weight_dtype)
+    tokenizer = CLIPTokenizer.from_pretrained(where, **files["tokenizer"])
+    for network in (vae, text_encoder, unet):
+        network.requires_grad_(False).eval()
+    adapters = {"unet": make_lora_config(args, [
+        module for name in args.lora_target for module in LORA_TARGETS.get(name, (name,))])}
+    if args.train_text_encoder:
+        targets = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())]
+        adapters["text_encoder"] = make_lora_config(args, targets or TEXT_LORA_TARGETS["attention"])
+    models = Models(tokenizer, text_encoder, vae, unet, make_scheduler_config(args, configs["scheduler"]),
+                    tuple(adapters), make_lora_metadata(args, adapters))
+    for part, config in adapters.items():
+        add_adapter(getattr(models, part), config)
+    return models
 
 
-def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
-    """Return the rows of a folder with a metadata file, or with a .txt beside each image."""
-    own = Path(args.output_dir).resolve()  # the run's own pictures are no training data
-    hides_own = own.is_relative_to(Path(folder).resolve())
-    paths = [path for path in sorted(Path(folder).rglob("*"))
-             if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-             and path.is_file() and not (hides_own and own in path.resolve().parents)]
-    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-    has_archives = any(path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") for path in paths)
-    if not images and not has_archives:
-        raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
-    if has_archives or any(path.name in METADATA_NAMES for path in paths):
-        try:
-            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(str(Path(folder)))}/**"},
-                                         split="train", cache_dir=args.cache_dir)
-        except Exception as error:  # of `datasets` or Arrow, which name no file
-            raise ValueError(f"the metadata in {folder} cannot be read: {error}. Each row needs file_name and "
-                             f"{args.caption_column}, in one file of UTF-8 per folder.") from error
-        if len(rows) < len(images):
-            logger.warning(f"{len(images) - len(rows)} images in {folder} are not in its metadata and are left out")
-        return rows
-    missing = [path for path in images if not path.with_suffix(".txt").is_file()]
-    if missing:
-        raise ValueError(f"{folder} has no metadata file, and {len(missing)} of its {len(images)} images have no "
-                         f"caption: {missing[0]} needs {missing[0].with_suffix('.txt').name} beside it, or the folder "
-                         f"a metadata.jsonl with file_name and {args.caption_column}.")
-    captions = [read_caption(path.with_suffix(".txt")) for path in images]
-    return datasets.Dataset.from_dict({args.image_column: list(map(str, images)), args.caption_column: captions})
+def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKL:
+    """Load the VAE in a number format."""
+    where, files = locate_part(args, "vae")
+    vae = AutoencoderKL.from_pretrained(where, **files, torch_dtype=dtype,
+                                        variant=args.variant if "subfolder" in files else None)
+    if args.vae_slicing:
+        vae.enable_slicing()
+    if args.vae_tiling:
+        vae.enable_tiling()
+        vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
+        vae.tile_latent_min_size = vae.tile_sample_min_size // compute_vae_factor(vae.config)
+    return vae
 
 
-def read_caption(path: Path) -> str:
-    """Return the text of a caption file."""
+def load_text_encoder(args: Namespace, part: str, config: dict, dtype: torch.dtype) -> torch.nn.Module:
+    """Load a text encoder as the class that its configuration declares; OSError where its files lack weights."""
+    where, files = locate_part(args, part)
+    kind = getattr(transformers, (config.get("architectures") or TEXT_ENCODERS[part])[0])
+    network, report = kind.from_pretrained(where, **files, variant=args.variant, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:  # which transformers would draw at random
+        lacking = sorted(report["missing_keys"])
+        raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in all).")
+    return network
+
+
+def make_lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
+    """Return what PEFT is to add: A drawn with standard deviation 1 / rank, B 0."""
+    return LoraConfig(
+        r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=list(target_modules),
+        use_dora=args.use_dora, use_rslora=args.use_rslora, init_lora_weights="gaussian")
+
+
+def make_lora_metadata(args: Namespace, configs: dict[str, LoraConfig]) -> dict[str, str]:
+    """Return the metadata of the adapter's file: in diffusers' form what rebuilds it, and in words what it is for.
+
+    The dropout is left out: rebuilt with it, an adapter would drop inputs when drawing pictures.
+    """
+    names = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
+    facts = {f"{part}.{name}": getattr(config, name) for part, config in configs.items() for name in names}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(facts, default=sorted),  # of PEFT's set of modules
+            "base_model": args.pretrained_model_name_or_path, "rank": str(args.rank),
+            "lora_alpha": str(args.lora_alpha), "lora_target": " ".join(args.lora_target)}
+
+
+def add_adapter(network: torch.nn.Module, config: LoraConfig) -> None:
+    """Add an adapter to a frozen network in place, in float32 whatever the network's own precision."""
+    network.add_adapter(config)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for module in network.modules():  # the norms that DoRA starts from, which PEFT takes in the network's precision
+        for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
+            norms = module.get_base_layer().weight.float().flatten(1).norm(dim=1)
+            magnitude.weight.data = norms.view_as(magnitude.weight)
+
+
+def check_weights(models: Models) -> None:
+    """Raise OSError where files lack weights, which diffusers leaves without values, or a tokenizer its vocabulary."""
+    for part, text_encoder in zip(TOKENIZERS, list_text_encoders(models), strict=True):
+        size, most = len(getattr(models, part)), text_encoder.config.vocab_size
+        if not 512 < size <= most:  # each byte has an entry of its own, and one at the end of a word
+            raise OSError(f"its {part} has a vocabulary of {size}, where more than 512 and at most the {most} of its "
+                          "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are not there or "
+                          "another model's.")
+    for part in ("unet", "vae", *TEXT_ENCODERS):
+        lacking = [name for name, tensor in getattr(models, part).state_dict().items() if tensor.is_meta]
+        if lacking:
+            raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in all).")
+
+
+def set_up_networks(args: Namespace, models: Models) -> None:
+    """Apply the flags that trade memory and speed to what is trained, in place."""
+    for network in list_trained(models):
+        network.train()
+        if args.gradient_checkpointing and isinstance(network, UNet2DConditionModel):
+            network.enable_gradient_checkpointing()
+        elif args.gradient_checkpointing:  # transformers has renamed it
+            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+    if args.enable_xformers_memory_efficient_attention:
+        models.unet.enable_xformers_memory_efficient_attention()
+    if args.enable_npu_flash_attention:
+        models.unet.enable_npu_flash_attention()
+    if args.channels_last:
+        models.unet.to(memory_format=torch.channels_last)
+    if args.torch_compile:
+        models.unet.compile()  # in place, so that names and files stay those of the plain network
+
+
+def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
+    """Return the tokenizers, of which SDXL has two."""
+    return [getattr(models, name) for name in TOKENIZERS]
+
+
+def list_text_encoders(models: Models) -> list[torch.nn.Module]:
+    """Return the text encoders, of which SDXL has two."""
+    return [getattr(models, name) for name in TEXT_ENCODERS]
+
+
+def list_trained(models: Models) -> list[torch.nn.Module]:
+    """Return the networks that are trained, as accelerate has wrapped them."""
+    return [getattr(models, part) for part in models.trained]
+
+
+def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[str, torch.nn.Parameter]:
+    """Return what the optimizer moves by names such as unet.conv_in.weight.
+
+    Those of text encoders have no `text_model.` in front, which comes and goes with the version of transformers.
+    """
+    return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
+            for name, parameter in unwrap_model(accelerator, getattr(models, part)).named_parameters()
+            if parameter.requires_grad}
+
+
+def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+    """Return the plain network inside what accelerate and torch.compile made of it."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
+    """Return the models with the plain networks in place of the wrapped ones."""
+    return dataclasses.replace(
+        models, **{part: unwrap_model(accelerator, getattr(models, part)) for part in models.trained})
+
+
+@contextlib.contextmanager
+def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
+    """Bring the networks whose results are cached back to the device for a while: to draw, or to measure."""
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+        for network in list_cached(args, models):
+            network.to(accelerator.device)
+        yield
+    finally:
+        for network in list_cached(args, models):
+            network.to("cpu")
 
 
-def check_captions(captions: list, source: str, column: str) -> None:
-    """Refuse captions that are neither a string nor a list with at least one string."""
-    for row, caption in enumerate(captions):
-        texts = [caption] if isinstance(caption, str) else caption
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"row {row} of {source} has {caption!r} in --caption_column {column}: a caption is a "
-                             "string or a list of at least one string. Mend or drop that row.")
+# ---- Cache ----------------------------------------------------------------------------------------------------------
+
+SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: bytes in a file, and how many files
+ENCODED_PIXELS = 2**20  # that the VAE takes at once for the cache: one image of 1024 px, four of 512
 
 
-def decode_image(stored: dict, name: str) -> Image.Image:
-    """Return an image of a `datasets` row as RGB: upright as its EXIF says, transparency over white."""
-    try:
-        image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
-        image = ImageOps.exif_transpose(image)
-        if max(image.size) > MOST_ASPECT * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels are too thin a strip to crop from")
-        low, high = image.getextrema() if image.mode in ("I", "F") else (0, 0)
-        if image.mode == "F" or low < 0 or high > 65535:
-            raise ValueError(f"its values of type {image.mode} are not 8 or 16 bits per pixel")
-        if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
-            image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
-        message = f"{name} cannot be read as an image: {error}. Mend or remove it, or add --skip_broken_images."
-        raise ValueError(message) from error
+def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
+    """Have images and captions encoded once where the flags ask for it.
 
-
-def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
-    """Return the generator of the one draw for `purpose` at `where`, such as (epoch, index).
-
-    Philox is counter-based (Salmon et al. 2011, doi:10.1145/2063384.2063405): keys that differ at all give independent
-    streams, so adding, leaving out or reordering draws changes no other.
+    VAE and text encoders have the device to themselves until they have done their work: what they are still needed for
+    brings them back, and what is trained comes in `prepare_training`.
     """
-    digest = hashlib.blake2b(repr((seed, purpose, *where)).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
+    dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
+    if args.cache_latents:
+        models.vae.to(accelerator.device)
+        cache_latents(args, accelerator, models, samples, folder, dtype)
+        models.vae.to("cpu")
+    if args.cache_text_embeddings:
+        for network in list_text_encoders(models):
+            network.to(accelerator.device)
+        cache_text_states(accelerator, models, samples, folder, dtype)
+    for part in ("vae", *TEXT_ENCODERS):
+        network = getattr(models, part)
+        network.to("cpu" if network in list_cached(args, models) or part in models.trained else accelerator.device)
+    torch.cuda.empty_cache()  # of what encoding has left there
 
 
-def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, portion: float, begin: int,
-                         end: int) -> np.ndarray:
-    """Return the cumulative probability of each timestep [num_timesteps], uniform but for the chosen ones."""
-    weights = np.ones(num_timesteps)
-    count = max(1, int(portion * num_timesteps))
-    chosen = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
-              "range": slice(begin, end)}[strategy]
-    weights[chosen] *= multiplier
-    cumulative = np.cumsum(weights)
-    return cumulative / cumulative[-1]
+def list_cached(args: Namespace, models: Models) -> list[torch.nn.Module]:
+    """Return the networks whose results are cached."""
+    return [models.vae] * args.cache_latents + list_text_encoders(models) * args.cache_text_embeddings
 
 
-def transform_image(image: Image.Image, resolution: int, interpolation: str, corner: tuple[float, float] | None,
-                    flip: bool) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the image as uint8 [3, resolution, resolution]: resized by its shorter side, mirrored, cropped.
-
-    With it come the crop's top and left, in pixels of the resized and mirrored image.
-
-    `corner` is the crop's top left as fractions of the free way down and across; None crops the centre.
-    """
-    shorter = min(image.size)
-    image = image.resize([resolution * side // shorter for side in image.size], INTERPOLATION_MODES[interpolation])
-    image = ImageOps.mirror(image) if flip else image
-    down, across = image.height - resolution, image.width - resolution
-    top, left = ((round(down / 2), round(across / 2)) if corner is None
-                 else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), (top, left)
+def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
+                  dtype: type) -> None:
+    """Give the samples the VAE's moments [2c, h, w] and the time_ids of every variant of every image."""
+    variants, (channels, height, width) = samples.count_variants(), samples.latent_shape
+    key = make_key(digest_images(accelerator, samples), digest_variants(samples), args.resolution,
+                   args.image_interpolation_mode, args.center_crop, args.random_flip, variants,
+                   digest_network(models.vae), args.vae_tiling, dtype)
+    image_size = variants * 2 * channels * height * width * np.dtype(dtype).itemsize
+    samples.latents = EncodedRows(folder / f"images-{key}", len(samples), image_size, variants)
+    samples.latents.fill(accelerator, partial(encode_variants, models.vae, samples, dtype))
 
 
-class Samples:
-    """What each visit to a sample trains on: its image, caption, and every random number that its loss needs."""
-
-    def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int,
-                 latent_shape: tuple[int, int, int], num_timesteps: int) -> None:
-        self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
-        self.timestep_cdf = compute_timestep_cdf(
-            num_timesteps, args.timestep_bias_strategy, args.timestep_bias_multiplier, args.timestep_bias_portion,
-            args.timestep_bias_begin, args.timestep_bias_end)
-        self.latents: EncodedRows | None = None  # with --cache_latents
-        self.text_states: EncodedRows | None = None  # with --cache_text_embeddings, in the order of these:
-        self.caption_digests: np.ndarray | None = None
-        self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape}
-        if args.noise_offset:
-            self.noise_shapes["offset_noise"] = (latent_shape[0], 1, 1)
-        if args.input_perturbation:
-            self.noise_shapes["perturbation_noise"] = latent_shape
-        self.threads, self.is_loader_process = None, False
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getstate__(self) -> dict:
-        return {**vars(self), "threads": None}  # which cannot be sent to a loader process
-
-    def __getitems__(self, visits: list[Visit]) -> list[dict]:
-        """Return several samples, read side by side in threads unless this is one of several loader processes."""
-        if self.is_loader_process:
-            return [self[visit] for visit in visits]
-        return self.map_in_threads(self.__getitem__, visits)
-
-    def map_in_threads(self, function, things) -> list:
-        """Return the results of a function for several things at once."""
-        if self.threads is None:
-            self.threads = ThreadPoolExecutor(max_workers=count_cores_per_process())
-        return list(self.threads.map(function, things))
-
-    def __getitem__(self, visit: Visit) -> dict:
-        """Return one sample: image and caption, or what is cached of them, `timesteps` and noises."""
-        rng, where = partial(make_rng, self.seed), (visit.epoch, visit.index)
-        corner, flip = rng("crop", *where).random(2), rng("flip", *where).random() < 0.5
-        image, captions, num_skipped = self.get_image(visit.index, corner, self.args.random_flip and flip)
-        caption = captions[rng("caption", *where).integers(len(captions))]
-        if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
-            caption = ""
-        noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
-                  for purpose, shape in self.noise_shapes.items()}
-        timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        index = {"indices": np.int64((visit.index + num_skipped) % len(self))} if self.args.debug_loss else {}
-        return {**image, **self.get_text(caption), **index, "timesteps": np.int64(timestep),
-                "weights": np.float32(visit.weight), "num_skipped": np.int64(num_skipped), **noises}
-
-    def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
-        """Return an image, its captions, and how many broken ones were passed over to find it.
-
-        It is `images` uint8 [3, resolution, resolution] or, cached, the `moments` [2c, h, w] of the crop that `corner`
-        stands for; either way with its `time_ids` [6].
-        """
-        if self.latents is None:
-            item, num_skipped = self.read(index)
-            return self.transform(item["image"], corner, flip), item["captions"], num_skipped
-        crop = int(corner[0] * self.count_crops())
-        variant = 2 * crop + flip if self.args.random_flip else crop
-        cached = self.latents.read(index * self.count_variants() + variant)
-        source = int(cached["sources"])
-        if source != index and not self.args.skip_broken_images:
-            self.read(index)  # which says what is wrong with it
-        image = {"moments": cached["moments"], "time_ids": cached["time_ids"]}
-        return image, self.images.read_captions(source), (source - index) % len(self)
-
-    def get_text(self, caption: str) -> dict:
-        """Return the caption, or what is cached of it."""
-        if self.text_states is None:
-            return {"caption": caption}
-        digest = np.uint64(digest_caption(caption))
-        row = int(np.searchsorted(self.caption_digests, digest))
-        if row == len(self.caption_digests) or self.caption_digests[row] != digest:
-            raise ValueError(f"caption {caption!r} was not there when captions were encoded: `read_captions` must "
-                             "return what `__getitem__` does, each time.")
-        return self.text_states.read(row)
-
-    def transform(self, image: Image.Image, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
-        """Return `images`, the image as the flags ask for, and its `time_ids`, which SDXL is conditioned on.
-
-        They are original height and width, top and left of the crop, and the crop's height and width (Podell et al.
-        2023, arXiv:2307.01952, section 2.2).
-        """
-        resolution = self.args.resolution
-        images, place = transform_image(image, resolution, self.args.image_interpolation_mode,
-                                        None if self.args.center_crop else tuple(corner), flip)
-        return {"images": images,
-                "time_ids": np.array([image.height, image.width, *place, resolution, resolution], np.float32)}
-
-    def count_crops(self) -> int:
-        """Return how many crops of an image are cached."""
-        return self.args.cache_crops or (1 if self.args.center_crop else 4)
-
-    def count_variants(self) -> int:
-        """Return how many rows an image has in the cache: its crops, each perhaps mirrored as well."""
-        return self.count_crops() * (2 if self.args.random_flip else 1)
-
-    def make_variants(self, index: int) -> list[dict[str, np.ndarray]]:
-        """Return the variants of an image that are cached, each with `sources`: the item that it was found in.
-
-        The crops are the same whatever the seed of the run.
-        """
-        (item, num_skipped), flips = self.read(index), (False, True) if self.args.random_flip else (False,)
-        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.count_crops())]
-        source = np.int64((index + num_skipped) % len(self))
-        return [{**self.transform(item["image"], corner, flip), "sources": source}
-                for corner in corners for flip in flips]
-
-    def read(self, index: int) -> tuple[dict, int]:
-        """Return item `index` and 0, or with --skip_broken_images the next readable one and how many were skipped."""
-        for num_skipped in range(len(self.images)):
-            try:
-                return self.images[(index + num_skipped) % len(self.images)], num_skipped
-            except ValueError as error:
-                if not self.args.skip_broken_images:
-                    raise
-                logging.getLogger(__name__).warning(f"skipped: {error}")
-        raise ValueError(f"none of the {len(self.images)} images can be read.")
+def encode_variants(vae: AutoencoderKL, samples: Samples, dtype: type, first: int, last: int) -> dict[str, np.ndarray]:
+    """Return the rows first to last, exclusive, of the cache of images, encoded a million pixels at a time."""
+    indices, made, moments = range(first // samples.count_variants(), last // samples.count_variants()), [], []
+    side = samples.args.resolution
+    batch_size = max(1, ENCODED_PIXELS // side**2)
+    step = max(1, batch_size // samples.count_variants())
+    groups = [indices[start : start + step] for start in range(0, len(indices), step)]
+    for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
+        variants, distinct = [variant for variants in group for variant in variants], {}
+        chosen = [distinct.setdefault(variant.pop("images").tobytes(), len(distinct)) for variant in variants]
+        images = torch.frombuffer(bytearray(b"".join(distinct)), dtype=torch.uint8).view(-1, 3, side, side)
+        encoded = [torch.cat(encode_images(vae, part), dim=1).cpu() for part in images.split(batch_size)]
+        moments.append(torch.cat(encoded).numpy().astype(dtype)[chosen])  # crops of a square image are all the same
+        made += variants
+    rows = {name: np.stack([variant[name] for variant in made]) for name in made[0]}
+    rows["moments"] = np.concatenate(moments)
+    is_finite = np.isfinite(rows["moments"]).all(axis=(1, 2, 3))
+    if not is_finite.all():
+        source = int(rows["sources"][is_finite.argmin()])
+        name = make_row_name(source, samples.images.read_stored(source))
+        raise RuntimeError(f"the latents of {name} are not finite, computed in {vae.dtype} and kept in "
+                           f"{np.dtype(dtype)}: look at that image, or try --mixed_precision no and --cache_dtype "
+                           "fp32.")
+    return rows
 
 
-def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
-    """Yield the micro steps of the next `num_updates` updates, from where `progress` stands.
+def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path, dtype: type) -> None:
+    """Give the samples the text states of every distinct caption, and of the empty one, in the order of digests."""
+    places = np.fromiter(((index, which, digest_caption(caption)) for index in range(len(samples))
+                          for which, caption in enumerate(samples.images.read_captions(index))),
+                         dtype=[("index", np.int64), ("which", np.int32), ("digest", np.uint64)])
+    digests = np.append(places["digest"], np.uint64(digest_caption("")))
+    samples.caption_digests, chosen = np.unique(digests, return_index=True)
 
-    `micro_batch_size` counts samples over all processes. An epoch ends with whatever is left: a smaller micro batch, a
-    smaller update. No sample is repeated or left out, also when a resumed run has another batch size.
-    """
-    epoch, first = progress.epoch, progress.samples_seen
-    for _ in range(num_updates):
-        if first >= num_samples:
-            epoch, first = epoch + 1, 0
-        end = min(first + micro_batch_size * accumulation, num_samples)
-        window_size = end - first
-        while first < end:
-            last = min(first + micro_batch_size, end)
-            yield MicroStep(epoch, first, last, window_size, ends_update=last == end, ends_epoch=last == num_samples)
-            first = last
+    def encode(first: int, last: int) -> dict[str, np.ndarray]:
+        captions = ["" if number == len(places) else
+                    samples.images.read_captions(int(places["index"][number]))[places["which"][number]]
+                    for number in chosen[first:last]]
+        return encode_texts(models, captions, dtype)
 
-
-class VisitBatches:
-    """This process's share of each micro step as a list of visits: the batch sampler of a DataLoader."""
-
-    def __init__(self, steps, num_samples: int, seed: int, rank: int, num_processes: int) -> None:
-        self.steps, self.num_samples, self.seed = steps, num_samples, seed
-        self.rank, self.num_processes = rank, num_processes
-
-    def __iter__(self):
-        """Yield one list of visits per micro step: a contiguous part of it, so that processes make one large batch."""
-        epoch = None
-        for step in self.steps:
-            if step.epoch != epoch:
-                epoch = step.epoch
-                order = make_rng(self.seed, "order", epoch).permutation(self.num_samples)
-            count = step.last - step.first
-            begin = step.first + count * self.rank // self.num_processes
-            end = step.first + count * (self.rank + 1) // self.num_processes
-            idle = [Visit(epoch, int(order[step.first]), weight=0.0)]
-            yield [Visit(epoch, int(index)) for index in order[begin:end]] or idle
+    vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
+                    for tokenizer in list_tokenizers(models)]
+    empty = encode_texts(models, [""], dtype)  # of which some models want zeros
+    key = make_key(samples.caption_digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
+                   [digest_network(network) for network in list_text_encoders(models)], dtype)
+    row_size = sum(array.nbytes for array in empty.values())
+    samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
+    samples.text_states.fill(accelerator, encode)
 
 
-def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, Tensor]:
-    """Return samples as one batch; for captions that are not cached `input_ids` [b, s], for a second tokenizer _2."""
-    captions = [sample.pop("caption") for sample in samples if "caption" in sample]
-    batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
-    if not captions:
-        return batch
-    for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
-        batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
-                                max_length=tokenizer.model_max_length).input_ids
-    batch["num_long"] = (batch["input_ids"][:, -2] != tokenizers[0].pad_token_id).long()  # full: perhaps cut
-    return batch
-
-
-def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator):
-    """Return a loader of this process's batch of each micro step."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader processes
-    batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
-    tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
-    return torch.utils.data.DataLoader(
-        samples, batch_sampler=batches, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
-        pin_memory=accelerator.device.type == "cuda", worker_init_fn=start_loader_process,
-        generator=torch.Generator())  # its own, to leave the global one alone
-
-
-def start_loader_process(worker_id: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that trains: it ends its loaders."""
-    torch.utils.data.get_worker_info().dataset.is_loader_process = True
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
-              configs: dict[str, dict]) -> Data:
-    """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
-    side = args.resolution // compute_vae_factor(configs["vae"])
-    shapes = {"latent_shape": (configs["vae"]["latent_channels"], side, side),
-              "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
-    if args.max_train_samples is not None and args.max_train_samples < len(images):
-        chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
-        images = images.select(chosen)
-    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
-             "input_perturbation": 0, "timestep_bias_strategy": "none"}
-    plain_args = Namespace(**{**vars(args), **plain})
-    held_out = Samples(held_out_images, plain_args, seed=0, **shapes) if held_out_images is not None else None
-    return Data(Samples(images, args, seed=seed, **shapes), held_out)
+@torch.no_grad()
+def encode_texts(models: Models, captions: list[str], dtype: type) -> dict[str, np.ndarray]:
+    """Return what a visit needs of captions: what `encode_captions` returns, and whether they fill all tokens."""
+    batch, parts = collate([{"caption": caption} for caption in captions], list_tokenizers(models)), []
+    for start in range(0, len(captions), 64):
+        part = {name: tensor[start : start + 64].to(models.text_encoder.device) for name, tensor in batch.items()}
+        parts.append({name: states.float().cpu().numpy().astype(dtype)
+                      for name, states in encode_captions(models, part).items()})
+    states = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for array in states.values():
+        is_finite = np.isfinite(array).reshape(len(captions), -1).all(axis=1)
+        if not is_finite.all():
+            raise RuntimeError(f"the text states of {captions[is_finite.argmin()]!r} are not finite as "
+                               f"{np.dtype(dtype)}: try --cache_dtype fp32, or --mixed_precision no.")
+    return {**states, "num_long": batch["num_long"].numpy()}
 
 
 class EncodedRows:
@@ -1321,634 +1918,6 @@ def digest_network(network: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def iterate_ahead(batches):
-    """Yield what `batches` yields, with the next one being made in a thread while the caller uses this one.
-
-    Close it when leaving early: loader processes end with it, and would otherwise outlive an error.
-    """
-    iterator = iter(batches)
-    try:
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            pending = reader.submit(next, iterator, None)
-            while (batch := pending.result()) is not None:
-                pending = reader.submit(next, iterator, None)
-                yield batch
-    finally:
-        if hasattr(iterator, "_shutdown_workers"):  # a DataLoader ends its processes only when its last reference goes
-            iterator._shutdown_workers()
-
-
-def count_cores_per_process() -> int:
-    """Return how many threads may load data in one training process: its share of the cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-# ---- Models ---------------------------------------------------------------------------------------------------------
-
-
-def load_model_configs(args: Namespace) -> dict[str, dict]:
-    """Return the configuration of each part of the model, refusing before any weights are read what cannot work."""
-    configs = {}
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
-    for part in (*kinds, *TEXT_ENCODERS, *TOKENIZERS):
-        where, files = locate_part(args, part)
-        try:
-            if part in kinds:
-                configs[part] = kinds[part].load_config(where, **files)
-            else:
-                name = "tokenizer_config.json" if part in TOKENIZERS else "config.json"
-                path = transformers.utils.cached_file(where, name, **files) or Path(where, part, name)
-                configs[part] = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            flag = f"pretrained_{'' if 'subfolder' in files else 'vae_'}model_name_or_path"
-            layout = f"{part}/ and the others in diffusers layout" if "subfolder" in files else "its config.json"
-            raise ValueError(f"--{flag} {where} has no {part} to load: give a folder with {layout}, or a name on the "
-                             f"hub; for a gated one, run `hf auth login` first. {error}") from error
-        if part == "unet" and configs[part].get("addition_embed_type") != ADDITION_EMBED_TYPE:
-            raise ValueError(f"--pretrained_model_name_or_path {where} is no {MODEL_KIND} model: its UNet has "
-                             f"addition_embed_type {configs[part].get('addition_embed_type')}. The scripts for SDXL "
-                             "have sdxl in their names, those for Stable Diffusion have not.")
-        if part == "vae" and not {"latent_channels", "block_out_channels"} <= configs[part].keys():
-            raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
-                             "folder of a VAE itself, such as MODEL/vae.")
-    check_model_configs(args, configs)
-    return configs
-
-
-def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
-    """Return the folder, or name on the hub, that a part of the model is loaded from, and where in it."""
-    if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
-        return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
-    revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
-    return args.pretrained_model_name_or_path, {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
-
-
-def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
-    """Refuse a model that this script cannot train with these flags."""
-    where, unet, factor = args.pretrained_model_name_or_path, configs["unet"], compute_vae_factor(configs["vae"])
-    latent_channels = configs["vae"]["latent_channels"]
-    prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
-    num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
-    sampler = str(configs["scheduler"].get("_class_name"))
-    refusals = (
-        (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
-         f"{where} was trained for {sampler} to predict {prediction_type}: its noise is not that of {MODEL_KIND}, "
-         f"which predicts {' or '.join(PREDICTION_TYPES)}."),
-        (args.resolution % factor,
-         f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
-         f"try {max(1, args.resolution // factor) * factor}."),
-        (unet["in_channels"] != latent_channels,
-         f"the UNet of {where} takes {unet['in_channels']} channels and the VAE of {locate_part(args, 'vae')[0]} "
-         f"makes {latent_channels}: inpainting models cannot be trained here, nor with a VAE of another kind."),
-        (configs["vae"].get("shift_factor"),
-         f"the VAE of {locate_part(args, 'vae')[0]} shifts its latents (shift_factor), which no {MODEL_KIND} pipeline "
-         "undoes: take the model's own."),
-        (args.dream_training and prediction_type != "epsilon",
-         f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
-        (args.rescale_betas_zero_snr and prediction_type == "epsilon",
-         f"--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, and {where} predicts epsilon."),
-        (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
-         f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
-    )
-    for is_wrong, message in refusals:
-        if is_wrong:
-            raise ValueError(message)
-    for part, accepted in TEXT_ENCODERS.items():
-        found = (configs[part].get("architectures") or accepted)[0]
-        if found not in accepted:
-            raise ValueError(f"{where} is no {MODEL_KIND} model: its {part} is a {found}, not a "
-                             f"{' or '.join(accepted)}.")
-
-
-def compute_vae_factor(vae_config: dict) -> int:
-    """Return how many pixels one latent value spans in each direction."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
-
-
-def make_scheduler_config(args: Namespace, config: dict) -> dict:
-    """Return the scheduler configuration to train with and to export."""
-    config = {**config, "prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
-    if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if args.rescale_betas_zero_snr or config["prediction_type"] == "sample":  # PNDM, the usual one, can do neither
-        config |= {"_class_name": "DDIMScheduler", "clip_sample": False}
-    return config
-
-
-def get_weight_dtype(mixed_precision: str) -> torch.dtype:
-    """Return the number format of the frozen parts."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
-
-
-@contextlib.contextmanager
-def explained_load(args: Namespace):
-    """Say of files that cannot be loaded which flag has named them."""
-    try:
-        yield
-    except (OSError, SafetensorError, ValueError) as error:
-        vae = args.pretrained_vae_model_name_or_path
-        hint = ""
-        if vae:
-            hint = " --variant is for the model: a VAE of its own needs weights named without one."
-        elif isinstance(error, OSError) and not args.variant:
-            hint = " If its weights are named *.fp16.safetensors, add --variant fp16."
-        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
-                         f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                         f"{error}{hint}") from error
-
-
-def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKL:
-    """Load the VAE in a number format."""
-    where, files = locate_part(args, "vae")
-    vae = AutoencoderKL.from_pretrained(where, **files, torch_dtype=dtype,
-                                        variant=args.variant if "subfolder" in files else None)
-    if args.vae_slicing:
-        vae.enable_slicing()
-    if args.vae_tiling:
-        vae.enable_tiling()
-        vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
-        vae.tile_latent_min_size = vae.tile_sample_min_size // compute_vae_factor(vae.config)
-    return vae
-
-
-def load_text_encoder(args: Namespace, part: str, config: dict, dtype: torch.dtype) -> torch.nn.Module:
-    """Load a text encoder as the class that its configuration declares; OSError where its files lack weights."""
-    where, files = locate_part(args, part)
-    kind = getattr(transformers, (config.get("architectures") or TEXT_ENCODERS[part])[0])
-    network, report = kind.from_pretrained(where, **files, variant=args.variant, dtype=dtype, output_loading_info=True)
-    if report["missing_keys"]:  # which transformers would draw at random
-        lacking = sorted(report["missing_keys"])
-        raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in all).")
-    return network
-
-
-def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
-    """Load the networks, all frozen and in the run's precision, and give adapters to those that are trained."""
-    where, weight_dtype = args.pretrained_model_name_or_path, get_weight_dtype(accelerator.mixed_precision)
-    files = {part: locate_part(args, part)[1] for part in ("unet", "tokenizer")}
-    text_encoder = load_text_encoder(args, "text_encoder", configs["text_encoder"], weight_dtype)
-    vae = load_vae(args, weight_dtype)
-    unet = UNet2DConditionModel.from_pretrained(where, **files["unet"], variant=args.variant, torch_dtype=weight_dtype)
-    tokenizer = CLIPTokenizer.from_pretrained(where, **files["tokenizer"])
-    for network in (vae, text_encoder, unet):
-        network.requires_grad_(False).eval()
-    adapters = {"unet": make_lora_config(args, [
-        module for name in args.lora_target for module in LORA_TARGETS.get(name, (name,))])}
-    if args.train_text_encoder:
-        targets = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())]
-        adapters["text_encoder"] = make_lora_config(args, targets or TEXT_LORA_TARGETS["attention"])
-    models = Models(tokenizer, text_encoder, vae, unet, make_scheduler_config(args, configs["scheduler"]),
-                    tuple(adapters), make_lora_metadata(args, adapters))
-    for part, config in adapters.items():
-        add_adapter(getattr(models, part), config)
-    return models
-
-
-def check_weights(models: Models) -> None:
-    """Raise OSError where files lack weights, which diffusers leaves without values, or a tokenizer its vocabulary."""
-    for part, text_encoder in zip(TOKENIZERS, list_text_encoders(models), strict=True):
-        size, most = len(getattr(models, part)), text_encoder.config.vocab_size
-        if not 512 < size <= most:  # each byte has an entry of its own, and one at the end of a word
-            raise OSError(f"its {part} has a vocabulary of {size}, where more than 512 and at most the {most} of its "
-                          "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are not there or "
-                          "another model's.")
-    for part in ("unet", "vae", *TEXT_ENCODERS):
-        lacking = [name for name, tensor in getattr(models, part).state_dict().items() if tensor.is_meta]
-        if lacking:
-            raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in all).")
-
-
-def check_lora_target(args: Namespace, unet_config: dict) -> None:
-    """Refuse names in --lora_target that stand for no layer of this UNet that can be adapted."""
-    with torch.device("meta"):  # the names without the weights
-        unet = UNet2DConditionModel.from_config(unet_config)
-    can_adapt = {f".{name}": isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-                 for name, module in unet.named_modules()}
-    for name in args.lora_target:
-        matched = [can for layer, can in can_adapt.items() if layer.endswith(f".{name}")]
-        if name not in LORA_TARGETS and not (matched and all(matched)):
-            ends = sorted({re.sub(r".*\.(?=\D)", "", layer) for layer, can in can_adapt.items() if can})
-            raise ValueError(f"--lora_target {name} is no linear or convolution layer of the UNet, or not only such: "
-                             f"give some of {', '.join(LORA_TARGETS)}, with spaces, or ends of names such as "
-                             f"{', '.join(ends)}.")
-
-
-def make_lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
-    """Return what PEFT is to add: A drawn with standard deviation 1 / rank, B 0."""
-    return LoraConfig(
-        r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=list(target_modules),
-        use_dora=args.use_dora, use_rslora=args.use_rslora, init_lora_weights="gaussian")
-
-
-def make_lora_metadata(args: Namespace, configs: dict[str, LoraConfig]) -> dict[str, str]:
-    """Return the metadata of the adapter's file: in diffusers' form what rebuilds it, and in words what it is for.
-
-    The dropout is left out: rebuilt with it, an adapter would drop inputs when drawing pictures.
-    """
-    names = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
-    facts = {f"{part}.{name}": getattr(config, name) for part, config in configs.items() for name in names}
-    return {"format": "pt", "lora_adapter_metadata": json.dumps(facts, default=sorted),  # of PEFT's set of modules
-            "base_model": args.pretrained_model_name_or_path, "rank": str(args.rank),
-            "lora_alpha": str(args.lora_alpha), "lora_target": " ".join(args.lora_target)}
-
-
-def add_adapter(network: torch.nn.Module, config: LoraConfig) -> None:
-    """Add an adapter to a frozen network in place, in float32 whatever the network's own precision."""
-    network.add_adapter(config)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    for module in network.modules():  # the norms that DoRA starts from, which PEFT takes in the network's precision
-        for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
-            norms = module.get_base_layer().weight.float().flatten(1).norm(dim=1)
-            magnitude.weight.data = norms.view_as(magnitude.weight)
-
-
-def set_up_networks(args: Namespace, models: Models) -> None:
-    """Apply the flags that trade memory and speed to what is trained, in place."""
-    for network in list_trained(models):
-        network.train()
-        if args.gradient_checkpointing and isinstance(network, UNet2DConditionModel):
-            network.enable_gradient_checkpointing()
-        elif args.gradient_checkpointing:  # transformers has renamed it
-            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
-    if args.enable_xformers_memory_efficient_attention:
-        models.unet.enable_xformers_memory_efficient_attention()
-    if args.enable_npu_flash_attention:
-        models.unet.enable_npu_flash_attention()
-    if args.channels_last:
-        models.unet.to(memory_format=torch.channels_last)
-    if args.torch_compile:
-        models.unet.compile()  # in place, so that names and files stay those of the plain network
-
-
-def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
-    """Return the tokenizers, of which SDXL has two."""
-    return [getattr(models, name) for name in TOKENIZERS]
-
-
-def list_text_encoders(models: Models) -> list[torch.nn.Module]:
-    """Return the text encoders, of which SDXL has two."""
-    return [getattr(models, name) for name in TEXT_ENCODERS]
-
-
-def list_trained(models: Models) -> list[torch.nn.Module]:
-    """Return the networks that are trained, as accelerate has wrapped them."""
-    return [getattr(models, part) for part in models.trained]
-
-
-def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[str, torch.nn.Parameter]:
-    """Return what the optimizer moves by names such as unet.conv_in.weight.
-
-    Those of text encoders have no `text_model.` in front, which comes and goes with the version of transformers.
-    """
-    return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
-            for name, parameter in unwrap_model(accelerator, getattr(models, part)).named_parameters()
-            if parameter.requires_grad}
-
-
-def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """Return the plain network inside what accelerate and torch.compile made of it."""
-    return accelerator.unwrap_model(model, keep_torch_compile=False)
-
-
-def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
-    """Return the models with the plain networks in place of the wrapped ones."""
-    return dataclasses.replace(
-        models, **{part: unwrap_model(accelerator, getattr(models, part)) for part in models.trained})
-
-
-class EmaWeights:
-    """Exponential moving average of trained weights: average += (1 - decay_n) (weights - average), in float32.
-
-    decay_n of the n-th update is 0 for n = 1, then n / (9 + n), until that exceeds `decay`: the ramp of diffusers'
-    EMAModel, in whose form this keeps its state. `min_decay` is a floor, for averages that come with a model.
-    With `offload` the averages live in host memory and visit the device one tensor at a time.
-    """
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, offload: bool = False) -> None:
-        self.parameters = parameters
-        self.decay, self.min_decay, self.num_updates, self.offload = decay, 0.0, 0, offload
-        self.averages = {name: self.place(parameter.detach().clone()) for name, parameter in parameters.items()}
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """Return a new average where it is to live: on the device, or in host memory that is quick to copy from."""
-        if not self.offload:
-            return tensor.float()
-        tensor = tensor.float().cpu()
-        return tensor.pin_memory() if torch.cuda.is_available() else tensor
-
-    def compute_decay(self) -> float:
-        """Return the share of the old average that the current update keeps."""
-        ramp = 0.0 if self.num_updates <= 1 else self.num_updates / (9 + self.num_updates)
-        return max(self.min_decay, min(self.decay, ramp))
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Take the weights of this update into the average, without a copy of all of them."""
-        self.num_updates += 1
-        share = 1 - self.compute_decay()
-        if not self.offload:
-            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
-            return
-        for name, parameter in self.parameters.items():
-            average = self.averages[name]
-            visitor = average.to(parameter.device, non_blocking=True, copy=True)
-            average.copy_(visitor.lerp_(parameter, share), non_blocking=True)
-
-    @contextlib.contextmanager
-    def swapped_in(self):
-        """Put the averages into the networks and, whatever happens inside, the trained weights back afterwards."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange averages and weights, one tensor at a time."""
-        for name, parameter in self.parameters.items():
-            weights = parameter.detach().clone()
-            parameter.copy_(self.averages[name])
-            self.averages[name].copy_(weights)
-
-    def save_state(self, config: Path) -> None:
-        """Write how far the averaging has come into a JSON file, among what stands there."""
-        state = {"decay": self.decay, "min_decay": self.min_decay, "optimization_step": self.num_updates,
-                 "update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
-        before = json.loads(config.read_text()) if config.is_file() else {}
-        config.write_text(json.dumps({**before, **state}, indent=2))
-
-    def load(self, weights: dict[str, Tensor], config: Path) -> None:
-        """Take averages, and the state that `save_state` or diffusers' EMAModel has written."""
-        copy_weights(self.averages, weights, str(config.parent))
-        state = json.loads(config.read_text())
-        self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
-
-
-def averaged_weights(models: Models):
-    """Return a context in which what is trained holds the averaged weights, if the run keeps any."""
-    return models.ema.swapped_in() if models.ema is not None else contextlib.nullcontext()
-
-
-@torch.no_grad()
-def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
-    """Copy weights into tensors of the same names and shapes; ValueError where they are others."""
-    odd = [name for name in sorted(places.keys() | weights.keys())
-           if name not in places or name not in weights or places[name].shape != weights[name].shape]
-    if odd:
-        found = {name: tuple(weights[name].shape) if name in weights else "missing" for name in odd[:3]}
-        raise ValueError(f"{source} does not fit this model and these flags: {len(odd)} tensors are missing, too many "
-                         f"or of another shape, among them {found}. Give the command as it was.")
-    for name, place in places.items():
-        place.copy_(weights[name])
-
-
-def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
-    """Have images and captions encoded once where the flags ask for it.
-
-    VAE and text encoders have the device to themselves until they have done their work: what they are still needed for
-    brings them back, and what is trained comes in `prepare_training`.
-    """
-    folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
-    dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
-    if args.cache_latents:
-        models.vae.to(accelerator.device)
-        cache_latents(args, accelerator, models, samples, folder, dtype)
-        models.vae.to("cpu")
-    if args.cache_text_embeddings:
-        for network in list_text_encoders(models):
-            network.to(accelerator.device)
-        cache_text_states(accelerator, models, samples, folder, dtype)
-    for part in ("vae", *TEXT_ENCODERS):
-        network = getattr(models, part)
-        network.to("cpu" if network in list_cached(args, models) or part in models.trained else accelerator.device)
-    torch.cuda.empty_cache()  # of what encoding has left there
-
-
-def list_cached(args: Namespace, models: Models) -> list[torch.nn.Module]:
-    """Return the networks whose results are cached."""
-    return [models.vae] * args.cache_latents + list_text_encoders(models) * args.cache_text_embeddings
-
-
-@contextlib.contextmanager
-def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
-    """Bring the networks whose results are cached back to the device for a while: to draw, or to measure."""
-    try:
-        for network in list_cached(args, models):
-            network.to(accelerator.device)
-        yield
-    finally:
-        for network in list_cached(args, models):
-            network.to("cpu")
-
-
-def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
-                  dtype: type) -> None:
-    """Give the samples the VAE's moments [2c, h, w] and the time_ids of every variant of every image."""
-    variants, (channels, height, width) = samples.count_variants(), samples.latent_shape
-    key = make_key(digest_images(accelerator, samples), digest_variants(samples), args.resolution,
-                   args.image_interpolation_mode, args.center_crop, args.random_flip, variants,
-                   digest_network(models.vae), args.vae_tiling, dtype)
-    image_size = variants * 2 * channels * height * width * np.dtype(dtype).itemsize
-    samples.latents = EncodedRows(folder / f"images-{key}", len(samples), image_size, variants)
-    samples.latents.fill(accelerator, partial(encode_variants, models.vae, samples, dtype))
-
-
-def encode_variants(vae: AutoencoderKL, samples: Samples, dtype: type, first: int, last: int) -> dict[str, np.ndarray]:
-    """Return the rows first to last, exclusive, of the cache of images, encoded a million pixels at a time."""
-    indices, made, moments = range(first // samples.count_variants(), last // samples.count_variants()), [], []
-    side = samples.args.resolution
-    batch_size = max(1, ENCODED_PIXELS // side**2)
-    step = max(1, batch_size // samples.count_variants())
-    groups = [indices[start : start + step] for start in range(0, len(indices), step)]
-    for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
-        variants, distinct = [variant for variants in group for variant in variants], {}
-        chosen = [distinct.setdefault(variant.pop("images").tobytes(), len(distinct)) for variant in variants]
-        images = torch.frombuffer(bytearray(b"".join(distinct)), dtype=torch.uint8).view(-1, 3, side, side)
-        encoded = [torch.cat(encode_images(vae, part), dim=1).cpu() for part in images.split(batch_size)]
-        moments.append(torch.cat(encoded).numpy().astype(dtype)[chosen])  # crops of a square image are all the same
-        made += variants
-    rows = {name: np.stack([variant[name] for variant in made]) for name in made[0]}
-    rows["moments"] = np.concatenate(moments)
-    is_finite = np.isfinite(rows["moments"]).all(axis=(1, 2, 3))
-    if not is_finite.all():
-        source = int(rows["sources"][is_finite.argmin()])
-        name = make_row_name(source, samples.images.read_stored(source))
-        raise RuntimeError(f"the latents of {name} are not finite, computed in {vae.dtype} and kept in "
-                           f"{np.dtype(dtype)}: look at that image, or try --mixed_precision no and --cache_dtype "
-                           "fp32.")
-    return rows
-
-
-def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path, dtype: type) -> None:
-    """Give the samples the text states of every distinct caption, and of the empty one, in the order of digests."""
-    places = np.fromiter(((index, which, digest_caption(caption)) for index in range(len(samples))
-                          for which, caption in enumerate(samples.images.read_captions(index))),
-                         dtype=[("index", np.int64), ("which", np.int32), ("digest", np.uint64)])
-    digests = np.append(places["digest"], np.uint64(digest_caption("")))
-    samples.caption_digests, chosen = np.unique(digests, return_index=True)
-
-    def encode(first: int, last: int) -> dict[str, np.ndarray]:
-        captions = ["" if number == len(places) else
-                    samples.images.read_captions(int(places["index"][number]))[places["which"][number]]
-                    for number in chosen[first:last]]
-        return encode_texts(models, captions, dtype)
-
-    vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
-                    for tokenizer in list_tokenizers(models)]
-    empty = encode_texts(models, [""], dtype)  # of which some models want zeros
-    key = make_key(samples.caption_digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
-                   [digest_network(network) for network in list_text_encoders(models)], dtype)
-    row_size = sum(array.nbytes for array in empty.values())
-    samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
-    samples.text_states.fill(accelerator, encode)
-
-
-@torch.no_grad()
-def encode_texts(models: Models, captions: list[str], dtype: type) -> dict[str, np.ndarray]:
-    """Return what a visit needs of captions: what `encode_captions` returns, and whether they fill all tokens."""
-    batch, parts = collate([{"caption": caption} for caption in captions], list_tokenizers(models)), []
-    for start in range(0, len(captions), 64):
-        part = {name: tensor[start : start + 64].to(models.text_encoder.device) for name, tensor in batch.items()}
-        parts.append({name: states.float().cpu().numpy().astype(dtype)
-                      for name, states in encode_captions(models, part).items()})
-    states = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    for array in states.values():
-        is_finite = np.isfinite(array).reshape(len(captions), -1).all(axis=1)
-        if not is_finite.all():
-            raise RuntimeError(f"the text states of {captions[is_finite.argmin()]!r} are not finite as "
-                               f"{np.dtype(dtype)}: try --cache_dtype fp32, or --mixed_precision no.")
-    return {**states, "num_long": batch["num_long"].numpy()}
-
-
-# ---- Objective ------------------------------------------------------------------------------------------------------
-# b batch, c latent channels, h and w latent height and width, s caption tokens, d text width, T timesteps
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised: the noise schedule, as tables on the device, and the options of the loss."""
-
-    alpha: Tensor  # [T] float32: share of the latents at each timestep; alpha^2 + sigma^2 = 1
-    sigma: Tensor  # [T] float32: share of the noise
-    prediction_type: str
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    input_perturbation: float = 0.0
-    dream_detail_preservation: float | None = None  # None: no DREAM
-
-
-def make_objective(args: Namespace, scheduler_config: dict, device: torch.device) -> Objective:
-    """Return the objective that the flags ask for."""
-    alphas_cumprod = DDPMScheduler.from_config(scheduler_config).alphas_cumprod.to(device, torch.float32)
-    return Objective(
-        alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), scheduler_config["prediction_type"], args.snr_gamma,
-        args.noise_offset, args.input_perturbation, args.dream_detail_preservation if args.dream_training else None)
-
-
-def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
-    """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
-    unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
-    latents, conditions = get_latents(models, batch), get_conditions(models, batch)
-
-    # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
-    # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
-    if objective.noise_offset:
-        noise = noise + objective.noise_offset * batch["offset_noise"]
-    input_noise = noise
-    if objective.input_perturbation:
-        input_noise = noise + objective.input_perturbation * batch["perturbation_noise"]
-
-    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma would vanish at the first timesteps
-    alpha, sigma = objective.alpha[timesteps].view(-1, 1, 1, 1), objective.sigma[timesteps].view(-1, 1, 1, 1)
-    noisy_latents = alpha * latents + sigma * input_noise
-    target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
-    if objective.dream_detail_preservation is not None:
-        with torch.no_grad():
-            estimate = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0].float()
-        noisy_latents, target = apply_dream(noisy_latents, target, estimate, sigma,
-                                            objective.dream_detail_preservation)
-
-    model_pred = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0]
-    loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
-    if objective.snr_gamma is not None:
-        loss = loss * compute_snr_weights(alpha.flatten(), sigma.flatten(), objective.snr_gamma,
-                                          objective.prediction_type)
-    return loss
-
-
-def get_conditions(models: Models, batch: dict) -> dict:
-    """Return what else the UNet is given: `encoder_hidden_states` [b, s, d]."""
-    return get_text_states(models, batch)
-
-
-def get_latents(models: Models, batch: dict) -> Tensor:
-    """Return latents [b, c, h, w] in float32, sampled anew at each visit whether their moments are cached or not."""
-    if "moments" in batch:
-        mean, std = batch["moments"].float().chunk(2, dim=1)
-    else:
-        mean, std = encode_images(models.vae, batch["images"])
-    config = models.vae.config
-    latents = mean + std * batch["posterior_noise"]
-    if config.get("latents_mean") is not None:  # of VAEs whose channels are far from zero mean and unit variance
-        mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-        latents = (latents - mean) / std
-    return latents * config.scaling_factor
-
-
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float32 mean and standard deviation [b, c, h, w] of what uint8 images [b, 3, H, W] are encoded to."""
-    pixel_values = images.to(vae.device).float() / 127.5 - 1  # [-1, 1]
-    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
-
-
-def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
-    """Return what `encode_captions` makes of the captions, or what is cached of it."""
-    names = batch.keys() & {"encoder_hidden_states", "pooled_prompt_embeds"}
-    return {name: batch[name].float() for name in names} or encode_captions(models, batch)
-
-
-def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
-    """Return the text encoder's last states [b, s, d], with gradients only where it is trained."""
-    with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
-        return {"encoder_hidden_states": models.text_encoder(batch["input_ids"], return_dict=False)[0]}
-
-
-def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
-                   prediction_type: str) -> Tensor:
-    """Return what the UNet should predict [b, c, h, w]; v as in Salimans & Ho 2022, arXiv:2202.00512."""
-    if prediction_type == "epsilon":
-        return noise
-    return alpha * noise - sigma * latents if prediction_type == "v_prediction" else latents
-
-
-def apply_dream(noisy_latents: Tensor, target: Tensor, estimate: Tensor, sigma: Tensor,
-                detail_preservation: float) -> tuple[Tensor, Tensor]:
-    """Return noisy latents and noise target moved by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8).
-
-    With lambda = sigma^p, p the detail preservation, and delta = lambda (target - estimate).
-    """
-    delta = sigma**detail_preservation * (target - estimate)
-    return noisy_latents + sigma * delta, target + delta
-
-
-def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, prediction_type: str) -> Tensor:
-    """Return Min-SNR loss weights [b] (Hang et al. 2023, arXiv:2303.09556, section 3.4).
-
-    With snr = alpha^2 / sigma^2: min(snr, gamma) / snr for epsilon, / (snr + 1) for v_prediction, / 1 for sample. Ours
-    is 1 where snr is 0, the end of a rescaled schedule: the formula gives 0/0 or never trains the first sampling step.
-    """
-    snr = (alpha / sigma) ** 2
-    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
-    return torch.where(snr > 0, snr.clamp(max=snr_gamma) / divisor, 1.0)
-
-
 # ---- Optimization ---------------------------------------------------------------------------------------------------
 
 
@@ -2048,7 +2017,113 @@ def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> 
     return args.max_train_steps or args.num_train_epochs * updates_per_epoch
 
 
+class EmaWeights:
+    """Exponential moving average of trained weights: average += (1 - decay_n) (weights - average), in float32.
+
+    decay_n of the n-th update is 0 for n = 1, then n / (9 + n), until that exceeds `decay`: the ramp of diffusers'
+    EMAModel, in whose form this keeps its state. `min_decay` is a floor, for averages that come with a model.
+    With `offload` the averages live in host memory and visit the device one tensor at a time.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, offload: bool = False) -> None:
+        self.parameters = parameters
+        self.decay, self.min_decay, self.num_updates, self.offload = decay, 0.0, 0, offload
+        self.averages = {name: self.place(parameter.detach().clone()) for name, parameter in parameters.items()}
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Return a new average where it is to live: on the device, or in host memory that is quick to copy from."""
+        if not self.offload:
+            return tensor.float()
+        tensor = tensor.float().cpu()
+        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+    def compute_decay(self) -> float:
+        """Return the share of the old average that the current update keeps."""
+        ramp = 0.0 if self.num_updates <= 1 else self.num_updates / (9 + self.num_updates)
+        return max(self.min_decay, min(self.decay, ramp))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take the weights of this update into the average, without a copy of all of them."""
+        self.num_updates += 1
+        share = 1 - self.compute_decay()
+        if not self.offload:
+            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
+            return
+        for name, parameter in self.parameters.items():
+            average = self.averages[name]
+            visitor = average.to(parameter.device, non_blocking=True, copy=True)
+            average.copy_(visitor.lerp_(parameter, share), non_blocking=True)
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        """Put the averages into the networks and, whatever happens inside, the trained weights back afterwards."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange averages and weights, one tensor at a time."""
+        for name, parameter in self.parameters.items():
+            weights = parameter.detach().clone()
+            parameter.copy_(self.averages[name])
+            self.averages[name].copy_(weights)
+
+    def save_state(self, config: Path) -> None:
+        """Write how far the averaging has come into a JSON file, among what stands there."""
+        state = {"decay": self.decay, "min_decay": self.min_decay, "optimization_step": self.num_updates,
+                 "update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
+        before = json.loads(config.read_text()) if config.is_file() else {}
+        config.write_text(json.dumps({**before, **state}, indent=2))
+
+    def load(self, weights: dict[str, Tensor], config: Path) -> None:
+        """Take averages, and the state that `save_state` or diffusers' EMAModel has written."""
+        copy_weights(self.averages, weights, str(config.parent))
+        state = json.loads(config.read_text())
+        self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
+
+
+def averaged_weights(models: Models):
+    """Return a context in which what is trained holds the averaged weights, if the run keeps any."""
+    return models.ema.swapped_in() if models.ema is not None else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
+    """Copy weights into tensors of the same names and shapes; ValueError where they are others."""
+    odd = [name for name in sorted(places.keys() | weights.keys())
+           if name not in places or name not in weights or places[name].shape != weights[name].shape]
+    if odd:
+        found = {name: tuple(weights[name].shape) if name in weights else "missing" for name in odd[:3]}
+        raise ValueError(f"{source} does not fit this model and these flags: {len(odd)} tensors are missing, too many "
+                         f"or of another shape, among them {found}. Give the command as it was.")
+    for name, place in places.items():
+        place.copy_(weights[name])
+
+
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+TRAINED = LORA_FILE  # in a checkpoint: the sign that this script made it
+EMA_FOLDER = "lora_ema"  # in a checkpoint: the averaged weights and, in config.json, the state of the averaging
+# Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
+# those above are the same in every script, which has some of these flags.
+FIXED_FLAGS = (
+    "use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora"
+).split()
+# Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
+INCONSEQUENTIAL_FLAGS = frozenset(
+    "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
+    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
+    "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
+    "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
+    "validation_inference_steps save_kohya_format encoded_dir debug_loss vae_slicing optimizer_in_backward".split()
+)
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
@@ -2324,6 +2399,24 @@ def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
 
 # ---- Validation and export ------------------------------------------------------------------------------------------
 
+MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
+RESULT = LORA_FILE  # in --output_dir: the sign of a finished run
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+
+
+def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
+           progress: Progress) -> None:
+    """Export what was trained with its card, send the last pictures to the trackers, and upload."""
+    if accelerator.is_main_process:
+        export_model(args, accelerator, models)
+        save_model_card(args, images, seed, progress)
+        if images:
+            with log_failure("sending the last pictures to the trackers"):
+                log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
+    accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:  # after the barrier: the others need not wait for an upload
+        push_to_hub(args)
+
 
 def make_pipeline(accelerator: Accelerator, models: Models, **extras) -> StableDiffusionPipeline:
     """Return the pipeline of the networks in memory; `extras` are a safety checker and the like."""
@@ -2371,15 +2464,6 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
             save_images(images, prompts, Path(args.output_dir, "validation", f"step-{progress.global_step}"))
             log_images(accelerator, "validation", images, prompts, progress.global_step)
     return images
-
-
-@contextlib.contextmanager
-def log_failure(what: str):
-    """Log an exception in place of raising it: looking at a run must not end one that trains well."""
-    try:
-        yield
-    except Exception:  # whatever it is, from out of memory to a full disk
-        logger.exception(f"{what} failed; the run goes on", main_process_only=False)
 
 
 def draw_images(args: Namespace, accelerator: Accelerator, models: Models, prompts: list[str],
@@ -2458,23 +2542,6 @@ def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Ima
         for row, text in enumerate(lines):
             draw.text((left + 2, top + height + 2 + row * line), text, fill="black")
     return grid
-
-
-def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
-    """Send pictures to every tracker that shows pictures."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_images(tag, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
-            tracker.log({tag: captioned}, step=step)
-        elif tracker.name == "comet_ml":
-            for i, image in enumerate(images):
-                tracker.writer.log_image(image, name=f"{tag}-{i}: {prompts[i]}", step=step)
-        else:
-            logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
 
 
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
@@ -2592,7 +2659,7 @@ def push_to_hub(args: Namespace) -> None:
         raise RuntimeError(message) from error
 
 
-# ---- Training -------------------------------------------------------------------------------------------------------
+# ---- Logging --------------------------------------------------------------------------------------------------------
 
 
 class Meter:
@@ -2612,7 +2679,7 @@ class Meter:
         self.counts = torch.zeros(2, dtype=torch.int64)  # skipped images, long captions: of this process
         self.restart_clock()
 
-    def __enter__(self) -> "Meter":
+    def __enter__(self) -> Meter:
         return self
 
     def __exit__(self, *error) -> None:
@@ -2710,6 +2777,32 @@ def send_rows(tracker, rows: list[tuple[int, dict[str, float]]]) -> None:
     tracker.writer.flush()  # once: the tracker's own `log` does so at every row
 
 
+@contextlib.contextmanager
+def log_failure(what: str):
+    """Log an exception in place of raising it: looking at a run must not end one that trains well."""
+    try:
+        yield
+    except Exception:  # whatever it is, from out of memory to a full disk
+        logger.exception(f"{what} failed; the run goes on", main_process_only=False)
+
+
+def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+    """Send pictures to every tracker that shows pictures."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_images(tag, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
+            tracker.log({tag: captioned}, step=step)
+        elif tracker.name == "comet_ml":
+            for i, image in enumerate(images):
+                tracker.writer.log_image(image, name=f"{tag}-{i}: {prompts[i]}", step=step)
+        else:
+            logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
+
+
 def get_peak_memory(device: torch.device) -> float:
     """Return the most memory used so far in GiB: of a GPU by its tensors, without one by the whole process."""
     if device.type == "cuda":
@@ -2720,82 +2813,7 @@ def get_peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def train_step(accelerator: Accelerator, models: Models, objective: Objective, batch: dict[str, Tensor],
-               step: MicroStep) -> Tensor:
-    """Add one micro step's gradients and return the loss of each of its samples [b].
-
-    Every sample of an update counts the same, however they fall into processes and micro steps. Accelerate divides by
-    the accumulation steps and averages over the processes, which the scale undoes.
-    """
-    accelerator.sync_gradients = step.ends_update
-    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
-    with contextlib.ExitStack() as unsynchronized:
-        for network in [] if step.ends_update else list_trained(models):
-            unsynchronized.enter_context(accelerator.no_sync(network))
-        losses = compute_loss(models, objective, batch)
-        loss = (losses * batch["weights"]).sum() / step.window_size
-        accelerator.backward(loss * scale)
-    return losses.detach()
-
-
-def train(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
-          progress: Progress, record: dict) -> int:
-    """Train until the last update, moving `progress` along; return the signal that stopped it early, or 0."""
-    last_step = compute_last_step(args, len(data.train), accelerator.num_processes)
-    if progress.global_step > last_step:
-        logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
-        last_step = progress.global_step + 1
-    plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
-                   args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
-    loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator)
-    parameters = list(name_trained_parameters(accelerator, models).values())
-    meter, signal_number = Meter(args, accelerator, data.train.images, progress.global_step, last_step), 0
-
-    ahead = contextlib.closing(iterate_ahead(loader))
-    with StopRequest(accelerator) as stop_request, meter, logging_redirect_tqdm(), ahead as batches:
-        for step, batch in meter.iterate(plan(), batches):
-            meter.add_losses(train_step(accelerator, models, objective, batch, step), batch, step)
-            if not step.ends_update:
-                continue
-            grad_norm = (None if args.optimizer_in_backward
-                         else accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
-            numbers = {"epoch": step.epoch, **get_learning_rates(models)}
-            models.optimizer.step()
-            models.lr_scheduler.step()
-            models.optimizer.zero_grad()
-            if models.ema is not None:
-                models.ema.step()
-                numbers["ema_decay"] = models.ema.compute_decay()
-            progress.advance(step)
-            meter.end_update(progress.global_step, numbers, grad_norm)
-
-            signal_number = stop_request.agreed()
-            ends_run = progress.global_step == last_step or signal_number
-            if ends_run or progress.global_step % args.checkpointing_steps == 0:
-                meter.flush()
-                save_checkpoint(args, accelerator, progress, record)
-                meter.restart_clock()
-            if ends_run:
-                break
-            if is_validation_due(args, progress, step):
-                meter.flush()
-                validate(args, accelerator, models, objective, data, progress)
-                meter.restart_clock()
-    return signal_number
-
-
-def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
-           progress: Progress) -> None:
-    """Export what was trained with its card, send the last pictures to the trackers, and upload."""
-    if accelerator.is_main_process:
-        export_model(args, accelerator, models)
-        save_model_card(args, images, seed, progress)
-        if images:
-            with log_failure("sending the last pictures to the trackers"):
-                log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
-    accelerator.wait_for_everyone()
-    if args.push_to_hub and accelerator.is_main_process:  # after the barrier: the others need not wait for an upload
-        push_to_hub(args)
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:

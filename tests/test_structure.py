@@ -15,16 +15,19 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 ROOMS = [
-    "Names and types",
+    "Types",
+    "Objective",
+    "Data",
+    "Training",
     "Arguments",
     "Setup",
-    "Data",
     "Models",
-    "Objective",
+    "Cache",
     "Optimization",
     "Checkpoints",
     "Validation and export",
-    "Training",
+    "Logging",
+    "Main",
 ]
 BANNER = re.compile(r"^# -+ (.+?) -+$", re.MULTILINE)
 LINE_LENGTH = 119
@@ -222,7 +225,10 @@ def find_reads(tree):
 
 
 def test_rooms_stand_in_their_order(source):
-    assert BANNER.findall(source) == ROOMS
+    rooms = BANNER.findall(source)
+    if "Networks" in rooms:  # JAX has no library that brings them
+        assert rooms.pop(rooms.index("Training") + 1) == "Networks"
+    assert rooms == ROOMS
     assert {len(match.group()) for match in BANNER.finditer(source)} == {LINE_LENGTH}
 
 
