@@ -59,7 +59,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -821,22 +821,39 @@ def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
 
-LR_SCHEDULERS = tuple("linear cosine cosine_with_restarts polynomial constant constant_with_warmup "
-                      "piecewise_constant".split())
-FACTOR = r"(\d+\.?\d*|\.\d+)(e-?\d+)?"  # a number in --lr_step_rules
-TRACKERS = tuple("tensorboard wandb comet_ml mlflow aim clearml dvclive swanlab trackio all none".split())
-POSITIVE_FLAGS = (
-    "resolution train_batch_size num_train_epochs max_train_steps max_train_samples gradient_accumulation_steps "
-    "lr_num_cycles lr_power snr_gamma adam_epsilon checkpointing_steps logging_steps "
-    "checkpoints_total_limit validation_epochs validation_steps validation_inference_steps timestep_bias_multiplier "
-    "rank lora_alpha cache_crops"
-).split()
-NONNEGATIVE_FLAGS = (
-    "seed learning_rate text_encoder_lr lr_warmup_steps adam_weight_decay max_grad_norm noise_offset "
-    "input_perturbation dream_detail_preservation dataloader_num_workers num_validation_images "
-    "validation_guidance_scale timestep_bias_begin"
-).split()
-FRACTION_FLAGS = "ema_decay proportion_empty_prompts timestep_bias_portion".split()
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab", "trackio", "all")
+OPTIONAL_PACKAGES = {"use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
+                     "enable_npu_flash_attention": "torch_npu"}
+
+
+def make_type(kind: type, rule: str, is_possible):
+    """Return an argparse type that reads a `kind` and refuses values that break `rule`."""
+
+    def read(text: str):
+        value = kind(text)
+        if not is_possible(value):
+            raise ArgumentTypeError(f"{rule}, got {text!r}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse then says "invalid int value" of what is no number
+    return read
+
+
+def one_of(names: tuple[str, ...]):
+    """Return an argparse type for one of `names`."""
+    return make_type(str, f"choose from {', '.join(names)}", names.__contains__)
+
+
+positive_int = make_type(int, "must be positive", lambda value: value > 0)
+nonnegative_int = make_type(int, "must not be negative", lambda value: value >= 0)
+uint32 = make_type(int, f"must not be negative or above {2**32 - 1}", lambda value: 0 <= value < 2**32)
+positive_float = make_type(float, "must be positive and finite", lambda value: 0 < value < math.inf)
+nonnegative_float = make_type(float, "must not be negative or infinite", lambda value: 0 <= value < math.inf)
+fraction = make_type(float, "must be from 0 to 1", lambda value: 0 <= value <= 1)
+fraction_below_1 = make_type(float, "must be from 0 to 1, without 1", lambda value: 0 <= value < 1)
+tracker_names = make_type(str, f"choose from {', '.join(TRACKERS)}, several with commas, or none alone",
+                          lambda text: text == "none" or set(text.split(",")) <= set(TRACKERS))
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -846,18 +863,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER [flags]",
         formatter_class=ArgumentDefaultsHelpFormatter,
     )
-    add_model_args(parser)
-    add_lora_args(parser)
-    add_data_args(parser)
-    add_cache_args(parser)
-    add_objective_args(parser)
-    add_length_args(parser)
-    add_optimizer_args(parser)
-    add_ema_args(parser)
-    add_precision_and_memory_args(parser)
-    add_validation_args(parser)
-    add_checkpoint_and_output_args(parser)
-    add_tracking_and_hub_args(parser)
+    add_flags(parser)
     parser.set_defaults(output_dir="sd-model-finetuned-lora", resolution=1024, validation_epochs=1,
                         validation_inference_steps=25, validation_guidance_scale=5.0)
     args = read_args(parser, argv)
@@ -869,329 +875,262 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """Return the checked flags of the command line, with ~ in their paths expanded."""
-    args = parser.parse_args(argv)
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "dataset_name",
-                 "train_data_dir", "validation_data_dir", "output_dir", "cache_dir", "encoded_dir",
-                 "resume_from_checkpoint"):
-        if getattr(args, name):  # the shell leaves the ~ of --output_dir=~/out alone
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
-    check_values(parser, args)
-    check_args(parser, args)
-    return args
-
-
-def add_model_args(parser: ArgumentParser) -> None:
-    """Add the flags that say which model to start from."""
+def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
+    """Add all flags, in groups."""
     group = parser.add_argument_group("model")
     group.add_argument("--pretrained_model_name_or_path", type=str, required=True,
-                       help="Model to start from: a folder in diffusers layout or a name on the hub.")
+                       help="Model to start from: a folder in diffusers format or a name on the hub.")
     group.add_argument("--pretrained_vae_model_name_or_path", type=str,
-                       help="VAE to use in place of the model's own: a folder with its config.json and weights, or a "
-                       "name on the hub; --revision and --variant do not apply to it.")
+                       help="VAE to use instead of the model's own: a folder with config.json and weights, or a name "
+                       "on the hub. --revision and --variant do not apply to it.")
     group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
-    group.add_argument("--variant", type=str, help="Weight files to read, fp16 for *.fp16.safetensors.")
-    group.add_argument("--cache_dir", type=str, help="Where downloaded models and data are kept.")
+    group.add_argument("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
+    group.add_argument("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
     group.add_argument("--train_text_encoder", action="store_true",
-                       help="Train the text encoder, or both of SDXL's, as well as the UNet and in the same way.")
+                       help="Train the text encoder (SDXL: both) together with the UNet.")
 
-
-def add_lora_args(parser: ArgumentParser) -> None:
-    """Add the flags that shape the adapter."""
     group = parser.add_argument_group("adapter")
-    group.add_argument("--rank", type=int, default=4,
-                       help="Rank of the adapter: its capacity, and the size of its file.")
-    group.add_argument("--lora_alpha", type=float,
-                       help="Scale: what the adapter adds is multiplied by lora_alpha / rank; left out, the rank.")
-    group.add_argument("--lora_dropout", type=float, default=0.0,
-                       help="Share of the adapter's inputs that is set to 0 while training.")
+    group.add_argument("--rank", type=positive_int, default=4,
+                       help="Rank of the adapter: a higher rank means more capacity and a larger file.")
+    group.add_argument("--lora_alpha", type=positive_float,
+                       help="Scale: the adapter's output is multiplied by lora_alpha / rank. If not given: the rank.")
+    group.add_argument("--lora_dropout", type=fraction_below_1, default=0.0,
+                       help="Dropout on the adapter's input while training.")
     group.add_argument("--lora_target", type=str, nargs="+", default=["attention"],
-                       help=f"Layers of the UNet to adapt: any of {', '.join(LORA_TARGETS)}, or ends of the names of "
-                       "linear and convolution layers, such as attn2.to_k. With --train_text_encoder, attention and "
-                       "feed_forward mean its layers too, and it gets attention where neither is given.")
+                       help=f"Layers of the UNet to adapt: any of {', '.join(LORA_TARGETS)}, or endings of the names "
+                       "of linear and convolution layers such as attn2.to_k. With --train_text_encoder, attention and "
+                       "feed_forward also select its layers; if neither is given, its attention is adapted.")
     group.add_argument("--use_dora", action="store_true",
-                       help="Train the norm of each output's weights as well (DoRA, arXiv:2402.09353).")
+                       help="Also train the magnitude of each weight vector (DoRA, arXiv:2402.09353).")
     group.add_argument("--use_rslora", action="store_true",
-                       help="Scale by lora_alpha / sqrt(rank), which suits high ranks (arXiv:2312.03732).")
+                       help="Scale by lora_alpha / sqrt(rank), better for high ranks (arXiv:2312.03732).")
     group.add_argument("--save_kohya_format", action="store_true",
                        help=f"Also write {KOHYA_FILE}, for ComfyUI, AUTOMATIC1111 and kohya's tools.")
 
-
-def add_data_args(parser: ArgumentParser) -> None:
-    """Add the flags that say which images and captions to train on, and how they are prepared."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", type=str,
-                       help="Data set on the hub, or a local folder that `datasets` can load or has saved.")
+                       help="Data set: a name on the hub, or a local folder that `datasets` can load or has saved.")
     group.add_argument("--dataset_config_name", type=str, help="Configuration of --dataset_name.")
     group.add_argument("--train_data_dir", type=str,
-                       help="Folder of images with captions in metadata.jsonl, .csv or .parquet (columns file_name "
-                       "and --caption_column), or in one .txt beside each. With --dataset_name: its data_dir.")
-    group.add_argument("--image_column", type=str, default="image", help="Column with the images.")
+                       help="Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name "
+                       "and --caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
+    group.add_argument("--image_column", type=str, default="image", help="Column of the images.")
     group.add_argument("--caption_column", type=str, default="text",
-                       help="Column with the captions: a string, or a list of strings of which each visit draws one.")
-    group.add_argument("--max_train_samples", type=int, help="Train on at most this many samples, drawn by the seed.")
-    group.add_argument("--resolution", type=int,
-                       help="Side of the training images in pixels: the shorter side is resized to it, then cropped.")
+                       help="Column of the captions: a string, or a list of strings of which one is drawn each time.")
+    group.add_argument("--max_train_samples", type=positive_int,
+                       help="Train on at most this many samples, chosen at random by --seed.")
+    group.add_argument("--resolution", type=positive_int,
+                       help="Size of the training images in pixels: the shorter side is resized to it, then a square "
+                       "is cropped.")
     group.add_argument("--image_interpolation_mode", type=str, default="lanczos", choices=tuple(INTERPOLATION_MODES),
                        help="Filter for resizing images.")
-    group.add_argument("--center_crop", action="store_true", help="Crop the centre rather than a random part.")
-    group.add_argument("--random_flip", action="store_true", help="Mirror half of the images left to right.")
-    group.add_argument("--proportion_empty_prompts", type=float, default=0,
-                       help="Share of visits that train without the caption, from 0 to 1, drawn anew each time; 0.1 "
-                       "keeps classifier-free guidance healthy in long runs (arXiv:2207.12598).")
+    group.add_argument("--center_crop", action="store_true", help="Crop at the center, not at random.")
+    group.add_argument("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
+    group.add_argument("--proportion_empty_prompts", type=fraction, default=0,
+                       help="Probability of training without the caption, drawn for each use of a sample; 0.1 keeps "
+                       "classifier-free guidance working in long runs (arXiv:2207.12598).")
     group.add_argument("--skip_broken_images", action="store_true",
-                       help="Use the next readable image in place of one that cannot be read, and count it.")
-    group.add_argument("--dataloader_num_workers", type=int, default=0,
-                       help="Processes that load data. 0 loads in threads of the training process, which suits most "
-                       "runs; raise it when `data_wait` in the logs exceeds a few percent.")
+                       help="Replace an image that cannot be read by the next one that can; the logs count them.")
+    group.add_argument("--dataloader_num_workers", type=nonnegative_int, default=0,
+                       help="Processes that load data. 0 uses threads of the training process, which is enough for "
+                       "most runs; raise it if `data_wait` in the logs exceeds a few percent.")
 
-
-def add_cache_args(parser: ArgumentParser) -> None:
-    """Add the flags of encodings that are made once and kept on disk."""
     group = parser.add_argument_group("cache")
     group.add_argument("--cache_latents", action="store_true",
-                       help="Encode every image once, before training, and keep what the VAE makes of it on disk.")
+                       help="Encode all images once, before training, and keep the VAE's output on disk.")
     group.add_argument("--no_cache_latents", dest="cache_latents", action="store_false",
-                       help="Encode images at each visit.")
+                       help="Encode images in every training step.")
     group.add_argument("--cache_text_embeddings", action="store_true",
-                       help="Encode every caption once, before training, and keep its text states on disk.")
+                       help="Encode all captions once, before training, and keep the text embeddings on disk.")
     group.add_argument("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
-                       help="Encode captions at each visit.")
-    group.add_argument("--cache_crops", type=int,
-                       help="Random crops of each image that are kept, of which each visit draws one; left out, 4, or "
-                       "1 with --center_crop. --random_flip keeps each mirrored as well.")
+                       help="Encode captions in every training step.")
+    group.add_argument("--cache_crops", type=positive_int,
+                       help="Random crops to cache per image; one is drawn each time. If not given: 4, or 1 with "
+                       "--center_crop. --random_flip also caches each crop mirrored.")
     group.add_argument("--cache_dtype", type=str, default="fp16", choices=("fp16", "fp32"),
-                       help="Number format on disk: fp32 where fp16 overflows.")
+                       help="Number format on disk: fp32 if fp16 overflows.")
     group.add_argument("--encoded_dir", type=str,
-                       help="Where it is kept, for all runs with the same data and model; left out, in --cache_dir or "
-                       "the hub's cache.")
+                       help="Folder of the cache, shared by all runs with the same data and model. If not given: in "
+                       "--cache_dir or the hub's cache.")
 
-
-def add_objective_args(parser: ArgumentParser) -> None:
-    """Add the flags that change what is learned."""
     group = parser.add_argument_group("objective")
-    group.add_argument("--prediction_type", type=str,
-                       help="What the UNet predicts: epsilon, v_prediction or sample; left out, the model's own.")
-    group.add_argument("--snr_gamma", type=float,
-                       help="Weigh the loss by Min-SNR with this gamma; 5.0 is usual (arXiv:2303.09556).")
-    group.add_argument("--noise_offset", type=float, default=0,
-                       help="Size of the noise added to whole channels; 0.1 helps dark and bright pictures.")
-    group.add_argument("--input_perturbation", type=float, default=0,
-                       help="Size of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
+    group.add_argument("--prediction_type", type=one_of(PREDICTION_TYPES),
+                       help=f"What the UNet predicts: {', '.join(PREDICTION_TYPES)}. If not given: the model's own.")
+    group.add_argument("--snr_gamma", type=positive_float,
+                       help="Weight the loss by Min-SNR with this gamma; 5.0 is common (arXiv:2303.09556).")
+    group.add_argument("--noise_offset", type=nonnegative_float, default=0,
+                       help="Strength of noise that is constant over a latent channel; 0.1 helps with very dark and "
+                       "very bright images.")
+    group.add_argument("--input_perturbation", type=nonnegative_float, default=0,
+                       help="Strength of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
     group.add_argument("--dream_training", action="store_true",
-                       help="Correct input and target by the UNet's own estimate: slower steps, fewer needed "
+                       help="Correct input and target by the UNet's own estimate: slower steps, but fewer of them "
                        "(DREAM, arXiv:2312.00210).")
-    group.add_argument("--dream_detail_preservation", type=float, default=1.0,
-                       help="The exponent p of DREAM: larger keeps more detail, smaller converges faster.")
+    group.add_argument("--dream_detail_preservation", type=nonnegative_float, default=1.0,
+                       help="Exponent p of DREAM: larger keeps more detail, smaller converges faster.")
     group.add_argument("--timestep_bias_strategy", type=str, default="none",
                        choices=("earlier", "later", "range", "none"),
-                       help="Draw some timesteps more often: the least noisy, the most noisy, or a range.")
-    group.add_argument("--timestep_bias_multiplier", type=float, default=1.0,
+                       help="Draw some timesteps more often: earlier (less noisy) ones, later ones, or a range.")
+    group.add_argument("--timestep_bias_multiplier", type=positive_float, default=1.0,
                        help="How many times as often the chosen timesteps are drawn.")
-    group.add_argument("--timestep_bias_portion", type=float, default=0.25,
-                       help="Share of all timesteps that `earlier` and `later` choose.")
-    group.add_argument("--timestep_bias_begin", type=int, default=0, help="First timestep that `range` chooses.")
-    group.add_argument("--timestep_bias_end", type=int, default=1000, help="End of `range`, itself not chosen.")
+    group.add_argument("--timestep_bias_portion", type=fraction, default=0.25,
+                       help="Fraction of all timesteps that `earlier` and `later` choose.")
+    group.add_argument("--timestep_bias_begin", type=nonnegative_int, default=0, help="First timestep of `range`.")
+    group.add_argument("--timestep_bias_end", type=int, default=1000, help="End of `range`, not included.")
     group.add_argument("--rescale_betas_zero_snr", action="store_true",
                        help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction "
                        "or sample. The saved scheduler is set to match.")
 
-
-def add_length_args(parser: ArgumentParser) -> None:
-    """Add the flags that say how long to train and from which seed."""
     group = parser.add_argument_group("length and batch")
-    group.add_argument("--train_batch_size", type=int, default=16, help="Images per device and forward pass.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1,
-                       help="Forward passes per optimizer update: batches larger than memory holds.")
-    group.add_argument("--num_train_epochs", type=int, default=100, help="Passes over the data.")
-    group.add_argument("--max_train_steps", type=int, help="Optimizer updates; overrides --num_train_epochs.")
-    group.add_argument("--seed", type=int, help="Seed of every random draw; left out, one is drawn and logged.")
+    group.add_argument("--train_batch_size", type=positive_int, default=16,
+                       help="Images per device and forward pass.")
+    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1,
+                       help="Forward and backward passes per update, for batches that do not fit into memory.")
+    group.add_argument("--num_train_epochs", type=positive_int, default=100, help="Passes over the data.")
+    group.add_argument("--max_train_steps", type=positive_int,
+                       help="Optimizer updates in total; overrides --num_train_epochs.")
+    group.add_argument("--seed", type=uint32, help="Seed of all random draws. If not given, one is drawn and logged.")
 
-
-def add_optimizer_args(parser: ArgumentParser) -> None:
-    """Add the flags of the optimizer and of the learning-rate schedule."""
     group = parser.add_argument_group("optimizer")
-    group.add_argument("--learning_rate", type=float, default=1e-4, help="Peak learning rate.")
-    group.add_argument("--text_encoder_lr", type=float,
-                       help="Peak rate of the text encoder with --train_text_encoder; left out, --learning_rate.")
+    group.add_argument("--learning_rate", type=nonnegative_float, default=1e-4, help="Peak learning rate.")
+    group.add_argument("--text_encoder_lr", type=nonnegative_float,
+                       help="Peak learning rate of the text encoder with --train_text_encoder. If not given: "
+                       "--learning_rate.")
     group.add_argument("--scale_lr", action="store_true",
-                       help="Multiply the rates by batch size, accumulation steps and number of devices.")
-    group.add_argument("--lr_scheduler", type=str, default="constant",
-                       help=f"Course of the rate over the updates: {', '.join(LR_SCHEDULERS)}.")
-    group.add_argument("--lr_warmup_steps", type=int, default=500,
-                       help="Updates in which the rate rises from 0; `constant` has no such rise.")
-    group.add_argument("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    group.add_argument("--lr_power", type=float, default=1.0, help="Exponent of polynomial.")
-    group.add_argument("--lr_step_rules", type=str,
-                       help="For piecewise_constant: `1:1000,0.1:2000,0.01` is the rate up to update 1000, a tenth of "
-                       "it up to 2000, then a hundredth.")
-    group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the mean of gradients.")
-    group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the mean of squared gradients.")
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Decoupled weight decay.")
-    group.add_argument("--adam_epsilon", type=float, default=1e-08, help="Term that keeps AdamW's division finite.")
-    group.add_argument("--max_grad_norm", type=float, default=1.0,
-                       help="Norm that gradients are clipped to; 0 clips nothing.")
+                       help="Multiply learning rates by batch size, accumulation steps and number of devices.")
+    group.add_argument("--lr_scheduler", type=one_of(LR_SCHEDULERS), default="constant",
+                       help=f"Learning-rate schedule: {', '.join(LR_SCHEDULERS)}.")
+    group.add_argument("--lr_warmup_steps", type=nonnegative_int, default=500,
+                       help="Updates over which the learning rate rises from 0; `constant` has no warmup.")
+    group.add_argument("--lr_num_cycles", type=positive_int, default=1, help="Cycles of cosine_with_restarts.")
+    group.add_argument("--lr_power", type=positive_float, default=1.0, help="Exponent of polynomial.")
+    group.add_argument("--adam_beta1", type=fraction_below_1, default=0.9, help="Decay of Adam's first moment.")
+    group.add_argument("--adam_beta2", type=fraction_below_1, default=0.999, help="Decay of Adam's second moment.")
+    group.add_argument("--adam_weight_decay", type=nonnegative_float, default=1e-2, help="Decoupled weight decay.")
+    group.add_argument("--adam_epsilon", type=positive_float, default=1e-08,
+                       help="Added to the denominator of Adam's update.")
+    group.add_argument("--max_grad_norm", type=nonnegative_float, default=1.0,
+                       help="Clip gradients to this norm; 0 turns clipping off.")
 
-
-def add_ema_args(parser: ArgumentParser) -> None:
-    """Add the flags of the averaged weights."""
-    group = parser.add_argument_group("averaged weights")
+    group = parser.add_argument_group("EMA")
     group.add_argument("--use_ema", action="store_true",
-                       help="Keep an exponential moving average of the weights; validate with it and export it.")
-    group.add_argument("--ema_decay", type=float, default=0.9999,
-                       help="Share of the old average kept at each update, reached by a ramp of (1 + n) / (10 + n).")
+                       help="Keep an exponential moving average of the weights; use it for validation and export.")
+    group.add_argument("--ema_decay", type=fraction, default=0.9999,
+                       help="Share of the old average kept at update n; (1 + n) / (10 + n) while that is smaller.")
 
-
-def add_precision_and_memory_args(parser: ArgumentParser) -> None:
-    """Add the flags that trade exactness, memory and speed."""
     group = parser.add_argument_group("precision and memory")
     group.add_argument("--mixed_precision", type=str, choices=("no", "fp16", "bf16"),
-                       help="Number format of the forward pass; left out, what accelerate is configured for.")
+                       help="Number format of the forward pass and the frozen networks. If not given: what accelerate "
+                       "is configured for.")
     group.add_argument("--allow_tf32", action="store_true",
-                       help="Multiply float32 matrices in TF32: faster on Ampere GPUs and later, slightly less exact.")
+                       help="Multiply float32 matrices in TF32: faster on Ampere GPUs and newer, slightly less exact.")
     group.add_argument("--gradient_checkpointing", action="store_true",
-                       help="Compute activations again in the backward pass: less memory, slower updates.")
-    group.add_argument("--use_8bit_adam", action="store_true", help="Keep AdamW's moments in 8 bits (bitsandbytes).")
+                       help="Recompute activations in the backward pass: less memory, slower updates.")
+    group.add_argument("--use_8bit_adam", action="store_true", help="Use AdamW with 8-bit moments (bitsandbytes).")
     group.add_argument("--use_adafactor", action="store_true",
-                       help="Use Adafactor, which keeps a row and a column per matrix where AdamW keeps two matrices "
-                       "(arXiv:1804.04235). Rate and decay mean what they do there; betas and epsilon are its own.")
+                       help="Use Adafactor (arXiv:1804.04235), which keeps far less per weight than AdamW. Uses "
+                       "--learning_rate and --adam_weight_decay; ignores Adam's betas and epsilon.")
     group.add_argument("--optimizer_in_backward", action="store_true",
-                       help="Update each tensor as soon as its gradient is complete, and free the gradient: memory "
-                       "for all gradients is saved. On one device, without accumulation and clipping.")
-    group.add_argument("--offload_ema", action="store_true", help="Keep the averaged weights in host memory.")
+                       help="Update each weight as soon as its gradient is complete, then free the gradient, which "
+                       "saves the memory of all gradients. On one device, without accumulation and clipping.")
+    group.add_argument("--offload_ema", action="store_true", help="Keep the EMA weights in host memory.")
     group.add_argument("--foreach_ema", action="store_true",
-                       help="Average all weights in one call. It is always done so; accepted for old commands.")
+                       help="Accepted for old commands: EMA weights are always updated in one call.")
     group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true",
-                       help="Use xformers' attention in place of PyTorch's own.")
+                       help="Use the attention of xformers instead of PyTorch's.")
     group.add_argument("--enable_npu_flash_attention", action="store_true",
                        help="Use the flash attention of Ascend NPUs (torch_npu).")
-    group.add_argument("--vae_slicing", action="store_true",
-                       help="Have the VAE take one image at a time, with the same result: less memory, slower.")
     group.add_argument("--vae_tiling", action="store_true",
-                       help=f"Have the VAE take larger images in tiles of {VAE_TILE} pixels or less, which leaves "
-                       "faint seams: much less memory.")
+                       help=f"Cut images larger than {VAE_TILE} pixels into tiles for the VAE: much less memory, but "
+                       "faint seams.")
     group.add_argument("--torch_compile", action="store_true",
-                       help="Compile the UNet: minutes at the start for faster steps after.")
+                       help="Compile the UNet: minutes at the start, faster steps afterwards.")
     group.add_argument("--channels_last", action="store_true",
-                       help="Lay the UNet's weights out channels-last, which half-precision convolutions prefer.")
-    group.add_argument("--local_rank", type=int, default=-1, help="Set by launchers; accelerate reads it by itself.")
+                       help="Store the UNet's weights channels-last: faster convolutions in half precision.")
+    group.add_argument("--local_rank", type=int, default=-1, help="Accepted for old launchers; not needed.")
 
-
-def add_validation_args(parser: ArgumentParser) -> None:
-    """Add the flags that say what is drawn and measured while training."""
     group = parser.add_argument_group("validation")
-    group.add_argument("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one picture each.")
-    group.add_argument("--validation_prompt", type=str, help="Prompt to draw --num_validation_images pictures of.")
-    group.add_argument("--num_validation_images", type=int, default=4, help="Pictures of --validation_prompt.")
-    group.add_argument("--validation_epochs", type=int, help="Validate every this many epochs.")
-    group.add_argument("--validation_steps", type=int, help="Validate every this many updates as well.")
+    group.add_argument("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one image each.")
+    group.add_argument("--validation_prompt", type=str, help="Prompt to draw --num_validation_images images of.")
+    group.add_argument("--num_validation_images", type=nonnegative_int, default=4,
+                       help="Images to draw of --validation_prompt.")
+    group.add_argument("--validation_epochs", type=positive_int, help="Validate every this many epochs.")
+    group.add_argument("--validation_steps", type=positive_int, help="Also validate every this many updates.")
     group.add_argument("--validation_data_dir", type=str,
-                       help="Held-out images with captions, laid out as --train_data_dir: their loss with fixed noise "
-                       "and timesteps, unweighted, is logged as validation_loss and can be compared between runs.")
-    group.add_argument("--validation_inference_steps", type=int, default=20, help="Denoising steps per picture.")
-    group.add_argument("--validation_guidance_scale", type=float, default=7.5, help="Classifier-free guidance.")
+                       help="Folder of held-out images, laid out as --train_data_dir. Their unweighted loss at fixed "
+                       "noise and timesteps is logged as validation_loss, which is comparable between runs.")
+    group.add_argument("--validation_inference_steps", type=positive_int, default=20,
+                       help="Denoising steps per validation image.")
+    group.add_argument("--validation_guidance_scale", type=nonnegative_float, default=7.5,
+                       help="Scale of classifier-free guidance.")
 
-
-def add_checkpoint_and_output_args(parser: ArgumentParser) -> None:
-    """Add the flags that say what is saved, where, and what to go on from."""
     group = parser.add_argument_group("checkpoints and output")
-    group.add_argument("--output_dir", type=str, help="Where everything is saved.")
-    group.add_argument("--checkpointing_steps", type=int, default=500,
-                       help="Save a checkpoint every this many updates; the last update always leaves one.")
-    group.add_argument("--checkpoints_total_limit", type=int,
-                       help="Checkpoints to keep; the oldest goes once a newer one is complete.")
+    group.add_argument("--output_dir", type=str, help="Folder for everything that is saved.")
+    group.add_argument("--checkpointing_steps", type=positive_int, default=500,
+                       help="Save a checkpoint every this many updates, and always after the last one.")
+    group.add_argument("--checkpoints_total_limit", type=positive_int,
+                       help="Checkpoints to keep; the oldest is removed once a newer one is complete.")
     group.add_argument("--resume_from_checkpoint", type=str,
-                       help="Checkpoint to go on from: `latest`, a name in --output_dir, or a path.")
+                       help="Checkpoint to resume from: `latest`, a name in --output_dir, or a path.")
 
-
-def add_tracking_and_hub_args(parser: ArgumentParser) -> None:
-    """Add the flags of logs, trackers and the hub."""
     group = parser.add_argument_group("tracking and hub")
-    group.add_argument("--report_to", type=str, default="tensorboard",
-                       help=f"Where numbers and pictures go: {', '.join(TRACKERS)}; several with commas.")
+    group.add_argument("--report_to", type=tracker_names, default="tensorboard",
+                       help=f"Where to log: {', '.join(TRACKERS)} (several with commas), or none.")
     group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
-    group.add_argument("--logging_steps", type=int, default=10,
-                       help="Read the numbers from the device every this many updates; each update's are logged.")
+    group.add_argument("--logging_steps", type=positive_int, default=10,
+                       help="Fetch the metrics from the device every this many updates; every update is logged.")
     group.add_argument("--debug_loss", action="store_true",
-                       help="Log each picture's own loss as loss_for_<file name>, to find the odd ones; pictures of "
-                       "the same name in several folders share one.")
+                       help="Log each image's own loss as loss_for_<file name>, to find the odd ones; images of the "
+                       "same name in different folders share one.")
     group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
                        help="Name of the project in trackers.")
-    group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its card at the end.")
-    group.add_argument("--hub_model_id", type=str, help="Repository to upload to; left out, --output_dir's name.")
+    group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
+    group.add_argument("--hub_model_id", type=str, help="Repository to upload to. If not given: --output_dir's name.")
     group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
     group.add_argument("--hub_token", type=str,
                        help="Token for the upload; `hf auth login` or HF_TOKEN keep it off the command line.")
 
 
-def check_values(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse flags whose value alone is impossible."""
-    bounds = (
-        (POSITIVE_FLAGS, lambda value: 0 < value < math.inf, "must be positive"),
-        (NONNEGATIVE_FLAGS, lambda value: 0 <= value < math.inf, "must not be negative"),
-        (FRACTION_FLAGS, lambda value: 0 <= value <= 1, "must be from 0 to 1"),
-        (("adam_beta1", "adam_beta2", "lora_dropout"), lambda value: 0 <= value < 1, "must be from 0 to 1, without 1"),
-        (("seed",), lambda value: value < 2**32, f"must be below {2**32}"),
-    )
-    for names, is_possible, rule in bounds:
-        for name in names:
-            value = getattr(args, name, None)
-            if value is not None and not is_possible(value):
-                parser.error(f"--{name} {rule}, got {value}.")
-    args.report_to = ",".join(tracker.strip() for tracker in args.report_to.split(","))
-    trackers = args.report_to.split(",")
-    for name, given, accepted in (("lr_scheduler", [args.lr_scheduler], LR_SCHEDULERS),
-                                  ("prediction_type", [args.prediction_type], (None, *PREDICTION_TYPES)),
-                                  ("report_to", trackers, TRACKERS)):
-        for value in given:
-            if value not in accepted:
-                parser.error(f"--{name} {value} is unknown: choose from {', '.join(filter(None, accepted))}.")
-    packages = [(f"--report_to {name}", name) for name in trackers if name not in ("all", "none")]
-    packages += [(f"--{name}", package) for name, package in (
-        ("use_8bit_adam", "bitsandbytes"), ("enable_xformers_memory_efficient_attention", "xformers"),
-        ("enable_npu_flash_attention", "torch_npu")) if getattr(args, name, False)]
-    for flag, package in packages:
-        if importlib.util.find_spec(package) is None:
-            parser.error(f"{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
+def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
+    """Return the checked flags of the command line."""
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, str):  # the shell leaves the ~ of --output_dir=~/out alone
+            setattr(args, name, os.path.expanduser(value))
+    check_args(parser, args)
+    return args
+
+
+def refuse(parser: ArgumentParser, *cases: tuple[bool, str]) -> None:
+    """End with the message of the first case that is true."""
+    for is_wrong, message in cases:
+        if is_wrong:
+            parser.error(message)
 
 
 def check_args(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse combinations of flags, files and devices that cannot work."""
-    trackers, source = args.report_to.split(","), find_source_of_output(args)
-    found = [folder.name for folder in list_checkpoints(args.output_dir)]
-    found = found or [RESULT] * Path(args.output_dir, RESULT).exists()
-    refusals = (
+    """Refuse flags that contradict each other, the files or the machine."""
+    trackers, earlier = args.report_to.split(","), [folder.name for folder in list_checkpoints(args.output_dir)]
+    earlier = earlier or [RESULT] * Path(args.output_dir, RESULT).exists()
+    refuse(
+        parser,
         (args.dataset_name is None and args.train_data_dir is None,
          "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
-        (args.dataset_name is None and args.train_data_dir is not None and not Path(args.train_data_dir).is_dir(),
+        (args.dataset_name is None and not Path(args.train_data_dir or "").is_dir(),
          f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
         (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (not args.output_dir, "--output_dir is empty: name a folder."),
-        (source is not None, f"--output_dir {args.output_dir} is the folder of --{source}, or lies in it, where the "
-         "run's files would count as its own: name another."),
-        (Path(args.output_dir).is_file() or "://" in args.output_dir,
-         f"--output_dir {args.output_dir} is a file or an address; name a folder, of this machine or mounted on it."),
-        (found and args.resume_from_checkpoint is None,
-         f"--output_dir {args.output_dir} holds {', '.join(found)} of an earlier run, which this one would overwrite: "
-         "add --resume_from_checkpoint latest to go on from there, or name another folder."),
+        (not args.output_dir or Path(args.output_dir).is_file(),
+         f"--output_dir {args.output_dir} is empty or a file: name a folder."),
+        (earlier and args.resume_from_checkpoint is None,
+         f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
+         "overwrite: add --resume_from_checkpoint latest to continue it, or name another folder."),
         (args.dream_training and args.input_perturbation > 0,
-         "--dream_training cannot be combined with --input_perturbation: DREAM corrects the input by the noise in it, "
-         "which perturbation changes. Drop one of them."),
-        (args.dream_training and args.prediction_type in ("v_prediction", "sample"),
-         f"--dream_training is defined for epsilon only, got --prediction_type {args.prediction_type}."),
-        (args.rescale_betas_zero_snr and args.prediction_type == "epsilon",
-         "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, got epsilon."),
+         "--dream_training and --input_perturbation exclude each other, since both change the noise in the UNet's "
+         "input: drop one of them."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
          f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
          f"{args.timestep_bias_end}."),
-        ((args.lr_scheduler == "piecewise_constant") != (args.lr_step_rules is not None),
-         "--lr_scheduler piecewise_constant and --lr_step_rules go together, such as --lr_step_rules 1:1000,0.1."),
-        (args.lr_step_rules is not None and not re.fullmatch(rf"({FACTOR}:\d+,)*{FACTOR}", args.lr_step_rules),
-         f"--lr_step_rules {args.lr_step_rules} is not of the form FACTOR:UPDATE,...,FACTOR, such as 1:1000,0.1."),
-        (args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7,
-         f"--lr_scheduler polynomial ends at 1e-7, so --learning_rate must be above that, got {args.learning_rate}."),
         (args.text_encoder_lr is not None and not args.train_text_encoder,
          "--text_encoder_lr needs --train_text_encoder."),
         (args.cache_text_embeddings and args.train_text_encoder,
@@ -1201,15 +1140,14 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         (args.encoded_dir is not None and not (args.cache_latents or args.cache_text_embeddings),
          "--encoded_dir needs --cache_latents or --cache_text_embeddings."),
         (args.center_crop and (args.cache_crops or 1) > 1,
-         f"--cache_crops {args.cache_crops} of --center_crop would all be the same: drop one of them."),
-        ("none" in trackers and len(trackers) > 1, f"--report_to {args.report_to}: `none` stands alone."),
+         f"--cache_crops {args.cache_crops} with --center_crop would cache the same crop more than once: drop one of "
+         "them."),
         (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
     )
-    for is_wrong, message in refusals:
-        if is_wrong:
-            parser.error(message)
+    check_folders(parser, args)
+    check_packages(parser, args)
     check_memory_args(parser, args)
     try:
         find_checkpoint(args.resume_from_checkpoint, args.output_dir)
@@ -1217,36 +1155,40 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
         parser.error(str(error))
 
 
-def find_source_of_output(args: Namespace) -> str | None:
-    """Return the flag of a model or of data whose folder is --output_dir; `datasets` also reads what lies in its own.
-
-    Of the folders with images the run's own is left out where it lies in one.
-    """
+def check_folders(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse an output folder that is also a model or data, or lies where `datasets` would read it as data."""
     out = Path(args.output_dir).resolve()
     for name in ("pretrained_model_name_or_path", "train_data_dir", "validation_data_dir", "dataset_name"):
         folder = Path(getattr(args, name) or os.devnull).resolve()
         if out == folder or (name == "dataset_name" and folder.is_dir() and folder in out.parents):
-            return name
-    return None
+            parser.error(f"--output_dir {args.output_dir} is the folder of --{name} or lies inside it: files of this "
+                         "run would be read as its own. Name another folder.")
+
+
+def check_packages(parser: ArgumentParser, args: Namespace) -> None:
+    """Refuse flags whose package is not installed."""
+    packages = {f"report_to {name}": name for name in args.report_to.split(",") if name not in ("all", "none")}
+    packages |= {flag: package for flag, package in OPTIONAL_PACKAGES.items() if getattr(args, flag, False)}
+    for flag, package in packages.items():
+        if importlib.util.find_spec(package) is None:
+            parser.error(f"--{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
 
 
 def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse combinations of what trades exactness, memory and speed that cannot work."""
-    refusals = (
+    """Refuse flags of precision and memory that cannot work together or here."""
+    refuse(
+        parser,
+        (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one of them."),
         (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
-        (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one."),
         (args.optimizer_in_backward and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0),
          "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: add --max_grad_norm 0 "
          f"and --gradient_accumulation_steps 1, got {args.max_grad_norm} and {args.gradient_accumulation_steps}."),
         (args.optimizer_in_backward and args.torch_compile,
-         "--optimizer_in_backward cannot be combined with --torch_compile, which returns all gradients at once: drop "
-         "one of them."),
+         "--optimizer_in_backward and --torch_compile exclude each other, since a compiled backward pass returns all "
+         "gradients at once: drop one of them."),
         (args.mixed_precision == "fp16" and not torch.accelerator.is_available(),
          "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
     )
-    for is_wrong, message in refusals:
-        if is_wrong:
-            parser.error(message)
 
 
 # ---- Setup ----------------------------------------------------------------------------------------------------------
@@ -1368,7 +1310,7 @@ def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, nu
     logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_processes)} samples: "
                 f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
                 f"{accelerator.num_processes} processes on {accelerator.device}")
-    if args.lr_scheduler not in ("constant", "piecewise_constant") and args.lr_warmup_steps >= last_step:
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= last_step:
         logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} is no shorter than the run of {last_step} updates")
     logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
                 f"output in {args.output_dir}")
@@ -1615,8 +1557,6 @@ def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKL:
     where, files = locate_part(args, "vae")
     vae = AutoencoderKL.from_pretrained(where, **files, torch_dtype=dtype,
                                         variant=args.variant if "subfolder" in files else None)
-    if args.vae_slicing:
-        vae.enable_slicing()
     if args.vae_tiling:
         vae.enable_tiling()
         vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
@@ -2065,8 +2005,8 @@ def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
     """Return the schedule of the learning rate, counted in optimizer updates."""
     decay_end = max(last_step, args.lr_warmup_steps + 1)  # a decay of no length at all would divide by 0
     return get_scheduler(
-        args.lr_scheduler, optimizer, step_rules=args.lr_step_rules, num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=decay_end, num_cycles=args.lr_num_cycles, power=args.lr_power)
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=decay_end,
+        num_cycles=args.lr_num_cycles, power=args.lr_power)
 
 
 def get_learning_rates(models: Models) -> dict[str, float]:
@@ -2186,7 +2126,7 @@ INCONSEQUENTIAL_FLAGS = frozenset(
     "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
     "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
     "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format encoded_dir debug_loss vae_slicing optimizer_in_backward".split()
+    "validation_inference_steps save_kohya_format encoded_dir debug_loss optimizer_in_backward".split()
 )
 
 

@@ -2,13 +2,15 @@
 """Keep the helpers that several scripts share equal, letter for letter.
 
 Each training script is whole, so what they share stands in each as a copy. The rule that needs no marks: **same
-name, same text**. A function, class or UPPER_CASE constant at the top level of two scripts has one text, with its
-decorators, its docstring, its comments and the comment lines right above it. `OWN` lists the names that each script
-fills in its own way, `OWN_OF` those that one script does: what has the same part in it, on another library.
+name, same text**. A function, class or variable at the top level of two scripts has one text, with its decorators,
+its docstring, its comments and the comment lines right above it. So has each flag, a statement in `add_flags`, under
+its name with the two dashes. `OWN` lists the names that each script fills in its own way, `OWN_OF` those that one
+script does: what has the same part in it, on another library.
 
     python3 tests/check_copies.py                             show what has drifted; exit status 1 if anything has
     python3 tests/check_copies.py --list                      show which script has what
     python3 tests/check_copies.py --take-from SCRIPT NAME ... give every other copy of NAME the text in SCRIPT
+    python3 tests/check_copies.py --take-from SCRIPT --seed   the same for a flag
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ OWN = {
     "TEXT_ENCODERS",
     "TOKENIZERS",
     "TRAINED",
+    "add_flags",
     "describe_model",
     "encode_captions",
     "export_model",
@@ -47,21 +50,20 @@ OWN = {
 }
 OWN_OF = {
     "train_text_to_image_flax.py": set(
-        "Meter StopRequest TRACKERS cache_encodings cache_latents cache_text_states check_memory_args "
-        "check_checkpoint collate compute_held_out_loss compute_loss compute_snr_weights compute_target "
-        "digest_network draw_images encode_captions encode_images encode_texts encode_variants finish get_latents "
-        "get_peak_memory get_text_states list_cached load_model_configs load_weights log_run_header make_accelerator "
-        "make_dataloader make_objective make_run_record prepare_training resume start_loader_process start_run train "
-        "train_step validate".split()
+        "--allow_tf32 --mixed_precision Meter StopRequest TRACKERS cache_encodings cache_latents cache_text_states "
+        "check_checkpoint check_memory_args collate compute_held_out_loss compute_loss compute_snr_weights "
+        "compute_target digest_network draw_images encode_captions encode_images encode_texts encode_variants "
+        "finish get_latents get_peak_memory get_text_states list_cached load_model_configs load_weights "
+        "log_run_header logger make_accelerator make_dataloader make_objective make_run_record prepare_training "
+        "resume start_loader_process start_run train train_step validate".split()
     )
 }
 BANNER = re.compile(r"# -+ .+ -+")
-CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
 
 
 @dataclass(frozen=True)
 class Helper:
-    """A named thing at the top level of a script: `text` is its lines `start` to `stop`, counted as slices are."""
+    """A named thing of a script: `text` is its lines `start` to `stop`, counted as slices are."""
 
     start: int
     stop: int
@@ -69,13 +71,14 @@ class Helper:
 
 
 def get_name(node: ast.stmt) -> str | None:
-    """Return the name that a top-level statement defines, or None if it is no function, class or constant."""
+    """Return the name that a statement defines: of a function, a class, a variable or a flag; else None."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return node.name
+    call = getattr(node, "value", None)
+    if isinstance(call, ast.Call) and getattr(call.func, "attr", None) == "add_argument":
+        return call.args[0].value
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    if len(targets) == 1 and isinstance(targets[0], ast.Name) and CONSTANT.fullmatch(targets[0].id):
-        return targets[0].id
-    return None
+    return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else None
 
 
 def find_start(node: ast.stmt, lines: list[str]) -> int:
@@ -101,15 +104,21 @@ def read_lines(script: pathlib.Path) -> list[str]:
 
 
 def read_helpers(script: pathlib.Path) -> dict[str, Helper]:
-    """Return the helpers of a script by name."""
+    """Return the helpers of a script by name, flags after the function that adds them."""
     lines = read_lines(script)
     helpers = {}
     for node in ast.parse("".join(lines), filename=str(script)).body:
         name = get_name(node)
         if name is not None:
-            start, stop = find_start(node, lines), find_stop(node, lines)
-            helpers[name] = Helper(start, stop, "".join(lines[start:stop]))
+            helpers[name] = make_helper(lines, find_start(node, lines), find_stop(node, lines))
+        flags = [flag for flag in node.body if "--" in (get_name(flag) or "")] if name == "add_flags" else []
+        helpers |= {get_name(flag): make_helper(lines, flag.lineno - 1, flag.end_lineno) for flag in flags}
     return helpers
+
+
+def make_helper(lines: list[str], start: int, stop: int) -> Helper:
+    """Return the helper that stands in some lines."""
+    return Helper(start, stop, "".join(lines[start:stop]))
 
 
 def collect_copies(scripts: list[pathlib.Path]) -> dict[str, dict[pathlib.Path, Helper]]:
@@ -157,7 +166,7 @@ def make_diff(name: str, by_script: dict[pathlib.Path, Helper]) -> str:
     for other in others:
         labels = ", ".join(scripts_of[usual]), ", ".join(scripts_of[other])
         parts += difflib.unified_diff(usual.splitlines(), other.splitlines(), *labels, lineterm="")
-    parts.append(f"Mend: --take-from SCRIPT {name}, or give one of them a name of its own.\n")
+    parts.append(f"Fix: --take-from SCRIPT {name}, or give one of them a name of its own.\n")
     return "\n".join(parts)
 
 
@@ -182,7 +191,7 @@ def take_from(source: pathlib.Path, names: list[str], scripts: list[pathlib.Path
             listed = "OWN" if name in OWN else "OWN_OF"
             raise ValueError(f"{name} is in {listed}: that script has its own text; take it off that list first.")
         if name not in taken:
-            raise ValueError(f"{name} is not at the top level of {source.name}: --list shows what is.")
+            raise ValueError(f"{name} is no helper or flag of {source.name}: --list shows those.")
         for script in scripts:
             helper = read_helpers(script).get(name)
             if helper is None or helper.text == taken[name].text or is_own(name, script):
@@ -209,13 +218,17 @@ def check(copies: dict[str, dict[pathlib.Path, Helper]], scripts: list[pathlib.P
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the command line."""
-    parser = argparse.ArgumentParser(description="Keep the helpers that several scripts share equal.")
+    parser = argparse.ArgumentParser(description="Keep the helpers that several scripts share equal.",
+                                     allow_abbrev=False)
     parser.add_argument("--list", action="store_true", help="show which script has what, and stop")
     parser.add_argument("--take-from", nargs="+", metavar=("SCRIPT", "NAME"), help="copy NAME from SCRIPT to the rest")
     here = pathlib.Path(__file__).resolve().parent.parent
     parser.add_argument("--folder", type=pathlib.Path, default=here, help="where the scripts train_*.py are")
-    args = parser.parse_args(argv)
-    if args.take_from and len(args.take_from) < 2:
+    args, flags = parser.parse_known_args(argv)  # to argparse the flag of a script is an option that it does not know
+    if flags and not args.take_from:
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    args.take_from = [*(args.take_from or []), *flags]
+    if len(args.take_from) == 1:
         parser.error("--take-from needs a script and at least one name.")
     return args
 

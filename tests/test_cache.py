@@ -142,7 +142,7 @@ def list_caches(tmp_path: Path) -> list[str]:
 
 
 SAME = {"learning_rate": 1e-5, "seed": 5, "train_batch_size": 3, "max_train_steps": 1, "proportion_empty_prompts": 0.5,
-        "noise_offset": 0.1, "dataloader_num_workers": 1, "vae_slicing": True}
+        "noise_offset": 0.1, "dataloader_num_workers": 1}
 OTHERS = [({"resolution": 16}, "images"), ({"image_interpolation_mode": "nearest"}, "images"),
           ({"center_crop": True}, "images"), ({"random_flip": True}, "images"), ({"cache_crops": 2}, "images"),
           ({"vae_tiling": True}, "images"), ({"cache_dtype": "fp32"}, "images captions"),

@@ -36,8 +36,6 @@ SCHEDULES = {  # name: more flags, and the factor of the rate at each update fro
     "cosine_with_restarts": ({"lr_num_cycles": 2}, warm_up(lambda progress: (
         1 + math.cos(math.pi * (2 * progress % 1))) / 2)),
     "polynomial": ({"lr_power": 3}, warm_up(lambda progress: (1 - 1e-7 / RATE) * (1 - progress) ** 3 + 1e-7 / RATE)),
-    "piecewise_constant": ({"lr_step_rules": "1:2,0.5:5,0.1"}, lambda update: 1 if update < 2 else 0.5 if update < 5
-                           else 0.1),
 }
 # Ten images in batches of 1, six updates: of one sample each, or in two epochs of updates of 4, 4 and 2 samples.
 LENGTHS = {
@@ -85,8 +83,7 @@ def test_schedules_are_those_of_diffusers(script, image_folder, tmp_path, name):
         max_train_steps=200, gradient_accumulation_steps=4, **flags))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
     reference, expected = get_scheduler(name, optimizer, num_warmup_steps=30, num_training_steps=200,
-                                        num_cycles=flags.get("lr_num_cycles", 1), power=flags.get("lr_power", 1),
-                                        step_rules=flags.get("lr_step_rules")), []
+                                        num_cycles=flags.get("lr_num_cycles", 1), power=flags.get("lr_power", 1)), []
     for _ in range(200):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -102,7 +99,7 @@ def test_a_warm_up_of_any_length_is_possible(script, image_folder, tmp_path, nam
     rates = list_rates(script, make_args("model", image_folder, tmp_path, lr_scheduler=name, learning_rate=RATE,
                                          lr_warmup_steps=warmup, max_train_steps=6, **flags))
     assert all(0 <= rate <= RATE for rate in rates)
-    if name not in ("constant", "piecewise_constant"):
+    if name != "constant":
         rising = [RATE * update / warmup for update in range(min(warmup, 6))]
         assert rates[: len(rising)] == pytest.approx(rising)
 

@@ -38,7 +38,7 @@ OTHER_SCRIPT_LINES = 2950
 FUNCTION_LINES = 60
 CLOSURE_LINES = 20
 FLAG_LINES = 5
-LINES_OF = {"compute_loss": 50}
+LINES_OF = {"compute_loss": 50, "add_flags": 260}  # a list of flags is read by looking up, not from end to end
 ACCEPTED_ONLY = {"foreach_ema", "from_pt", "local_rank"}  # flags of old commands that ask for what is always done
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -63,6 +63,14 @@ class Progress:
     """Count."""
 
     step = 0
+
+
+def add_flags(parser):
+    """Add all flags."""
+    group = parser.add_argument_group("size")
+    group.add_argument("--size", type=int,
+                       help="How large.")
+    group.add_argument("--speed", type=int, help="How fast.")
 
 
 def main():
@@ -91,7 +99,7 @@ def edit(script, old, new):
 
 def test_equal_copies_pass(folder, capsys):
     assert run_check(folder) == 0
-    assert "2 scripts, 4 shared helpers, 0 drifted" in capsys.readouterr().out
+    assert "2 scripts, 6 shared helpers, 0 drifted" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -105,6 +113,7 @@ def test_equal_copies_pass(folder, capsys):
         ("step = 0", "step = 1", "Progress"),
         ("SIZE = 3", "SIZE = 5", "SIZE"),
         ("LIMIT: int = 4", "LIMIT: int = 9", "LIMIT"),
+        ("How large.", "How big.", "--size"),
     ],
 )
 def test_drift_is_found_in_every_part(folder, capsys, old, new, name):
@@ -139,6 +148,16 @@ def test_own_names_may_differ_and_a_needless_one_is_reported(folder, capsys):
     assert "main is in OWN and yet the same in every script" in capsys.readouterr().out
 
 
+def test_the_same_flag_is_the_same_in_functions_that_differ(folder, capsys):
+    edit(folder / "train_b.py", '    group.add_argument("--speed", type=int, help="How fast.")\n', "")
+    assert run_check(folder) == 0
+    edit(folder / "train_a.py", "type=int,\n ", "type=float,\n ")
+    assert run_check(folder) == 1
+    assert capsys.readouterr().out.count("differs:") == 1
+    assert run_check(folder, "--take-from", "train_a.py", "--size", "halve") == 0
+    assert "type=float,\n" + " " * 23 + 'help="How large.")\n\n\ndef main' in (folder / "train_b.py").read_text()
+
+
 @pytest.mark.parametrize("source", ["train_a.py", "train_b.py"])
 def test_take_from_mends_all_others_from_either_side(folder, capsys, source):
     (folder / "train_c.py").write_text(FIRST)
@@ -157,7 +176,8 @@ def test_take_from_mends_all_others_from_either_side(folder, capsys, source):
     ("argv", "message"),
     [
         (["train_a.py", "main"], "main is in OWN"),
-        (["train_a.py", "absent"], "absent is not at the top level of train_a.py"),
+        (["train_a.py", "absent"], "absent is no helper or flag of train_a.py"),
+        (["train_a.py", "--absent"], "--absent is no helper or flag of train_a.py"),
         (["train_z.py", "halve"], "train_z.py is not one of train_a.py, train_b.py"),
     ],
 )
