@@ -32,6 +32,7 @@ another number of loader workers or another number of processes repeats the same
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -608,11 +609,14 @@ def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, mic
 
 
 class VisitBatches:
-    """This process's share of each micro step as a list of visits: the batch sampler of a DataLoader."""
+    """This process's share of each micro step as a list of visits: the batch sampler of a DataLoader.
+
+    `pending` are the micro steps whose visits have been handed out, for the loader to hand on with their batches.
+    """
 
     def __init__(self, steps, num_samples: int, seed: int, rank: int, num_processes: int) -> None:
         self.steps, self.num_samples, self.seed = steps, num_samples, seed
-        self.rank, self.num_processes = rank, num_processes
+        self.rank, self.num_processes, self.pending = rank, num_processes, collections.deque()
 
     def __iter__(self):
         """Yield one list of visits per micro step: a contiguous part of it, so that processes make one large batch."""
@@ -625,6 +629,7 @@ class VisitBatches:
             begin = step.first + count * self.rank // self.num_processes
             end = step.first + count * (self.rank + 1) // self.num_processes
             idle = [Visit(epoch, int(order[step.first]), weight=0.0)]
+            self.pending.append(step)
             yield [Visit(epoch, int(index)) for index in order[begin:end]] or idle
 
 
@@ -642,14 +647,20 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, T
 
 
 def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator):
-    """Return a loader of this process's batch of each micro step."""
+    """Yield each micro step with this process's batch of it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader processes
     batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
     tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
-    return torch.utils.data.DataLoader(
+    loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=batches, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
         pin_memory=accelerator.device.type == "cuda", worker_init_fn=start_loader_process,
-        generator=torch.Generator())  # its own, to leave the global one alone
+        generator=torch.Generator()))  # its own, to leave the global one alone
+    try:
+        for batch in loader:
+            yield batches.pending.popleft(), batch
+    finally:
+        if num_workers:
+            loader._shutdown_workers()  # which otherwise waits for the last reference to go
 
 
 def start_loader_process(worker_id: int) -> None:
@@ -660,20 +671,18 @@ def start_loader_process(worker_id: int) -> None:
 
 
 def iterate_ahead(batches):
-    """Yield what `batches` yields, with the next one being made in a thread while the caller uses this one.
+    """Yield what the generator `batches` yields, with the next one being made in a thread while this one is used.
 
     Close it when leaving early: loader processes end with it, and would otherwise outlive an error.
     """
-    iterator = iter(batches)
     try:
         with ThreadPoolExecutor(max_workers=1) as reader:
-            pending = reader.submit(next, iterator, None)
+            pending = reader.submit(next, batches, None)
             while (batch := pending.result()) is not None:
-                pending = reader.submit(next, iterator, None)
+                pending = reader.submit(next, batches, None)
                 yield batch
     finally:
-        if hasattr(iterator, "_shutdown_workers"):  # a DataLoader ends its processes only when its last reference goes
-            iterator._shutdown_workers()
+        batches.close()
 
 
 def count_cores_per_process() -> int:
@@ -710,15 +719,15 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     if progress.global_step > last_step:
         logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
         last_step = progress.global_step + 1
-    plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
-                   args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
-    loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator)
+    steps = plan_micro_steps(dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
+                             args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
+    loader = make_dataloader(data.train, steps, models, args.dataloader_num_workers, accelerator)
     parameters = list(name_trained_parameters(accelerator, models).values())
     meter, signal_number = Meter(args, accelerator, data.train.images, progress.global_step, last_step), 0
 
     ahead = contextlib.closing(iterate_ahead(loader))
     with StopRequest(accelerator) as stop_request, meter, logging_redirect_tqdm(), ahead as batches:
-        for step, batch in meter.iterate(plan(), batches):
+        for step, batch in meter.iterate(batches):
             meter.add_losses(train_step(accelerator, models, objective, batch, step), batch, step)
             if not step.ends_update:
                 continue
@@ -2342,7 +2351,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
     loader = make_dataloader(held_out, steps, models, 0, accelerator)
     networks, losses = unwrap_models(accelerator, models), [torch.full((1,), math.nan, device=accelerator.device)]
     with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(loader)) as batches:
-        for batch in batches:
+        for _, batch in batches:
             batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
             losses.append(compute_loss(networks, plain, batch) * batch["weights"])
         losses[0].zero_()
@@ -2478,16 +2487,16 @@ class Meter:
         """Begin to measure speed: after a pause that is not training, such as drawing pictures."""
         self.started, self.waited, self.num_images = time.perf_counter(), 0.0, 0
 
-    def iterate(self, steps, batches):
+    def iterate(self, batches):
         """Yield each micro step with its batch on the device, measuring how long the batch was waited for."""
-        for step in steps:
-            began = time.perf_counter()
-            batch = next(batches)
+        began = time.perf_counter()
+        for step, batch in batches:
             self.waited += time.perf_counter() - began
             is_used = batch["weights"] > 0
             self.counts += torch.stack([(batch.pop(name) * is_used).sum() for name in ("num_skipped", "num_long")])
             self.num_images += step.last - step.first
             yield step, {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
+            began = time.perf_counter()
 
     def add_losses(self, losses: Tensor, batch: dict[str, Tensor], step: MicroStep) -> None:
         """Take the loss of each sample [b] of a micro step, still on the device."""

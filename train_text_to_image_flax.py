@@ -33,6 +33,7 @@ another number of devices or processes repeats the same training. Rooms meant to
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -656,11 +657,14 @@ def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, mic
 
 
 class VisitBatches:
-    """This process's share of each micro step as a list of visits: the batch sampler of a DataLoader."""
+    """This process's share of each micro step as a list of visits: the batch sampler of a DataLoader.
+
+    `pending` are the micro steps whose visits have been handed out, for the loader to hand on with their batches.
+    """
 
     def __init__(self, steps, num_samples: int, seed: int, rank: int, num_processes: int) -> None:
         self.steps, self.num_samples, self.seed = steps, num_samples, seed
-        self.rank, self.num_processes = rank, num_processes
+        self.rank, self.num_processes, self.pending = rank, num_processes, collections.deque()
 
     def __iter__(self):
         """Yield one list of visits per micro step: a contiguous part of it, so that processes make one large batch."""
@@ -673,6 +677,7 @@ class VisitBatches:
             begin = step.first + count * self.rank // self.num_processes
             end = step.first + count * (self.rank + 1) // self.num_processes
             idle = [Visit(epoch, int(order[step.first]), weight=0.0)]
+            self.pending.append(step)
             yield [Visit(epoch, int(index)) for index in order[begin:end]] or idle
 
 
@@ -691,11 +696,11 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, n
 
 
 def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator, size: int):
-    """Yield this process's batch of each micro step, always of `size` samples for each of its devices."""
+    """Yield each micro step with this process's batch of it, always of `size` samples for each of its devices."""
     batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
     tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
     for read in read_samples(samples, batches, num_workers):
-        yield pad_batch(collate(read, tokenizers), size * jax.local_device_count())
+        yield batches.pending.popleft(), pad_batch(collate(read, tokenizers), size * jax.local_device_count())
 
 
 def pad_batch(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
@@ -739,14 +744,14 @@ def read_in_loader_process(visits: list[Visit]) -> list[dict]:
     return read_in_loader_process.samples.__getitems__(visits)
 
 
-def make_updates(args: Namespace, accelerator: Accelerator, steps, batches, stop_request: StopRequest):
+def make_updates(args: Namespace, accelerator: Accelerator, batches, stop_request: StopRequest):
     """Yield each update's last micro step and, on the devices, its batch: all micro steps [a, b, ...], filled up.
 
     It always has as many micro steps as a whole update, so that shapes never change; `num_micro_steps` says how many
     are to be used.
     """
     micro_batches = []
-    for step, micro_batch in zip(steps, batches, strict=True):
+    for step, micro_batch in batches:
         micro_batches.append(micro_batch)
         if not step.ends_update:
             continue
@@ -770,20 +775,18 @@ def start_loader_process(samples: Samples) -> None:
 
 
 def iterate_ahead(batches):
-    """Yield what `batches` yields, with the next one being made in a thread while the caller uses this one.
+    """Yield what the generator `batches` yields, with the next one being made in a thread while this one is used.
 
     Close it when leaving early: loader processes end with it, and would otherwise outlive an error.
     """
-    iterator = iter(batches)
     try:
         with ThreadPoolExecutor(max_workers=1) as reader:
-            pending = reader.submit(next, iterator, None)
+            pending = reader.submit(next, batches, None)
             while (batch := pending.result()) is not None:
-                pending = reader.submit(next, iterator, None)
+                pending = reader.submit(next, batches, None)
                 yield batch
     finally:
-        if hasattr(iterator, "_shutdown_workers"):  # a DataLoader ends its processes only when its last reference goes
-            iterator._shutdown_workers()
+        batches.close()
 
 
 def count_cores_per_process() -> int:
@@ -873,13 +876,13 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
     if progress.global_step > last_step:
         logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
         last_step = progress.global_step + 1
-    plan = partial(plan_micro_steps, dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
-                   args.train_batch_size * accelerator.num_devices, args.gradient_accumulation_steps)
-    loader = make_dataloader(data.train, plan(), models, args.dataloader_num_workers, accelerator,
+    steps = plan_micro_steps(dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
+                             args.train_batch_size * accelerator.num_devices, args.gradient_accumulation_steps)
+    loader = make_dataloader(data.train, steps, models, args.dataloader_num_workers, accelerator,
                              args.train_batch_size)
     meter = Meter(args, accelerator, data.train.images, progress.global_step, last_step)
     stop_request = StopRequest(accelerator)
-    ahead = contextlib.closing(iterate_ahead(make_updates(args, accelerator, plan(), loader, stop_request)))
+    ahead = contextlib.closing(iterate_ahead(make_updates(args, accelerator, loader, stop_request)))
     compiled, signal_number = None, 0
 
     with stop_request, meter, logging_redirect_tqdm(), ahead as updates:
@@ -3103,7 +3106,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
                              len(held_out))
     batches, losses = make_dataloader(held_out, steps, models, 0, accelerator, args.train_batch_size), []
     with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(batches)) as ahead:
-        for batch in ahead:
+        for _, batch in ahead:
             losses.append(models.programs.compute_losses(get_best_weights(models), frozen,
                                                          accelerator.place_batch(batch, axis=0)))
         return float(sum(jax.device_get(losses))) / len(held_out)

@@ -652,7 +652,8 @@ def make_loader(script, tiny_model, image_folder):
         steps = script.plan_micro_steps(script.Progress(), num_updates, len(samples), args.train_batch_size,
                                         args.gradient_accumulation_steps)
         models = SimpleNamespace(tokenizer=script.CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer"))
-        return script.make_dataloader(samples, steps, models, args.dataloader_num_workers, accelerator)
+        batches = script.make_dataloader(samples, steps, models, args.dataloader_num_workers, accelerator)
+        return (batch for _, batch in batches)
 
     return make
 
@@ -671,7 +672,7 @@ def test_workers_and_batches_change_nothing(make_loader):
 
 def test_batches_hold_what_the_objective_reads(make_loader):
     """Shapes and types of a batch: bytes for images, int64 ids padded to the tokenizer's length, float32 noise."""
-    batch = next(iter(make_loader(1, train_batch_size=3)))
+    batch = next(make_loader(1, train_batch_size=3))
     shapes = {"images": (3, 3, 32, 32), "input_ids": (3, 24), "noise": (3, 4, 16, 16),
               "posterior_noise": (3, 4, 16, 16), "timesteps": (3,), "weights": (3,), "num_skipped": (3,)}
     types = {"images": torch.uint8, "input_ids": torch.int64, "noise": torch.float32,
