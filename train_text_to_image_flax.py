@@ -3205,7 +3205,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
              "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
-             "prediction_type", "rank", "lora_alpha")
+             "prediction_type", "clip_skip", "rank", "lora_alpha")
     facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,
