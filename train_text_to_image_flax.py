@@ -61,7 +61,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import datasets
@@ -73,7 +72,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import transformers
-from flax import nnx
 from jax import Array as Tensor
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -161,11 +159,19 @@ class Models:
 class TrainState(NamedTuple):
     """All that an update changes: arrays on the devices, by names such as unet.conv_in.weight."""
 
-    step: Tensor  # updates so far
+    step: Tensor  # updates so far, without those that fp16 skipped
     weights: dict[str, Tensor]  # float32
     moments: optax.OptState
-    ema_updates: Tensor  # that the averages have seen
+    ema_updates: Tensor  # that the EMA weights have seen
     averages: dict[str, Tensor] | None
+    loss_scale: LossScale | None = None  # of --mixed_precision fp16
+
+
+class LossScale(NamedTuple):
+    """The factor that lifts fp16 gradients out of underflow, as torch's GradScaler adapts it."""
+
+    scale: Tensor
+    num_finite: Tensor  # updates since it last changed
 
 
 class Programs(NamedTuple):
@@ -766,10 +772,10 @@ def make_updates(args: Namespace, accelerator: Accelerator, batches, stop_reques
 
 
 def start_loader_process(samples: Samples) -> None:
-    """Keep the samples; leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that trains."""
+    """Keep the samples; leave signals, which reach a whole process group, to the process that trains."""
     samples.is_loader_process = True
     read_in_loader_process.samples = samples  # sent once, not with every batch
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -798,13 +804,18 @@ def count_cores_per_process() -> int:
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
+FIRST_LOSS_SCALE, LOSS_SCALE_INTERVAL = 2.0**16, 2000  # doubled after so many updates without overflow
+
+
 def train_step(accelerator: Accelerator, models: Models, objective: Objective, recipe: Recipe, state: TrainState,
                frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
     """Return the state after one update, and its numbers. Every sample of an update counts the same.
 
-    The batch is that of a whole update [a, b, ...], a micro steps of b samples over all devices.
+    The batch is that of a whole update [a, b, ...], a micro steps of b samples over all devices. In fp16 an update
+    whose gradients overflow changes nothing but the loss scale: as in the torch scripts under accelerate, it counts
+    as an update of the run, and the learning rate does not move on.
     """
-    losses, gradients = compute_gradients(accelerator, models, objective, state.weights, frozen, batch)
+    losses, gradients = compute_gradients(accelerator, models, objective, state, frozen, batch)
     norm = optax.tree.norm(gradients)
     if recipe.max_grad_norm:
         clip = jnp.minimum(1.0, recipe.max_grad_norm / (norm + 1e-6))  # as torch clips
@@ -829,25 +840,42 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, r
         ema_updates = ema_updates + 1
         decay = metrics["ema_decay"] = compute_ema_decay(ema_updates, recipe.ema_decay, recipe.min_ema_decay)
         averages = {name: average + (1 - decay) * (weights[name] - average) for name, average in averages.items()}
-    return TrainState(state.step + 1, weights, moments, ema_updates, averages), metrics
+    updated = TrainState(state.step + 1, weights, moments, ema_updates, averages, state.loss_scale)
+    if state.loss_scale is not None:
+        is_finite, metrics["loss_scale"] = jnp.isfinite(norm), state.loss_scale.scale
+        updated = jax.tree.map(partial(jnp.where, is_finite), updated, state)
+        updated = updated._replace(loss_scale=adapt_loss_scale(state.loss_scale, is_finite))
+    return updated, metrics
 
 
-def compute_gradients(accelerator: Accelerator, models: Models, objective: Objective, weights: dict[str, Tensor],
+def adapt_loss_scale(loss_scale: LossScale, is_finite: Tensor) -> LossScale:
+    """Return the loss scale for the next update: half after an overflow, doubled after LOSS_SCALE_INTERVAL without."""
+    num_finite = jnp.where(is_finite, loss_scale.num_finite + 1, 0)
+    grows = num_finite == LOSS_SCALE_INTERVAL
+    factor = jnp.where(grows, 2.0, jnp.where(is_finite, 1.0, 0.5))
+    return LossScale(loss_scale.scale * factor, jnp.where(grows, 0, num_finite))
+
+
+def compute_gradients(accelerator: Accelerator, models: Models, objective: Objective, state: TrainState,
                       frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the losses [a, b] of an update's samples and the gradients of their mean.
 
     They come from the batch's first `num_micro_steps` micro steps; the losses of the others are 0.
     """
     micro_batches = {name: array for name, array in batch.items() if array.ndim > 1 and name != "signal"}
+    scale = None if state.loss_scale is None else state.loss_scale.scale
 
     def compute_mean(weights: dict[str, Tensor], micro_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         gathered = accelerator.gather_weights(weights)
         losses = compute_loss(with_weights(models, {**frozen, **gathered}), objective, micro_batch)
-        return (losses * micro_batch["weights"]).sum() / batch["window_size"], losses
+        loss = (losses * micro_batch["weights"]).sum() / batch["window_size"]
+        return loss if scale is None else loss * scale, losses
 
     def compute_part(index: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
         micro_batch = {name: array[index] for name, array in micro_batches.items()}
-        gradients, losses = jax.grad(compute_mean, has_aux=True)(weights, micro_batch)
+        gradients, losses = jax.grad(compute_mean, has_aux=True)(state.weights, micro_batch)
+        if scale is not None:
+            gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
         return losses, accelerator.divide_gradients(gradients)
 
     def add_part(index: Tensor, total: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -857,7 +885,7 @@ def compute_gradients(accelerator: Accelerator, models: Models, objective: Objec
     if len(batch["weights"]) == 1:  # without accumulation no second set of gradients is kept to add to
         losses, gradients = compute_part(0)
         return losses[None], gradients
-    nothing = jnp.zeros_like(batch["weights"]), jax.tree.map(jnp.zeros_like, weights)
+    nothing = jnp.zeros_like(batch["weights"]), jax.tree.map(jnp.zeros_like, state.weights)
     return jax.lax.fori_loop(0, batch["num_micro_steps"], add_part, nothing)
 
 
@@ -920,10 +948,7 @@ def get_latents(models: Models, batch: dict) -> Tensor:
         mean, std = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
     else:
         mean, std = encode_images(models.vae, batch["images"])
-    latents = mean + std * batch["posterior_noise"]
-    if models.vae.latents_mean is not None:  # of VAEs whose channels are far from zero mean and unit variance
-        latents = (latents - jnp.array(models.vae.latents_mean)) / jnp.array(models.vae.latents_std)
-    return latents * models.vae.scaling_factor
+    return (mean + std * batch["posterior_noise"]) * models.vae.config["scaling_factor"]
 
 
 def encode_images(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -944,47 +969,76 @@ def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
 
 
 # ---- Networks -------------------------------------------------------------------------------------------------------
+# Functions of weights, which have the names of torch's files: a layer is called where it is used, by its name.
 
 ATTENTIONS = ("plain", "cudnn")
 CUDNN_WIDTH = 128  # of an attention head, the most on all GPUs: SD 1.x has up to 160, SD 2.x 64
-NO_DRAWS = SimpleNamespace(params=lambda: None)  # where flax would take keys for random weights from
 QUERIES_AT_ONCE = 1024  # of plain attention: its table of all pairs is made in parts of this many rows
 
 
-class Layers(NamedTuple):
-    """Makes the layers of a network, with the epsilons and formulas that torch has by default.
+@dataclass(frozen=True)
+class Layers:
+    """The weights of a network and how its layers compute, with torch's defaults; `at` steps into a part of it.
 
-    Weights are float32 unless loaded otherwise; layers compute in `dtype`, norms and softmax in float32 within. None
-    are drawn, which would only cost time: the networks are made to be loaded.
+    Layers compute in `dtype`, norms in float32 within. A weight that is not there is made, as zeros of the shape that
+    the layer needs: so `list_shapes` learns what a network consists of.
     """
 
+    weights: dict[str, Tensor]
     dtype: type = jnp.float32
-    attention: str = "plain"  # of the UNet's pixels among themselves: plain or cudnn
+    attention: str = "plain"  # among the UNet's pixels: plain or cudnn
     remat: bool = False  # compute activations again in the backward pass
+    prefix: str = ""
 
-    def linear(self, inputs: int, outputs: int, *, bias: bool = True) -> nnx.Linear:
-        """Return a layer [..., inputs] -> [..., outputs]."""
-        return nnx.Linear(inputs, outputs, use_bias=bias, dtype=self.dtype, kernel_init=nnx.initializers.zeros,
-                          rngs=NO_DRAWS)
+    def at(self, name: str) -> Layers:
+        """Return the layers of a part."""
+        return dataclasses.replace(self, prefix=f"{self.prefix}{name}.")
 
-    def conv(self, inputs: int, outputs: int, size: int = 3, *, stride: int = 1, padding=None) -> nnx.Conv:
-        """Return a convolution [b, h, w, inputs] -> [b, h / stride, w / stride, outputs]."""
-        around = ((size // 2, size // 2),) * 2
-        return nnx.Conv(inputs, outputs, (size, size), stride, padding=padding or around, dtype=self.dtype,
-                        kernel_init=nnx.initializers.zeros, rngs=NO_DRAWS)
+    def get(self, name: str, *shape: int) -> Tensor:
+        """Return a weight in the format of the computation."""
+        name = self.prefix + name
+        if name not in self.weights:
+            self.weights[name] = jnp.zeros(shape)
+        return self.weights[name].astype(self.dtype)
 
-    def embedding(self, count: int, width: int) -> nnx.Embed:
-        """Return a table [count, width] of vectors."""
-        return nnx.Embed(count, width, dtype=self.dtype, embedding_init=nnx.initializers.zeros, rngs=NO_DRAWS)
+    def linear(self, name: str, x: Tensor, width: int, *, bias: bool = True) -> Tensor:
+        """[..., d] -> [..., width]."""
+        x = jnp.dot(x.astype(self.dtype), self.get(f"{name}.weight", x.shape[-1], width))
+        return x + self.get(f"{name}.bias", width) if bias else x
 
-    def group_norm(self, channels: int, groups: int, epsilon: float) -> nnx.GroupNorm:
-        """Return a norm over each group of channels of [b, h, w, channels]."""
-        return nnx.GroupNorm(channels, groups, epsilon=epsilon, use_fast_variance=False, dtype=self.dtype,
-                             rngs=NO_DRAWS)
+    def conv(self, name: str, x: Tensor, width: int, size: int = 3, *, stride: int = 1, padding=None) -> Tensor:
+        """[b, h, w, c] -> [b, h / stride, w / stride, width]."""
+        kernel, around = self.get(f"{name}.weight", size, size, x.shape[-1], width), ((size // 2, size // 2),) * 2
+        x = jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (stride, stride), padding or around,
+                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return x + self.get(f"{name}.bias", width)
 
-    def layer_norm(self, width: int, epsilon: float = 1e-5) -> nnx.LayerNorm:
-        """Return a norm over the last axis of [..., width]."""
-        return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=self.dtype, rngs=NO_DRAWS)
+    def group_norm(self, name: str, x: Tensor, groups: int, epsilon: float) -> Tensor:
+        """Normalize each group of channels of [b, h, w, c]."""
+        x, size = x.astype(self.dtype), x.shape[-1] // groups
+        grouped = x.reshape(*x.shape[:-1], groups, size).astype(jnp.float32)
+        mean = grouped.mean((1, 2, 4))
+        variance = jnp.square(grouped - jnp.expand_dims(mean, (1, 2, 4))).mean((1, 2, 4))
+        mean, variance = (values.repeat(size, axis=1)[:, None, None] for values in (mean, variance))
+        return self.scale_and_shift(name, x, mean, variance, epsilon)
+
+    def layer_norm(self, name: str, x: Tensor, epsilon: float = 1e-5) -> Tensor:
+        """Normalize the last axis of [..., d]."""
+        x = x.astype(self.dtype)
+        wide = x.astype(jnp.float32)
+        mean = wide.mean(-1, keepdims=True)
+        return self.scale_and_shift(name, x, mean, jnp.square(wide - mean).mean(-1, keepdims=True), epsilon)
+
+    def scale_and_shift(self, name: str, x: Tensor, mean: Tensor, variance: Tensor, epsilon: float) -> Tensor:
+        """Finish a norm."""
+        scale, shift = (self.get(f"{name}.{leaf}", x.shape[-1]) for leaf in ("weight", "bias"))
+        return ((x - mean) * (jax.lax.rsqrt(variance + epsilon) * scale) + shift).astype(self.dtype)
+
+
+def remat(function, layers: Layers, **settings):
+    """Return a part of a network; with `layers.remat` its activations are not kept for the backward pass."""
+    function = partial(function, layers, **settings)
+    return jax.checkpoint(function) if layers.remat else function
 
 
 def compute_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, *, method: str = "plain",
@@ -1016,458 +1070,209 @@ def compute_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int,
     return jnp.moveaxis(found, 0, 1).reshape(batch, length, -1)
 
 
-def run_layer(layer: nnx.Module, *inputs, remat: bool):
-    """Return what a layer makes of its inputs; with `remat` its activations are not kept for the backward pass."""
-    return jax.checkpoint(lambda *values: layer(*values))(*inputs) if remat else layer(*inputs)
+def run_attention(layers: Layers, x: Tensor, num_heads: int, context: Tensor | None = None, *, bias: bool = False,
+                  method: str = "plain") -> Tensor:
+    """[b, q, d], [b, k, e] -> [b, q, d]: attention to the context, or without one to x itself."""
+    width, context = x.shape[-1], x if context is None else context
+    query = layers.linear("to_q", x, width, bias=bias)
+    key, value = (layers.linear(name, context, width, bias=bias) for name in ("to_k", "to_v"))
+    return layers.linear("to_out.0", compute_attention(query, key, value, num_heads, method=method), width)
 
 
-class ResnetBlock(nnx.Module):
-    """Two convolutions beside a shortcut; the timestep's embedding, where there is one, is added between them."""
-
-    def __init__(self, layers: Layers, inputs: int, outputs: int, *, groups: int, epsilon: float,
-                 time_width: int | None = None) -> None:
-        self.norm1 = layers.group_norm(inputs, groups, epsilon)
-        self.conv1 = layers.conv(inputs, outputs)
-        self.time_emb_proj = layers.linear(time_width, outputs) if time_width else None
-        self.norm2 = layers.group_norm(outputs, groups, epsilon)
-        self.conv2 = layers.conv(outputs, outputs)
-        self.conv_shortcut = layers.conv(inputs, outputs, 1) if inputs != outputs else None
-
-    def __call__(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """[b, h, w, inputs], [b, time_width] -> [b, h, w, outputs]."""
-        hidden = self.conv1(nnx.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
-            hidden = hidden + self.time_emb_proj(nnx.silu(embedding))[:, None, None]
-        hidden = self.conv2(nnx.silu(self.norm2(hidden)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
+def run_resnet(layers: Layers, x: Tensor, embedding: Tensor | None = None, *, width: int, groups: int,
+               epsilon: float = 1e-6) -> Tensor:
+    """[b, h, w, c], [b, e] -> [b, h, w, width]: two convolutions beside a shortcut, the timestep added in between."""
+    hidden = layers.conv("conv1", jax.nn.silu(layers.group_norm("norm1", x, groups, epsilon)), width)
+    if embedding is not None:
+        hidden = hidden + layers.linear("time_emb_proj", jax.nn.silu(embedding), width)[:, None, None]
+    hidden = layers.conv("conv2", jax.nn.silu(layers.group_norm("norm2", hidden, groups, epsilon)), width)
+    return (x if x.shape[-1] == width else layers.conv("conv_shortcut", x, width, 1)) + hidden
 
 
-class Attention(nnx.Module):
-    """Attention to other tokens, or where no context is given to the own ones."""
+def run_transformer(layers: Layers, x: Tensor, context: Tensor, *, num_heads: int, config: dict) -> Tensor:
+    """[b, h, w, c], [b, s, d] -> [b, h, w, c]: attention among pixels, attention to the caption, GEGLU feed-forward.
 
-    def __init__(self, layers: Layers, width: int, context_width: int, num_heads: int, *, bias: bool = False,
-                 method: str = "plain") -> None:
-        self.num_heads, self.method = num_heads, method
-        self.to_q = layers.linear(width, width, bias=bias)
-        self.to_k = layers.linear(context_width, width, bias=bias)
-        self.to_v = layers.linear(context_width, width, bias=bias)
-        self.to_out = nnx.List([layers.linear(width, width)])
-
-    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """[b, q, width], [b, k, context_width] -> [b, q, width]."""
-        context = x if context is None else context
-        return self.to_out[0](compute_attention(self.to_q(x), self.to_k(context), self.to_v(context), self.num_heads,
-                                                method=self.method))
-
-
-class GatedProjection(nnx.Module):
-    """GEGLU (Shazeer 2020, arXiv:2002.05202): a linear layer, half of whose outputs gate the others."""
-
-    def __init__(self, layers: Layers, inputs: int, outputs: int) -> None:
-        self.proj = layers.linear(inputs, 2 * outputs)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., inputs] -> [..., outputs]."""
-        hidden, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return hidden * nnx.gelu(gate, approximate=False)
+    SD 1.x projects with 1 x 1 convolutions, 2.x with matrices; GEGLU is from Shazeer 2020, arXiv:2002.05202.
+    """
+    project = layers.linear if config["use_linear_projection"] else partial(layers.conv, size=1)
+    width, block = x.shape[-1], layers.at("transformer_blocks.0")
+    tokens = project("proj_in", layers.group_norm("norm", x, config["norm_num_groups"], 1e-6), width)
+    tokens = tokens.reshape(len(x), -1, width)
+    tokens = tokens + run_attention(block.at("attn1"), block.layer_norm("norm1", tokens), num_heads,
+                                    method=layers.attention)
+    tokens = tokens + run_attention(block.at("attn2"), block.layer_norm("norm2", tokens), num_heads, context)
+    hidden, gate = jnp.split(block.linear("ff.net.0.proj", block.layer_norm("norm3", tokens), 8 * width), 2, axis=-1)
+    tokens = tokens + block.linear("ff.net.2", hidden * jax.nn.gelu(gate, approximate=False), width)
+    return x + project("proj_out", tokens.reshape(x.shape), width)
 
 
-class FeedForward(nnx.Module):
-    """Four times as wide inside."""
-
-    def __init__(self, layers: Layers, width: int) -> None:
-        self.net = nnx.List([GatedProjection(layers, width, 4 * width), nnx.Dropout(0.0),  # which holds its place
-                             layers.linear(4 * width, width)])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        return self.net[2](self.net[0](x))
+def upsample(layers: Layers, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """[b, h, w, c] -> [b, 2 h, 2 w, c], or as high and wide as `size`, which is odd where the skips are."""
+    x = x.repeat(2, axis=1).repeat(2, axis=2)
+    return layers.conv("upsamplers.0.conv", x if size is None else x[:, : size[0], : size[1]], x.shape[-1])
 
 
-class TransformerBlock(nnx.Module):
-    """Attention among pixels, attention to the caption, feed-forward."""
+@dataclass(frozen=True)
+class Network:
+    """The settings of a network and its layers, which `with_weights` gives weights."""
 
-    def __init__(self, layers: Layers, width: int, context_width: int, num_heads: int) -> None:
-        self.norm1 = layers.layer_norm(width)
-        self.attn1 = Attention(layers, width, width, num_heads, method=layers.attention)
-        self.norm2 = layers.layer_norm(width)
-        self.attn2 = Attention(layers, width, context_width, num_heads)
-        self.norm3 = layers.layer_norm(width)
-        self.ff = FeedForward(layers, width)
-
-    def __call__(self, x: Tensor, context: Tensor) -> Tensor:
-        """[b, pixels, width], [b, s, context_width] -> [b, pixels, width]."""
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+    config: dict
+    layers: Layers
 
 
-class Transformer(nnx.Module):
-    """A transformer over the pixels of a feature map. SD 1.x projects with 1 x 1 convolutions, 2.x with matrices."""
-
-    def __init__(self, layers: Layers, width: int, num_heads: int, config: dict) -> None:
-        project = layers.linear if config["use_linear_projection"] else partial(layers.conv, size=1)
-        self.norm = layers.group_norm(width, config["norm_num_groups"], 1e-6)
-        self.proj_in = project(width, width)
-        self.transformer_blocks = nnx.List(
-            [TransformerBlock(layers, width, config["cross_attention_dim"], num_heads)])
-        self.proj_out = project(width, width)
-
-    def __call__(self, x: Tensor, context: Tensor) -> Tensor:
-        """[b, h, w, width], [b, s, context_width] -> [b, h, w, width]."""
-        batch, height, width, channels = x.shape
-        tokens = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
-        tokens = self.transformer_blocks[0](tokens, context)
-        return x + self.proj_out(tokens.reshape(x.shape))
-
-
-class Downsample(nnx.Module):
-    """Halve height and width with a convolution; the VAE's pads to the right and below only."""
-
-    def __init__(self, layers: Layers, channels: int, *, padding=None) -> None:
-        self.conv = layers.conv(channels, channels, stride=2, padding=padding)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[b, h, w, c] -> [b, h / 2, w / 2, c]."""
-        return self.conv(x)
-
-
-class Upsample(nnx.Module):
-    """Repeat each pixel twice in both directions, then convolve."""
-
-    def __init__(self, layers: Layers, channels: int) -> None:
-        self.conv = layers.conv(channels, channels)
-
-    def __call__(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """[b, h, w, c] -> [b, 2 h, 2 w, c], or as high and wide as `size`, which is odd where the skips are."""
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return self.conv(x if size is None else x[:, : size[0], : size[1]])
-
-
-class UNetBlock(nnx.Module):
-    """One level of the UNet: resnets with or without transformers, and a change of resolution at its end."""
-
-    def __init__(self, layers: Layers, inputs: list[int], outputs: int, config: dict, *, num_heads: int | None,
-                 resampler: str | None) -> None:
-        self.resnets = nnx.List([
-            ResnetBlock(layers, channels, outputs, groups=config["norm_num_groups"], epsilon=config["norm_eps"],
-                        time_width=4 * config["block_out_channels"][0]) for channels in inputs])
-        if num_heads is not None:
-            self.attentions = nnx.List([Transformer(layers, outputs, num_heads, config) for _ in inputs])
-        if resampler == "downsamplers":
-            self.downsamplers = nnx.List([Downsample(layers, outputs)])
-        elif resampler == "upsamplers":
-            self.upsamplers = nnx.List([Upsample(layers, outputs)])
-        self.remat = layers.remat
-
-    def run(self, index: int, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
-        """Return [b, h, w, outputs] after a resnet and, if there are any, its transformer."""
-        x = run_layer(self.resnets[index], x, embedding, remat=self.remat)
-        if hasattr(self, "attentions"):
-            x = run_layer(self.attentions[index], x, context, remat=self.remat)
-        return x
-
-
-class DownBlock(UNetBlock):
-    """A level on the way down, all of whose results go across to the way up."""
-
-    def __call__(self, x: Tensor, embedding: Tensor, context: Tensor) -> list[Tensor]:
-        """Return the result of each layer [b, h, w, outputs], the last at half the resolution unless it is lowest."""
-        results = []
-        for index in range(len(self.resnets)):
-            results.append(x := self.run(index, x, embedding, context))
-        return [*results, self.downsamplers[0](x)] if hasattr(self, "downsamplers") else results
-
-
-class UpBlock(UNetBlock):
-    """A level on the way up, whose resnets also see what came across."""
-
-    def __call__(self, x: Tensor, skips: list[Tensor], embedding: Tensor, context: Tensor) -> Tensor:
-        """Return [b, 2 h, 2 w, outputs], taking the last of the skips for each resnet."""
-        for index in range(len(self.resnets)):
-            x = self.run(index, jnp.concatenate([x, skips.pop()], axis=-1), embedding, context)
-        return self.upsamplers[0](x, skips[-1].shape[1:3]) if hasattr(self, "upsamplers") else x
-
-
-class MidBlock(nnx.Module):
-    """The lowest level of a network: resnet, attention if there is any, resnet."""
-
-    def __init__(self, layers: Layers, channels: int, attention: nnx.Module | None, *, remat: bool = False,
-                 **settings) -> None:
-        self.resnets = nnx.List([ResnetBlock(layers, channels, channels, **settings) for _ in range(2)])
-        self.attentions = nnx.List([attention] if attention is not None else [])
-        self.remat = remat
-
-    def __call__(self, x: Tensor, *conditions: Tensor) -> Tensor:
-        """[b, h, w, c] and, in a UNet, embedding [b, e] and context [b, s, d] -> [b, h, w, c]."""
-        x = run_layer(self.resnets[0], x, *conditions[:1], remat=self.remat)
-        for attention in self.attentions:
-            x = run_layer(attention, x, *conditions[1:], remat=self.remat)
-        return run_layer(self.resnets[1], x, *conditions[:1], remat=self.remat)
-
-
-class TimestepEmbedding(nnx.Module):
-    """Two linear layers over sines and cosines of the timestep."""
-
-    def __init__(self, layers: Layers, inputs: int, outputs: int) -> None:
-        self.inputs = inputs
-        self.linear_1 = layers.linear(inputs, outputs)
-        self.linear_2 = layers.linear(outputs, outputs)
-
-    def __call__(self, timesteps: Tensor) -> Tensor:
-        """[b] -> [b, outputs]."""
-        half = self.inputs // 2
-        angles = timesteps[:, None] * jnp.exp(-math.log(10000) * jnp.arange(half) / half)
-        return self.linear_2(nnx.silu(self.linear_1(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))))
-
-
-class UNet(nnx.Module):
-    """The denoising network of Stable Diffusion 1.x and 2.x, with diffusers' names: a way down, across and up."""
-
-    def __init__(self, config: dict, layers: Layers) -> None:
-        channels, per_block = config["block_out_channels"], config["layers_per_block"]
-        heads = config["num_attention_heads"] or config["attention_head_dim"]  # which is a number of heads, misnamed
-        heads = [heads] * len(channels) if isinstance(heads, int) else heads
-        self.conv_in = layers.conv(config["in_channels"], channels[0])
-        self.time_embedding = TimestepEmbedding(layers, channels[0], 4 * channels[0])
-
-        down_blocks, skips, width = [], [channels[0]], channels[0]  # skips: the channels of what goes across
-        for level, (kind, outputs) in enumerate(zip(config["down_block_types"], channels, strict=True)):
-            is_lowest = level == len(channels) - 1
-            down_blocks.append(DownBlock(
-                layers, [width, *[outputs] * (per_block - 1)], outputs, config,
-                num_heads=heads[level] if "CrossAttn" in kind else None,
-                resampler=None if is_lowest else "downsamplers"))
-            skips += [outputs] * (per_block + (not is_lowest))
-            width = outputs
-        self.down_blocks = nnx.List(down_blocks)
-
-        self.mid_block = MidBlock(
-            layers, width, Transformer(layers, width, heads[-1], config), remat=layers.remat,
-            groups=config["norm_num_groups"], epsilon=config["norm_eps"], time_width=4 * channels[0])
-
-        up_blocks = []
-        for level, kind in zip(reversed(range(len(channels))), config["up_block_types"], strict=True):
-            outputs, inputs = channels[level], []
-            for _ in range(per_block + 1):
-                inputs.append(width + skips.pop())
-                width = outputs
-            up_blocks.append(UpBlock(layers, inputs, outputs, config,
-                                     num_heads=heads[level] if "CrossAttn" in kind else None,
-                                     resampler="upsamplers" if level else None))
-        self.up_blocks = nnx.List(up_blocks)
-        self.conv_norm_out = layers.group_norm(width, config["norm_num_groups"], config["norm_eps"])
-        self.conv_out = layers.conv(width, config["out_channels"])
+class UNet(Network):
+    """The denoising network of Stable Diffusion 1.x and 2.x: a way down, across and up."""
 
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """[b, h, w, c], [b], [b, s, d] -> [b, h, w, c]."""
-        embedding, x = self.time_embedding(timesteps), self.conv_in(noisy_latents)
+        config, layers = self.config, self.layers
+        channels, count, last = config["block_out_channels"], config["layers_per_block"], len(self.config[
+            "block_out_channels"]) - 1
+        heads = config["num_attention_heads"] or config["attention_head_dim"]  # which is a number of heads, misnamed
+        heads = [heads] * len(channels) if isinstance(heads, int) else heads
+        conditions = self.embed_timesteps(timesteps), encoder_hidden_states
+        x = layers.conv("conv_in", noisy_latents, channels[0])
         skips = [x]
-        for block in self.down_blocks:
-            skips += block(skips[-1], embedding, encoder_hidden_states)
-        x = self.mid_block(skips[-1], embedding, encoder_hidden_states)
-        for block in self.up_blocks:
-            x = block(x, skips, embedding, encoder_hidden_states)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
+        for level, (kind, width) in enumerate(zip(config["down_block_types"], channels, strict=True)):
+            block, num_heads = layers.at(f"down_blocks.{level}"), heads[level] if "CrossAttn" in kind else None
+            for index in range(count):
+                x = self.run_layer(block, index, x, conditions, width, num_heads)
+                skips.append(x)
+            if level < last:
+                x = block.conv("downsamplers.0.conv", x, width, stride=2)
+                skips.append(x)
+
+        x = self.run_layer(layers.at("mid_block"), 0, x, conditions, channels[-1], heads[-1])
+        x = self.run_layer(layers.at("mid_block"), 1, x, conditions, channels[-1], None)
+
+        for level, (kind, width) in enumerate(zip(config["up_block_types"], channels[::-1], strict=True)):
+            block, num_heads = layers.at(f"up_blocks.{level}"), heads[last - level] if "CrossAttn" in kind else None
+            for index in range(count + 1):
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = self.run_layer(block, index, x, conditions, width, num_heads)
+            if level < last:
+                x = upsample(block, x, skips[-1].shape[1:3])
+        x = layers.group_norm("conv_norm_out", x, config["norm_num_groups"], config["norm_eps"])
+        return layers.conv("conv_out", jax.nn.silu(x), config["out_channels"])
+
+    def embed_timesteps(self, timesteps: Tensor) -> Tensor:
+        """[b] -> [b, e]."""
+        layers, width = self.layers.at("time_embedding"), self.config["block_out_channels"][0]
+        half = width // 2
+        angles = timesteps[:, None] * jnp.exp(-math.log(10000) * jnp.arange(half) / half)
+        waves = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+        return layers.linear("linear_2", jax.nn.silu(layers.linear("linear_1", waves, 4 * width)), 4 * width)
+
+    def run_layer(self, block: Layers, index: int, x: Tensor, conditions: tuple[Tensor, Tensor], width: int,
+                  num_heads: int | None) -> Tensor:
+        """Return [b, h, w, width] after a resnet and, where there are heads, a transformer."""
+        embedding, context = conditions
+        x = remat(run_resnet, block.at(f"resnets.{index}"), width=width, groups=self.config["norm_num_groups"],
+                  epsilon=self.config["norm_eps"])(x, embedding)
+        if num_heads is None:
+            return x
+        attention = block.at(f"attentions.{index}")
+        return remat(run_transformer, attention, num_heads=num_heads, config=self.config)(x, context)
 
 
-class PixelAttention(Attention):
-    """The VAE's attention among all pixels, in one head, beside a shortcut."""
-
-    def __init__(self, layers: Layers, channels: int, groups: int) -> None:
-        super().__init__(layers, channels, channels, 1, bias=True)
-        self.group_norm = layers.group_norm(channels, groups, 1e-6)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[b, h, w, c] -> [b, h, w, c]."""
-        tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        return x + super().__call__(tokens).reshape(x.shape)
-
-
-class VaeBlock(nnx.Module):
-    """One level of the VAE: resnets, then a change of resolution unless it is the last."""
-
-    def __init__(self, layers: Layers, inputs: int, outputs: int, count: int, *, resampler: str | None,
-                 groups: int) -> None:
-        self.resnets = nnx.List([ResnetBlock(layers, inputs if index == 0 else outputs, outputs, groups=groups,
-                                             epsilon=1e-6) for index in range(count)])
-        self.resampler = resampler
-        if resampler == "downsamplers":
-            self.downsamplers = nnx.List([Downsample(layers, outputs, padding=((0, 1), (0, 1)))])
-        elif resampler == "upsamplers":
-            self.upsamplers = nnx.List([Upsample(layers, outputs)])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[b, h, w, inputs] -> [b, h', w', outputs]."""
-        for resnet in self.resnets:
-            x = resnet(x)
-        return getattr(self, self.resampler)[0](x) if self.resampler else x
-
-
-class VaeHalf(nnx.Module):
-    """What the VAE's encoder and decoder have in common: ends, and a middle with attention."""
-
-    def __init__(self, layers: Layers, config: dict, inputs: int, outputs: int, widths: tuple[int, int, int]) -> None:
-        first, middle, last = widths  # channels after conv_in, in the middle, before conv_out
-        groups = config["norm_num_groups"]
-        attention = PixelAttention(layers, middle, groups) if config["mid_block_add_attention"] else None
-        self.conv_in = layers.conv(inputs, first)
-        self.mid_block = MidBlock(layers, middle, attention, groups=groups, epsilon=1e-6)
-        self.conv_norm_out = layers.group_norm(last, groups, 1e-6)
-        self.conv_out = layers.conv(last, outputs)
-
-
-class Encoder(VaeHalf):
-    """The VAE's way from pixels to moments of latents."""
-
-    def __init__(self, config: dict, layers: Layers) -> None:
-        channels = config["block_out_channels"]
-        super().__init__(layers, config, config["in_channels"], 2 * config["latent_channels"],
-                         (channels[0], channels[-1], channels[-1]))
-        pairs = zip([channels[0], *channels], channels, strict=False)
-        self.down_blocks = nnx.List([
-            VaeBlock(layers, inputs, outputs, config["layers_per_block"], groups=config["norm_num_groups"],
-                     resampler="downsamplers" if level < len(channels) - 1 else None)
-            for level, (inputs, outputs) in enumerate(pairs)])
-
-    def __call__(self, pixel_values: Tensor) -> Tensor:
-        """[b, H, W, 3] -> [b, h, w, 2c]."""
-        x = self.conv_in(pixel_values)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x))))
-
-
-class Decoder(VaeHalf):
-    """The VAE's way from latents to pixels."""
-
-    def __init__(self, config: dict, layers: Layers) -> None:
-        channels = config["block_out_channels"][::-1]
-        super().__init__(layers, config, config["latent_channels"], config["out_channels"],
-                         (channels[0], channels[0], channels[-1]))
-        pairs = zip([channels[0], *channels], channels, strict=False)
-        self.up_blocks = nnx.List([
-            VaeBlock(layers, inputs, outputs, config["layers_per_block"] + 1, groups=config["norm_num_groups"],
-                     resampler="upsamplers" if level < len(channels) - 1 else None)
-            for level, (inputs, outputs) in enumerate(pairs)])
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """[b, h, w, c] -> [b, H, W, 3]."""
-        x = self.mid_block(self.conv_in(latents))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x)))
-
-
-class VAE(nnx.Module):
-    """The autoencoder between pixels and latents, with the scale and the shift that latents are trained in."""
-
-    def __init__(self, config: dict, layers: Layers) -> None:
-        channels = config["latent_channels"]
-        self.scaling_factor = config["scaling_factor"]
-        self.latents_mean, self.latents_std = (tuple(config[name]) if config[name] else None
-                                               for name in ("latents_mean", "latents_std"))
-        self.encoder = Encoder(config, layers)
-        self.quant_conv = layers.conv(2 * channels, 2 * channels, 1) if config["use_quant_conv"] else None
-        self.post_quant_conv = layers.conv(channels, channels, 1) if config["use_post_quant_conv"] else None
-        self.decoder = Decoder(config, layers)
+class VAE(Network):
+    """The autoencoder between pixels and latents."""
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """[b, H, W, 3] in [-1, 1] -> mean and standard deviation [b, h, w, c] in float32."""
-        moments = self.encoder(pixel_values)
-        moments = (moments if self.quant_conv is None else self.quant_conv(moments)).astype(jnp.float32)
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        config, layers, channels = self.config, self.layers.at("encoder"), self.config["block_out_channels"]
+        x, width = layers.conv("conv_in", pixel_values, channels[0]), 2 * config["latent_channels"]
+        for level, channel in enumerate(channels):
+            block = layers.at(f"down_blocks.{level}")
+            x = self.run_resnets(block, x, config["layers_per_block"], channel)
+            if level < len(channels) - 1:
+                x = block.conv("downsamplers.0.conv", x, channel, stride=2, padding=((0, 1), (0, 1)))
+        moments = self.run_end(layers, self.run_middle(layers, x), width)
+        if config["use_quant_conv"]:
+            moments = self.layers.conv("quant_conv", moments, width, 1)
+        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30, 20))
 
     def decode(self, latents: Tensor) -> Tensor:
         """[b, h, w, c] as the UNet knows them -> [b, H, W, 3] in [-1, 1], float32."""
-        latents = latents / self.scaling_factor
-        if self.latents_mean is not None:
-            latents = latents * jnp.array(self.latents_std) + jnp.array(self.latents_mean)
-        latents = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
-        return self.decoder(latents).astype(jnp.float32)
+        config, layers, channels = self.config, self.layers.at("decoder"), self.config["block_out_channels"][::-1]
+        x = latents / config["scaling_factor"]
+        if config["use_post_quant_conv"]:
+            x = self.layers.conv("post_quant_conv", x, config["latent_channels"], 1)
+        x = self.run_middle(layers, layers.conv("conv_in", x, channels[0]))
+        for level, channel in enumerate(channels):
+            block = layers.at(f"up_blocks.{level}")
+            x = self.run_resnets(block, x, config["layers_per_block"] + 1, channel)
+            x = upsample(block, x) if level < len(channels) - 1 else x
+        return self.run_end(layers, x, config["out_channels"]).astype(jnp.float32)
 
-
-class ClipAttention(nnx.Module):
-    """Attention of each token to itself and those before it."""
-
-    def __init__(self, layers: Layers, width: int, num_heads: int) -> None:
-        self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (layers.linear(width, width) for _ in range(4))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[b, s, d] -> [b, s, d]."""
-        return self.out_proj(compute_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.num_heads,
-                                               is_causal=True))
-
-
-class ClipFeedForward(nnx.Module):
-    """Two linear layers with one of CLIP's two GELUs between them."""
-
-    def __init__(self, layers: Layers, width: int, inner: int, activation: str) -> None:
-        self.activation = activation
-        self.fc1, self.fc2 = layers.linear(width, inner), layers.linear(inner, width)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[b, s, d] -> [b, s, d]."""
-        hidden = self.fc1(x)
-        return self.fc2(hidden * nnx.sigmoid(1.702 * hidden) if self.activation == "quick_gelu"
-                        else nnx.gelu(hidden, approximate=False))
-
-
-class ClipLayer(nnx.Module):
-    """Attention and feed-forward, each behind a norm and beside a shortcut."""
-
-    def __init__(self, layers: Layers, config: dict) -> None:
-        width, epsilon = config["hidden_size"], config["layer_norm_eps"]
-        self.layer_norm1 = layers.layer_norm(width, epsilon)
-        self.self_attn = ClipAttention(layers, width, config["num_attention_heads"])
-        self.layer_norm2 = layers.layer_norm(width, epsilon)
-        self.mlp = ClipFeedForward(layers, width, config["intermediate_size"], config["hidden_act"])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[b, s, d] -> [b, s, d]."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class ClipEmbeddings(nnx.Module):
-    """A vector for each token and one for each place."""
-
-    def __init__(self, layers: Layers, config: dict) -> None:
-        self.token_embedding = layers.embedding(config["vocab_size"], config["hidden_size"])
-        self.position_embedding = layers.embedding(config["max_position_embeddings"], config["hidden_size"])
-
-    def __call__(self, input_ids: Tensor) -> Tensor:
-        """[b, s] -> [b, s, d]."""
-        return self.token_embedding(input_ids) + self.position_embedding(jnp.arange(input_ids.shape[1]))
-
-
-class ClipLayers(nnx.Module):
-    """The layers of the text encoder, one after the other."""
-
-    def __init__(self, layers: Layers, config: dict) -> None:
-        self.layers = nnx.List([ClipLayer(layers, config) for _ in range(config["num_hidden_layers"])])
-        self.remat = layers.remat
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[b, s, d] -> [b, s, d]."""
-        for layer in self.layers:
-            x = run_layer(layer, x, remat=self.remat)
+    def run_resnets(self, block: Layers, x: Tensor, count: int, width: int) -> Tensor:
+        """[b, h, w, c] -> [b, h, w, width]."""
+        for index in range(count):
+            x = run_resnet(block.at(f"resnets.{index}"), x, width=width, groups=self.config["norm_num_groups"])
         return x
 
+    def run_middle(self, layers: Layers, x: Tensor) -> Tensor:
+        """[b, h, w, c] -> [b, h, w, c]: resnet, attention among all pixels in one head, resnet."""
+        middle, width, groups = layers.at("mid_block"), x.shape[-1], self.config["norm_num_groups"]
+        x = run_resnet(middle.at("resnets.0"), x, width=width, groups=groups)
+        if self.config["mid_block_add_attention"]:
+            attention = middle.at("attentions.0")
+            tokens = attention.group_norm("group_norm", x, groups, 1e-6).reshape(len(x), -1, width)
+            x = x + run_attention(attention, tokens, 1, bias=True).reshape(x.shape)
+        return run_resnet(middle.at("resnets.1"), x, width=width, groups=groups)
 
-class TextEncoder(nnx.Module):
+    def run_end(self, layers: Layers, x: Tensor, width: int) -> Tensor:
+        """[b, h, w, c] -> [b, h, w, width]."""
+        x = layers.group_norm("conv_norm_out", x, self.config["norm_num_groups"], 1e-6)
+        return layers.conv("conv_out", jax.nn.silu(x), width)
+
+
+class TextEncoder(Network):
     """CLIP's text transformer, up to its last states."""
-
-    def __init__(self, config: dict, layers: Layers) -> None:
-        self.embeddings = ClipEmbeddings(layers, config)
-        self.encoder = ClipLayers(layers, config)
-        self.final_layer_norm = layers.layer_norm(config["hidden_size"], config["layer_norm_eps"])
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """[b, s] -> [b, s, d]."""
-        return self.final_layer_norm(self.encoder(self.embeddings(input_ids)))
+        config, layers, embeddings = self.config, self.layers, self.layers.at("embeddings")
+        tokens = embeddings.get("token_embedding.weight", config["vocab_size"], config["hidden_size"])
+        places = embeddings.get("position_embedding.weight", config["max_position_embeddings"], config["hidden_size"])
+        x = jnp.take(tokens, input_ids, axis=0) + places[: input_ids.shape[1]]
+        for index in range(config["num_hidden_layers"]):
+            x = remat(run_clip_layer, layers.at(f"encoder.layers.{index}"), config=config)(x)
+        return layers.layer_norm("final_layer_norm", x, config["layer_norm_eps"])
+
+
+def run_clip_layer(layers: Layers, x: Tensor, *, config: dict) -> Tensor:
+    """[b, s, d] -> [b, s, d]: attention of each token to itself and those before it, and two linear layers."""
+    width, norm, own = config["hidden_size"], partial(layers.layer_norm, epsilon=config["layer_norm_eps"]), layers.at(
+        "self_attn")
+    hidden = norm("layer_norm1", x)
+    query, key, value = (own.linear(f"{name}_proj", hidden, width) for name in "qkv")
+    found = compute_attention(query, key, value, config["num_attention_heads"], is_causal=True)
+    x = x + own.linear("out_proj", found, width)
+    hidden = layers.linear("mlp.fc1", norm("layer_norm2", x), config["intermediate_size"])
+    hidden = (hidden * jax.nn.sigmoid(1.702 * hidden) if config["hidden_act"] == "quick_gelu"
+              else jax.nn.gelu(hidden, approximate=False))
+    return x + layers.linear("mlp.fc2", hidden, width)
+
+
+NETWORKS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
+EXAMPLES = {  # calls that touch every layer
+    "unet": lambda unet: unet(jnp.zeros((1, 16, 16, unet.config["in_channels"])), jnp.zeros(1),
+                              jnp.zeros((1, 1, unet.config["cross_attention_dim"]))),
+    "vae": lambda vae: vae.decode(vae.encode(jnp.zeros((1, 16, 16, vae.config["in_channels"])))[0]),
+    "text_encoder": lambda text_encoder: text_encoder(jnp.zeros((1, 1), int)),
+}
+
+
+def list_shapes(part: str, config: dict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the weights that a network needs, by their torch names and in JAX's layout."""
+    def call() -> dict[str, Tensor]:
+        weights = {}
+        EXAMPLES[part](NETWORKS[part](config, Layers(weights)))
+        return weights
+
+    return jax.eval_shape(call)
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
@@ -1538,6 +1343,9 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group.add_argument("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
     group.add_argument("--train_text_encoder", action="store_true",
                        help="Train the text encoder (SDXL: both) together with the UNet.")
+    group.add_argument("--clip_skip", type=positive_int,
+                       help="Use the text states of this many layers before the last, as diffusers' pipelines count; "
+                       "1 for models trained on the penultimate layer.")
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", type=str,
@@ -1652,8 +1460,9 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
 
     group = parser.add_argument_group("precision, memory and devices")
     group.add_argument("--mixed_precision", type=str, default="no", choices=("no", "fp16", "bf16"),
-                       help="Number format of computations: bf16 halves memory and time; fp16 is refused, because it "
-                       "needs a scaled loss and bf16 does not.")
+                       help="Number format of the forward and backward pass and of the frozen networks: bf16 and fp16 "
+                       "halve memory and time. fp16, for GPUs without bf16, scales the loss and skips an update whose "
+                       "gradients overflow.")
     group.add_argument("--allow_tf32", action="store_true",
                        help="Multiply float32 matrices as fast as the device can: in TF32 on GPUs, in bf16 on TPUs.")
     group.add_argument("--gradient_checkpointing", action="store_true",
@@ -1662,7 +1471,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
                        help="Shard weights, EMA weights and Adam's moments over the devices: less memory on each.")
     group.add_argument("--attention", type=str, default="plain", choices=ATTENTIONS,
                        help="`plain`: two matrix products and a softmax. `cudnn`: one fused kernel with far less "
-                       "memory, on NVIDIA GPUs with bf16.")
+                       "memory, on NVIDIA GPUs with bf16 or fp16.")
     group.add_argument("--multi_host", action="store_true",
                        help="Train together with the other machines of a TPU slice or a Slurm, MPI or Kubernetes job.")
     group.add_argument("--from_pt", action="store_true",
@@ -1798,10 +1607,8 @@ def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
     """Refuse flags of precision and memory that cannot work together."""
     refuse(
         parser,
-        (args.mixed_precision == "fp16",
-         "--mixed_precision fp16 needs a scaled loss, or small gradients vanish: use bf16, which does not, or no."),
-        (args.attention == "cudnn" and args.mixed_precision != "bf16",
-         "--attention cudnn needs --mixed_precision bf16: cuDNN's kernel takes no float32."),
+        (args.attention == "cudnn" and args.mixed_precision == "no",
+         "--attention cudnn needs --mixed_precision bf16 or fp16: cuDNN's kernel takes no float32."),
     )
 
 
@@ -1924,6 +1731,8 @@ class Accelerator:
 
 def gather_object(things: list) -> list:
     """Return the lists of all processes as one."""
+    if jax.process_count() == 1:
+        return things
     packed = np.frombuffer(pickle.dumps(things), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(packed)))
     padded = multihost_utils.process_allgather(np.pad(packed, (0, int(sizes.max()) - len(packed))))
@@ -2012,18 +1821,25 @@ def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, nu
                 f"output in {args.output_dir}")
 
 
-class StopRequest:
-    """Turns SIGTERM or the first Ctrl-C into a wish to save and stop, on which all processes agree.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
 
-    Of several processes, each sends what it has received along with its batches, and reads the highest signal of all
-    with the numbers of the update before, so that nobody waits for it.
+
+class StopRequest:
+    """On SIGTERM, SLURM's SIGUSR1 or the first Ctrl-C, all processes save and stop.
+
+    Of several processes, each sends the signal it received along with its batches, and reads the highest of all with
+    the numbers of the update before, so that nobody waits for it.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal_number, self.previous_metrics, self.is_shared = 0, None, accelerator.num_processes > 1
+        self.previous = {}
 
     def __enter__(self) -> StopRequest:
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
+        else:
+            logger.warning("not in the main thread: signals do not stop this run; only its caller can")
         return self
 
     def __exit__(self, *error) -> None:
@@ -2038,7 +1854,7 @@ class StopRequest:
                        main_process_only=False)
 
     def agreed(self, metrics: dict[str, Tensor]) -> int:
-        """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
+        """Return the signal that some process received, or 0; the same on every process. Call once per update."""
         if not self.is_shared:
             return self.signal_number
         before, self.previous_metrics = self.previous_metrics, metrics
@@ -2053,7 +1869,8 @@ TEXT_ENCODERS = {"text_encoder": ("CLIPTextModel",)}  # with the classes that ea
 WEIGHT_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
                 "safety_checker": "model"}
 OLD_NAMES = {"query": ".to_q.", "key": ".to_k.", "value": ".to_v.", "proj_attn": ".to_out.0."}  # in the VAE
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}  # in flax and in torch
+FLAX_FILES = {"unet": "diffusion_flax_model.msgpack", "vae": "diffusion_flax_model.msgpack",
+              "text_encoder": "flax_model.msgpack"}
 # Settings of networks: those that may differ, with what holds where an old file leaves them out, ...
 SETTINGS = {
     "unet": {"sample_size": None, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_eps": 1e-5,
@@ -2063,39 +1880,40 @@ SETTINGS = {
              "use_linear_projection": False, "upcast_attention": False},
     "vae": {"sample_size": None, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 1,
             "block_out_channels": (64,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 32,
-            "up_block_types": ("UpDecoderBlock2D",), "scaling_factor": 0.18215, "latents_mean": None,
-            "latents_std": None, "force_upcast": True, "mid_block_add_attention": True, "use_quant_conv": True,
-            "use_post_quant_conv": True},
+            "up_block_types": ("UpDecoderBlock2D",), "scaling_factor": 0.18215, "force_upcast": True,
+            "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True},
     "text_encoder": {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
                      "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
                      "layer_norm_eps": 1e-5},
 }
-# ... and those that must be as here if they are there at all. Others may only be unset.
+# ... and those that must be as here if they are there at all. Others must be unset, False or 0.
 FIXED_SETTINGS = {
-    "unet": {"act_fn": ("silu",), "attention_type": ("default",), "addition_embed_type_num_heads": (64,),
-             "center_input_sample": (False,), "conv_in_kernel": (3,), "conv_out_kernel": (3,),
-             "downsample_padding": (1,), "dropout": (0.0,), "flip_sin_to_cos": (True,), "freq_shift": (0,),
-             "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-             "resnet_out_scale_factor": (1.0,), "resnet_time_scale_shift": ("default",),
-             "time_embedding_type": ("positional",), "transformer_layers_per_block": (1,)},
-    "vae": {"act_fn": ("silu",)},
-    "text_encoder": {"attention_dropout": (0.0,), "dropout": (0.0,), "model_type": ("clip_text_model",)},
+    "unet": {"act_fn": "silu", "attention_type": "default", "addition_embed_type_num_heads": 64, "conv_in_kernel": 3,
+             "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True, "mid_block_scale_factor": 1,
+             "mid_block_type": "UNetMidBlock2DCrossAttn", "resnet_out_scale_factor": 1,
+             "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
+             "transformer_layers_per_block": 1},
+    "vae": {"act_fn": "silu"},
+    "text_encoder": {"model_type": "clip_text_model"},
 }
 BLOCK_TYPES = {"unet": ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
                "vae": ("DownEncoderBlock2D", "UpDecoderBlock2D")}
-# Settings of the text encoder that are of no use to it or that its tokenizer knows.
+# Settings that change no number here.
 IDLE_SETTINGS = frozenset(
     "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_factor initializer_range "
-    "projection_dim transformers_version".split())
+    "projection_dim transformers_version split_head_dim use_memory_efficient_attention".split())
 
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
     """Return the settings of all parts, refusing before any weights are read what cannot work."""
-    configs = {}
-    names = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json",
-             "scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-    for part, name in names.items():
-        where, files = locate_part(args, part)
+    if Path(args.pretrained_model_name_or_path).is_file():
+        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is one file; this "
+                         "script reads folders in diffusers format. Convert it once, where torch is installed: python -c "
+                         "\"from diffusers import StableDiffusionPipeline as P; "
+                         "P.from_single_file('FILE').save_pretrained('FOLDER')\"")
+    configs, names = {}, {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+    for part in (*SETTINGS, *names):
+        name, (where, files) = names.get(part, "config.json"), locate_part(args, part)
         flag = f"--pretrained_{'' if 'subfolder' in files else 'vae_'}model_name_or_path {where}"
         try:
             file, reason = find_file(args, part, name), ""
@@ -2106,17 +1924,21 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             layout = f"{part}/{name} and the others in diffusers layout" if "subfolder" in files else name
             raise ValueError(f"{flag} has no {part} to load: give a folder with {layout}, or a name on the hub, which "
                              f"takes a network the first time, and `hf auth login` for a gated one. {reason}".strip())
-        if part == "unet" and configs[part].get("addition_embed_type") != ADDITION_EMBED_TYPE:
-            raise ValueError(f"{flag} is no {MODEL_KIND} model: its UNet has addition_embed_type "
-                             f"{configs[part].get('addition_embed_type')}. The scripts for SDXL have sdxl in their "
-                             "names.")
-        if part == "vae" and not {"latent_channels", "block_out_channels"} <= configs[part].keys():
-            raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
-                             "folder of a VAE itself, such as MODEL/vae.")
+    kind = configs["unet"].get("addition_embed_type")
+    if kind != ADDITION_EMBED_TYPE:
+        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is no {MODEL_KIND} "
+                         f"model: its UNet has addition_embed_type {kind}. The scripts for SDXL have sdxl in their "
+                         "names.")
+    if not {"latent_channels", "block_out_channels"} <= configs["vae"].keys():
+        raise ValueError(f"the vae at {locate_part(args, 'vae')[0]} is a {configs['vae'].get('_class_name')}, no "
+                         "AutoencoderKL: name the folder of a VAE itself, such as MODEL/vae.")
     configs["unet"].setdefault("in_channels", SETTINGS["unet"]["in_channels"])
     check_model_configs(args, configs)
     for part in SETTINGS:
         configs[part] = check_settings(locate_part(args, part)[0], part, configs[part])
+    configs["text_encoder"]["num_hidden_layers"] -= args.clip_skip or 0  # the others are not even loaded
+    scheduler_class = configs["scheduler"].get("_class_name", "PNDMScheduler")
+    configs["scheduler"]["_class_name"] = scheduler_class.removeprefix("Flax")
     make_ddim_steps(configs["scheduler"], args.validation_inference_steps)
     return configs
 
@@ -2200,18 +2022,20 @@ def explained_load(args: Namespace):
 
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
     """Load the networks: what is to be trained in float32, what is frozen in the run's precision."""
-    kinds, dtype = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}, get_dtype(accelerator.mixed_precision)
+    dtype = get_dtype(accelerator.mixed_precision)
     trained = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
     networks, frozen, initial, files = {}, {}, {}, find_copied_files(args)
-    for part, kind in kinds.items():
-        settings = {"dtype": dtype, "attention": args.attention,
-                    "remat": args.gradient_checkpointing and part in trained}
-        networks[part] = make_network(kind, configs[part], settings)
-        found = find_weights(args, part)
-        weights = load_weights(networks[part], part, read_arrays(found), jnp.float32 if part in trained else dtype,
+    for part, kind in NETWORKS.items():
+        layers = Layers({}, dtype, args.attention, args.gradient_checkpointing and part in trained)
+        networks[part], found = kind(configs[part], layers), find_weights(args, part)
+        arrays = read_arrays(found)
+        skipped = take_skipped_layers(args, configs["text_encoder"], arrays) if part == "text_encoder" else {}
+        weights = load_weights(part, configs[part], arrays, jnp.float32 if part in trained else dtype,
                                f"the {part} of {locate_part(args, part)[0]}")
         (initial if part in trained else frozen).update(weights)
-        if part not in trained:
+        if part in trained:
+            frozen |= skipped  # to be exported with the others
+        else:
             files |= {f"{part}/{name}": file for name, file in found.items()}
     tokenizer = CLIPTokenizer.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
@@ -2220,9 +2044,18 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
         raise OSError(f"its tokenizer has a vocabulary of {size}, where more than 512 and at most the {most} of its "
                       "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are not there or "
                       "another model's.")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, configs["text_encoder"]["max_position_embeddings"])
     scheduler_config = make_scheduler_config(args, configs["scheduler"])
     return Models(tokenizer, **networks, configs=configs, scheduler_config=scheduler_config, trained=trained,
                   frozen=frozen, initial=initial, files=files)
+
+
+def take_skipped_layers(args: Namespace, config: dict, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Take from the arrays of the text encoder those of the layers that --clip_skip leaves out, and return them."""
+    numbers = range(config["num_hidden_layers"], config["num_hidden_layers"] + (args.clip_skip or 0))
+    prefixes = tuple(f"encoder.layers.{number}." for number in numbers)
+    names = [name for name in arrays if name.startswith(prefixes)]
+    return {f"text_encoder.{name}": arrays.pop(name) for name in names}
 
 
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
@@ -2244,101 +2077,101 @@ def find_file(args: Namespace, part: str, name: str) -> Path | None:
 
 def check_settings(where: str, part: str, config: dict) -> dict:
     """Return a network's settings, complete, refusing by name those that this script has not implemented."""
-    for name, value in config.items():
-        accepted = FIXED_SETTINGS[part].get(name, (None, False))
-        is_free = name in SETTINGS[part] or name in IDLE_SETTINGS or name.startswith("_")
-        if not is_free and value not in accepted and value is not None:
-            raise ValueError(f"{part}/config.json of {where} has {name} = {value!r}, which this script has not "
-                             f"implemented: it knows {', '.join(map(repr, accepted))}. Use train_text_to_image.py.")
+    odd = [f"{name} {value!r}" for name, value in config.items()
+           if not (name in SETTINGS[part] or name in IDLE_SETTINGS or name.startswith("_"))
+           and value not in (FIXED_SETTINGS[part].get(name, False), None)]
     config = {**SETTINGS[part], **config}
     kinds = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
-    odd = [kind for kind in kinds if kind not in BLOCK_TYPES[part]]
-    if part == "text_encoder" and config["hidden_act"] not in ("gelu", "quick_gelu"):
-        odd.append(config["hidden_act"])
+    odd += [kind for kind in kinds if kind not in BLOCK_TYPES[part]]
     odd += [f"{name} {config[name]}" for name in ("cross_attention_dim", "layers_per_block")
             if not isinstance(config.get(name, 1), int)]
+    if config.get("hidden_act", "gelu") not in ("gelu", "quick_gelu"):
+        odd.append(f"hidden_act {config['hidden_act']}")
     if part == "unet":
         heads = config["num_attention_heads"] or config["attention_head_dim"]
-        count = len(heads) if isinstance(heads, list | tuple) else isinstance(heads, int) * len(kinds) // 2
-        odd += [f"attention_head_dim {heads}"] * (count != len(config["block_out_channels"]))
+        if not isinstance(heads, int) and len(heads) != len(config["block_out_channels"]):
+            odd.append(f"attention_head_dim {heads}")
     if odd:
-        raise ValueError(f"{part}/config.json of {where} asks for {', '.join(odd)}, which this script has not "
-                         "implemented. Use train_text_to_image.py.")
+        raise ValueError(f"{part}/config.json of {where} has {', '.join(odd)}, which this script has not implemented. "
+                         "Use train_text_to_image.py.")
     return config
 
 
 def get_dtype(mixed_precision: str) -> type:
     """Return the number format of computations, and of the frozen parts."""
-    return jnp.bfloat16 if mixed_precision == "bf16" else jnp.float32
+    return {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[mixed_precision]
 
 
 def find_weights(args: Namespace, part: str) -> dict[str, Path]:
-    """Return the files with the weights of a part, by the names that they have without --variant."""
+    """Return the files with the weights of a part, by the names that they have without --variant.
+
+    A part that has none of that variant is read without, as by StableDiffusionPipeline.from_pretrained.
+    """
     stem, is_own = WEIGHT_FILES[part], "subfolder" in locate_part(args, part)[1]
-    variant = f".{args.variant}" if args.variant and is_own else ""
-    whole = find_file(args, part, f"{stem}{variant}.safetensors")
-    if whole is not None:
-        return {f"{stem}.safetensors": whole}
-    index = find_file(args, part, f"{stem}.safetensors.index{variant}.json")
-    if index is None:
-        raise OSError(f"{part}/ has no {stem}{variant}.safetensors, whole or in shards; where it has .bin files, load "
-                      "and save it with diffusers once.")
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    files = {shard: find_file(args, part, shard) for shard in shards}
-    missing = [shard for shard, file in files.items() if file is None]
-    if missing:
-        raise OSError(f"{part}/{index.name} names {', '.join(missing)}, which are not there.")
-    return {f"{stem}.safetensors.index.json": index, **files}
+    for variant in ([f".{args.variant}"] if args.variant and is_own else []) + [""]:
+        whole = find_file(args, part, f"{stem}{variant}.safetensors")
+        if whole is not None:
+            return {f"{stem}.safetensors": whole}
+        index = find_file(args, part, f"{stem}.safetensors.index{variant}.json")
+        if index is not None:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files = {shard: find_file(args, part, shard) for shard in shards}
+            missing = [shard for shard, file in files.items() if file is None]
+            if missing:
+                raise OSError(f"{part}/{index.name} names {', '.join(missing)}, which are not there.")
+            return {f"{stem}.safetensors.index.json": index, **files}
+    flax_file = find_file(args, part, FLAX_FILES[part]) if part in FLAX_FILES else None
+    if flax_file is None:
+        raise OSError(f"{part}/ has no {stem}.safetensors, whole or in shards, and no Flax weights; where it has .bin "
+                      "files, load and save it with diffusers once.")
+    return {FLAX_FILES[part]: flax_file}
 
 
 def read_arrays(files: dict[str, Path]) -> dict[str, np.ndarray]:
-    """Return the arrays of safetensors files by today's names of torch's."""
+    """Return the arrays of weight files by today's torch names and in torch's layout."""
     arrays = {}
-    for path in (path for name, path in files.items() if name.endswith(".safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            arrays |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    for name, path in files.items():
+        if name.endswith(".msgpack"):
+            arrays |= read_flax_arrays(path)
+        elif name.endswith(".safetensors"):
+            with safe_open(path, framework="numpy") as file:
+                arrays |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
     renamed = {re.sub(r"\.(query|key|value|proj_attn)\.", lambda match: OLD_NAMES[match[1]],
                       name.removeprefix("text_model.")): array for name, array in arrays.items()}
     return {name: array for name, array in renamed.items() if not name.endswith("position_ids")}
 
 
-def list_leaves(network: nnx.Module) -> dict[str, tuple]:
-    """Return a network's variables by the names of torch's, each as its path and itself."""
-    return {".".join([*map(str, path[:-1]), LEAF_NAMES[path[-1]]]): (path, variable)
-            for path, variable in nnx.to_flat_state(nnx.state(network, nnx.Param))}
+def read_flax_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays that diffusers and transformers saved from Flax models, by torch's names and in its layout."""
+    arrays = {}
+    tree = flax.serialization.msgpack_restore(path.read_bytes())
+    for name, array in flax.traverse_util.flatten_dict(tree, sep=".").items():
+        name = re.sub(r"(blocks|attentions|resnets|samplers|net|to_out)_(\d+)\.", r"\1.\2.", name)
+        name = re.sub(r"\.(kernel|scale|embedding)$", ".weight", name)
+        arrays[name] = change_layout(name, np.asarray(array), to_torch=True)
+    return arrays
 
 
-def change_layout(path: tuple, array: np.ndarray, *, to_torch: bool = False) -> np.ndarray:
-    """Return weights in the layout of flax, or of torch: kernels are [h, w, i, o] and [i, o], or [o, i, h, w], [o, i].
-
-    Other arrays are the same in both.
-    """
-    if path[-1] != "kernel":
-        return array
+def change_layout(name: str, array: np.ndarray, *, to_torch: bool = False) -> np.ndarray:
+    """Return weights in JAX's layout, or in torch's: kernels [h, w, i, o] and [i, o], or [o, i, h, w] and [o, i]."""
     if array.ndim == 4:
         return array.transpose((3, 2, 0, 1) if to_torch else (2, 3, 1, 0))
-    return array.T
+    return array.T if array.ndim == 2 and not name.endswith("embedding.weight") else array
 
 
 def with_weights(models: Models, weights: dict[str, Tensor]) -> Models:
     """Return the models with the networks that `weights` are of, ready to be called."""
     networks = {}
-    for part in sorted({name.split(".")[0] for name in weights}):
-        graph, own = nnx.graphdef(getattr(models, part)), select_part(weights, part)
-        networks[part] = nnx.merge(graph, nnx.from_flat_state(
-            [(path, variable.replace(own[name])) for name, (path, variable) in
-             list_leaves(getattr(models, part)).items()]))
+    for part in {name.split(".")[0] for name in weights}:
+        network = getattr(models, part)
+        layers = dataclasses.replace(network.layers, weights=select_part(weights, part))
+        networks[part] = dataclasses.replace(network, layers=layers)
     return dataclasses.replace(models, **networks)
 
 
 def select_part(weights: dict, part: str) -> dict:
     """Return the weights of one part by their names in it."""
     return {name.removeprefix(f"{part}."): array for name, array in weights.items() if name.startswith(f"{part}.")}
-
-
-def make_network(kind: type, config: dict, settings: dict) -> nnx.Module:
-    """Return a network that knows its shapes and has no weights."""
-    return nnx.eval_shape(lambda: kind(config, Layers(**settings)))
 
 
 def find_copied_files(args: Namespace) -> dict[str, Path]:
@@ -2369,7 +2202,8 @@ def load_first_averages(args: Namespace, models: Models) -> dict[str, np.ndarray
         return models.initial
     arrays = read_arrays(find_weights(Namespace(**{**vars(args), "non_ema_revision": args.revision}), "unet"))
     return {**models.initial,
-            **load_weights(models.unet, "unet", arrays, jnp.float32, f"the UNet at --revision {args.revision}")}
+            **load_weights("unet", models.configs["unet"], arrays, jnp.float32,
+                           f"the UNet at --revision {args.revision}")}
 
 
 def compute_ema_decay(num_updates: Tensor, decay: float, min_decay: float) -> Tensor:
@@ -2628,12 +2462,12 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
     recipe = make_recipe(args, compute_last_step(args, num_samples, accelerator.num_devices), accelerator.num_devices)
     with explained_load(args):
         averages = load_first_averages(args, models) if args.use_ema else None
-    shapes = jax.eval_shape(lambda: make_state(recipe, models.initial, averages))
+    make = partial(make_state, recipe, accelerator.mixed_precision)
+    shapes = jax.eval_shape(lambda: make(models.initial, averages))
     places = jax.tree.map(accelerator.choose_sharding, shapes)
     weights, averages = (None if arrays is None else accelerator.place(arrays, places.weights)
                          for arrays in (models.initial, averages))
-    models.state = jax.jit(partial(make_state, recipe), out_shardings=places, donate_argnums=(0, 1))(
-        weights, averages)
+    models.state = jax.jit(make, out_shardings=places, donate_argnums=(0, 1))(weights, averages)
     models.initial = {}
     used = [part for part in SETTINGS if part not in (*models.trained, *list_cached(args))]
     models.placed = place_frozen(accelerator, models, used)
@@ -2657,18 +2491,16 @@ def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> 
     return args.max_train_steps or args.num_train_epochs * updates_per_epoch
 
 
-def load_weights(network: nnx.Module, part: str, arrays: dict[str, np.ndarray], dtype: type,
+def load_weights(part: str, config: dict, arrays: dict[str, np.ndarray], dtype: type,
                  source: str) -> dict[str, np.ndarray]:
-    """Return the arrays as weights of a network by names with its part in front; ValueError where they are others."""
-    leaves = list_leaves(network)
-    laid_out = {name: change_layout(leaves[name][0], array) if name in leaves else array
-                for name, array in arrays.items()}
-    odd = [name for name in sorted(leaves.keys() | laid_out.keys()) if name not in leaves or name not in laid_out
-           or tuple(leaves[name][1].shape) != laid_out[name].shape]
+    """Return the arrays as weights of a network by names with its part in front; ValueError where they do not fit."""
+    needed, laid_out = list_shapes(part, config), {name: change_layout(name, array) for name, array in arrays.items()}
+    odd = [name for name in sorted(needed.keys() | laid_out.keys()) if name not in needed or name not in laid_out
+           or needed[name].shape != laid_out[name].shape]
     if odd:
         found = {name: arrays[name].shape if name in arrays else "missing" for name in odd[:3]}
         raise ValueError(f"{source} does not fit {part}/config.json: {len(odd)} tensors are missing, too many or of "
-                         f"another shape, among them {found}. Mend or replace that model.")
+                         f"another shape, among them {found}. Fix or replace that model.")
     return {f"{part}.{name}": np.asarray(array, dtype) for name, array in laid_out.items()}
 
 
@@ -2684,10 +2516,12 @@ class Recipe:
     min_ema_decay: float
 
 
-def make_state(recipe: Recipe, weights: dict[str, Tensor], averages: dict[str, Tensor] | None) -> TrainState:
+def make_state(recipe: Recipe, mixed_precision: str, weights: dict[str, Tensor],
+               averages: dict[str, Tensor] | None) -> TrainState:
     """Return the state before the first update."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, weights, recipe.optimizer.init(weights), zero, averages)
+    loss_scale = LossScale(jnp.float32(FIRST_LOSS_SCALE), zero) if mixed_precision == "fp16" else None
+    return TrainState(zero, weights, recipe.optimizer.init(weights), zero, averages, loss_scale)
 
 
 def make_programs(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, recipe: Recipe,
@@ -2752,6 +2586,7 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
 TRAINED = "state"  # in a checkpoint: weights and moments, and the sign that this script made it
 EMA_FOLDER = "averages"  # in a checkpoint: the averaged weights
+LOSS_SCALE_FOLDER = "loss_scale"
 # Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
 # those above are the same in every script, which has some of these flags.
 FIXED_FLAGS = (
@@ -2829,10 +2664,12 @@ def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
 
 
 def split_state(state: TrainState) -> dict[str, dict]:
-    """Return a state as it lies in a checkpoint: by the names of the folders, averages apart."""
+    """Return a state as it lies in a checkpoint, by folder: EMA weights and loss scale, where there are any, apart."""
     parts = {TRAINED: {"step": state.step, "weights": state.weights, "moments": state.moments}}
     if state.averages is not None:
         parts[EMA_FOLDER] = {"updates": state.ema_updates, "weights": state.averages}
+    if state.loss_scale is not None:
+        parts[LOSS_SCALE_FOLDER] = state.loss_scale._asdict()
     return parts
 
 
@@ -2853,13 +2690,13 @@ def load_state(state: TrainState, folder: Path) -> TrainState:
             jax.tree.map(lambda array: array.delete(), parts[name])  # a device need not hold both
             with ocp.StandardCheckpointer() as checkpointer:
                 parts[name] = checkpointer.restore(folder / name, places)
-        else:
-            logger.warning(f"{folder} has no averaged weights: averaging starts from the trained ones.")
+        elif name == EMA_FOLDER:
+            logger.warning(f"{folder} has no EMA weights: averaging starts from the trained ones.")
             copies = jax.tree.map(jnp.copy, parts[TRAINED]["weights"])
             parts[name] = {"updates": jnp.zeros_like(state.ema_updates), "weights": copies}
     trained, averages = parts[TRAINED], parts.get(EMA_FOLDER, {"updates": state.ema_updates, "weights": None})
-    return TrainState(trained["step"], trained["weights"], trained["moments"], averages["updates"],
-                      averages["weights"])
+    loss_scale = LossScale(**parts[LOSS_SCALE_FOLDER]) if LOSS_SCALE_FOLDER in parts else None
+    return TrainState(**trained, ema_updates=averages["updates"], averages=averages["weights"], loss_scale=loss_scale)
 
 
 def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progress, record: dict) -> None:
@@ -3149,14 +2986,15 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
     aside = Path(args.output_dir, ".partial-export")
     for name, source in models.files.items():
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, aside / name)
+        if name.endswith(".msgpack"):
+            part = name.split("/")[0]
+            save_network(read_arrays({name: source}), part, aside / part)
+        else:
+            shutil.copyfile(source, aside / name)
     models.tokenizer.save_pretrained(aside / "tokenizer")
     for part in models.trained:
-        own = select_part(weights, part)
-        prefix = "text_model." if part == "text_encoder" else ""  # which every version of transformers reads
-        save_arrays({prefix + name: np.ascontiguousarray(change_layout(path, own[name], to_torch=True))
-                     for name, (path, _) in list_leaves(getattr(models, part)).items()},
-                    aside / part / f"{WEIGHT_FILES[part]}.safetensors", metadata={"format": "pt"})
+        own = {name: change_layout(name, array, to_torch=True) for name, array in select_part(weights, part).items()}
+        save_network({**select_part(models.frozen, part), **own}, part, aside / part)
     write_pipeline_files(models, aside)
     for part in sorted(aside.iterdir()):
         replace_folder(part, Path(args.output_dir, part.name))
@@ -3164,11 +3002,22 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
     logger.info(f"saved the pipeline: StableDiffusionPipeline.from_pretrained({args.output_dir!r}) loads it")
 
 
+def save_network(arrays: dict[str, np.ndarray], part: str, folder: Path) -> None:
+    """Write the weights of a network, given by torch's names and in its layout, as diffusers reads them."""
+    prefix = "text_model." if part == "text_encoder" else ""  # which every version of transformers reads
+    save_arrays({prefix + name: np.ascontiguousarray(array) for name, array in arrays.items()},
+                folder / f"{WEIGHT_FILES[part]}.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    if str(config.get("_class_name")).startswith("Flax"):
+        config["_class_name"] = config["_class_name"].removeprefix("Flax")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def write_pipeline_files(models: Models, folder: Path) -> None:
     """Write the scheduler's settings, and the index that says which class each part of the pipeline is of."""
-    config = {"_class_name": "PNDMScheduler", **models.scheduler_config}
-    (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config, place = models.scheduler_config, folder / "scheduler" / "scheduler_config.json"
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(config, indent=2) + "\n")
     base = json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else {}
     classes = {"scheduler": ["diffusers", config["_class_name"]], "text_encoder": ["transformers", "CLIPTextModel"],
                "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
@@ -3182,11 +3031,12 @@ def write_pipeline_files(models: Models, folder: Path) -> None:
 
 def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
     trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
     code = (
         "from diffusers import StableDiffusionPipeline\n\n"
         f"pipeline = StableDiffusionPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
-        f"image = pipeline({prompt!r}).images[0]"
+        f"image = pipeline({prompt!r}{clip_skip}).images[0]"
     )
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training",
             "jax"]
@@ -3205,7 +3055,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
              "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
-             "prediction_type", "clip_skip", "rank", "lora_alpha")
+             "prediction_type", "rank", "lora_alpha")
     facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,
@@ -3304,7 +3154,7 @@ class Meter:
             rows.append((global_step, {"epoch": step.epoch, **numbers, **own}))
         seconds = time.perf_counter() - self.started
         rows[-1][1].update(images_per_second=sum(step.window_size for _, step, _ in chosen) / seconds,
-                           data_wait=self.waited / seconds, peak_memory_gib=get_peak_memory(), **self.counts)
+                           data_wait=self.waited / seconds, **get_peak_memory(), **self.counts)
         log_rows(self.accelerator, rows)
         latest = rows[-1][1]
         with contextlib.suppress(OSError):
@@ -3312,12 +3162,13 @@ class Meter:
                                      f"{latest['images_per_second']:.2f} images/s")
         self.restart_clock()
         for global_step, numbers in rows:
-            if not math.isfinite(numbers["train_loss"] + numbers["grad_norm"]):
+            norm = 0.0 if "loss_scale" in numbers else numbers["grad_norm"]  # fp16 skips an overflow
+            if not math.isfinite(numbers["train_loss"] + norm):
                 raise RuntimeError(
                     f"the loss is {numbers['train_loss']} at step {global_step} (gradient norm "
                     f"{numbers['grad_norm']}, lr {numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}). "
-                    "Usual cause: too high a learning rate; try a lower one, or --mixed_precision no. Earlier "
-                    "checkpoints are untouched.")
+                    "Usual causes: too high a learning rate, or fp16 with this model; try a lower one, or "
+                    "--mixed_precision bf16. Earlier checkpoints are untouched.")
 
     def name_image_losses(self, noted: dict[str, np.ndarray] | None) -> dict[str, float]:
         """Return the losses of an update's images that --debug_loss has noted, where a tracker will have them."""
@@ -3372,15 +3223,17 @@ def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], pr
             logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
 
 
-def get_peak_memory() -> float:
-    """Return the most memory used so far in GiB: of a device where it counts it, else by the whole process."""
-    statistics = jax.local_devices()[0].memory_stats()
-    if statistics and "peak_bytes_in_use" in statistics:
-        return statistics["peak_bytes_in_use"] / 2**30
-    import resource  # not there on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def get_peak_memory() -> dict[str, float]:
+    """Return `peak_memory_gib` so far: of a device where it counts, else of the process, where that is known."""
+    used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if used is None:
+        try:
+            import resource
+        except ImportError:  # Windows
+            return {}
+        unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_memory_gib": used / 2**30}
 
 
 def make_tracker(name: str, args: Namespace):
@@ -3393,59 +3246,41 @@ def make_tracker(name: str, args: Namespace):
 
 
 class TensorBoardTracker:
-    """Writes event files for TensorBoard."""
+    """Writes numbers, pictures and texts for TensorBoard, as torch's SummaryWriter does, without torch."""
 
     name = "tensorboard"
 
     def __init__(self, folder: Path, config: dict) -> None:
-        self.writer = EventWriter(folder)
-        self.writer.add_text("flags", "\n".join(f"    {key}: {value}" for key, value in sorted(config.items())))
-
-    def finish(self) -> None:
-        """Write what is left and close the file."""
-        self.writer.close()
-
-
-class EventWriter:
-    """What torch's SummaryWriter is for those who have torch: numbers, pictures and texts in an event file."""
-
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        from tensorboard.util.tensor_util import make_tensor_proto
 
-        self.file, self.make_event, self.make_tensor = EventFileWriter(str(folder)), event_pb2.Event, make_tensor_proto
-        self.messages = summary_pb2.Summary.Value, summary_pb2.Summary.Image, summary_pb2.SummaryMetadata
+        self.writer, self.file = self, EventFileWriter(str(folder))  # accelerate's trackers have a `writer`
+        text = "\n".join(f"    {key}: {value}" for key, value in sorted(config.items()))
+        self.add(0, "flags/text_summary", metadata={"plugin_data": {"plugin_name": "text"}},
+                 tensor={"dtype": "DT_STRING", "string_val": [text.encode()], "tensor_shape": {"dim": [{"size": 1}]}})
 
-    def add(self, step: int, **content) -> None:
+    def add(self, step: int, tag: str, **content) -> None:
         """Write one value of a summary."""
-        event = self.make_event(wall_time=time.time(), step=step)
-        event.summary.value.append(self.messages[0](**content))
-        self.file.add_event(event)
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self.file.add_event(Event(wall_time=time.time(), step=step, summary={"value": [{"tag": tag, **content}]}))
 
     def add_scalar(self, tag: str, number: float, step: int) -> None:
         """Write a number."""
-        self.add(step, tag=tag, simple_value=number)
+        self.add(step, tag, simple_value=number)
 
     def add_images(self, tag: str, images: np.ndarray, step: int, dataformats: str) -> None:
         """Write uint8 pictures [n, h, w, 3], in the one format NHWC that is asked for here."""
         for index, array in enumerate(images):
             stream = io.BytesIO()
             Image.fromarray(array).save(stream, format="PNG")
-            picture = self.messages[1](height=array.shape[0], width=array.shape[1], colorspace=3,
-                                       encoded_image_string=stream.getvalue())
-            self.add(step, tag=f"{tag}/{index}", image=picture)
-
-    def add_text(self, tag: str, text: str) -> None:
-        """Write a text in Markdown."""
-        metadata = self.messages[2](plugin_data={"plugin_name": "text"})
-        self.add(0, tag=f"{tag}/text_summary", metadata=metadata, tensor=self.make_tensor([text], dtype="string"))
+            self.add(step, f"{tag}/{index}", image={"height": array.shape[0], "width": array.shape[1],
+                                                    "colorspace": 3, "encoded_image_string": stream.getvalue()})
 
     def flush(self) -> None:
         """Write what has gathered."""
         self.file.flush()
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Write what has gathered and close the file."""
         self.file.close()
 

@@ -4,6 +4,7 @@ Each program that JAX compiles takes seconds here, so runs share their settings,
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import CONTRACT, GOLDEN, describe, expect, format_help, get_flags
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 
 # Networks this small are compiled far longer than they run, but at level 0 convolutions in loops take seconds. The
@@ -96,7 +98,7 @@ def make_second_stable_diffusion(folder: Path) -> Path:
     AutoencoderKL(
         block_out_channels=(16, 32), norm_num_groups=8, latent_channels=4, sample_size=32, layers_per_block=2,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        scaling_factor=0.5, latents_mean=[0.1, 0, -0.1, 0.2], latents_std=[1.5, 1, 0.5, 2]
+        scaling_factor=0.5
     ).save_pretrained(folder / "vae")
     CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=2,
@@ -168,12 +170,7 @@ def test_networks_agree_with_torch(flax, models_of, shape):
     with torch.no_grad():
         expected = theirs.unet(torch.tensor(noisy), torch.tensor(timesteps), torch.tensor(states)).sample
         posterior = theirs.vae.encode(torch.tensor(pixel_values)).latent_dist
-        config = theirs.vae.config
-        latents = posterior.mean / config.scaling_factor
-        if config.latents_mean is not None:
-            shift, scale = (torch.tensor(getattr(config, f"latents_{name}")).view(1, -1, 1, 1)
-                            for name in ("mean", "std"))
-            latents = latents * scale + shift
+        latents = posterior.mean / theirs.vae.config.scaling_factor
         assert_near(prediction, put_channels_last(expected.numpy()))
         assert_near(mean, put_channels_last(posterior.mean.numpy()))
         assert_near(std, put_channels_last(posterior.std.numpy()))
@@ -218,14 +215,14 @@ def test_loss_and_gradients_agree_with_torch(flax, sd, models_of, shape, flags, 
     theirs.text_encoder.zero_grad()
     losses.mean().backward()
     for part in ("unet", "text_encoder"):
-        leaves = flax.list_leaves(getattr(models, part))
+        names = flax.list_shapes(part, models.configs[part]).keys()
         parameters = {name.removeprefix("text_model."): parameter
                       for name, parameter in getattr(theirs, part).named_parameters()}
-        assert leaves.keys() == parameters.keys()
+        assert names == parameters.keys()
         scale = max(parameter.grad.abs().max() for parameter in parameters.values())
         assert scale > 1e-6
-        for name, (path, _) in leaves.items():
-            gradient = flax.change_layout(path, np.asarray(gradients[f"{part}.{name}"]), to_torch=True)
+        for name in names:
+            gradient = flax.change_layout(name, np.asarray(gradients[f"{part}.{name}"]), to_torch=True)
             assert np.abs(gradient - parameters[name].grad.numpy()).max() <= 1e-4 * scale, name
 
 
@@ -254,14 +251,14 @@ def list_equations(jaxpr):
             yield from list_equations(inner) if hasattr(inner, "eqns") else ()
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_precision_of_each_operation(flax, tiny_model, image_folder, tmp_path, precision):
-    """bf16 is for products of matrices; softmax, timesteps, noising, norms and loss are float32 in any case."""
+    """bf16 and fp16 are for products of matrices; softmax, timesteps, noising, norms and loss are always float32."""
     args = flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", mixed_precision=precision))
     configs = flax.load_model_configs(args)
     models = flax.load_models(args, SimpleNamespace(mixed_precision=precision), configs)
     objective, batch = flax.make_objective(args, models.scheduler_config), make_batch(24)
-    expected = np.dtype(jnp.bfloat16 if precision == "bf16" else np.float32)
+    expected = np.dtype({"no": np.float32, "bf16": jnp.bfloat16, "fp16": np.float16}[precision])
     assert all(array.dtype == expected for array in models.frozen.values())
     assert all(array.dtype == jnp.float32 for array in models.initial.values())
 
@@ -336,6 +333,91 @@ def test_other_forms_of_the_same_model_are_read(flax, models_of, tiny_model, ima
         assert all(np.array_equal(ours[name], expected[name]) for name in ours)
     with pytest.raises(OSError, match=r"no diffusion_pytorch_model\.safetensors"):
         load(flax, base, image_folder, tmp_path / "out")
+    shutil.copytree(tiny_model / "vae", base / "vae", dirs_exist_ok=True)
+    (base / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()  # one part may have no such variant
+    mixed = load(flax, base, image_folder, tmp_path / "out", variant="fp16")
+    assert all(np.array_equal(mixed.frozen[name], plain.frozen[name]) for name in plain.frozen)
+
+
+@pytest.fixture(scope="module")
+def flax_and_torch_folders(tmp_path_factory):
+    """A folder as diffusers wrote it from Flax models, and the torch models that these were made from."""
+    folder = tmp_path_factory.mktemp("formats")
+    sys.path.insert(0, str(ROOT / "tests" / "fixtures"))
+    import make_flax_folder as source
+    sys.path.pop(0)
+    tokenizer = make_tokenizer(folder / "tokenizer-source")
+    parts = {"unet": UNet2DConditionModel(**source.UNET), "vae": AutoencoderKL(**source.VAE),
+             "text_encoder": CLIPTextModel(CLIPTextConfig(**source.TEXT))}
+    for network in parts.values():
+        source.fill(network)
+    StableDiffusionPipeline(**parts, tokenizer=tokenizer, scheduler=PNDMScheduler(**source.SCHEDULER),
+                            safety_checker=None, feature_extractor=None,
+                            requires_safety_checker=False).save_pretrained(folder / "torch")
+    shutil.copytree(ROOT / "tests" / "fixtures" / "flax_model", folder / "flax")
+    shutil.copytree(folder / "torch" / "tokenizer", folder / "flax" / "tokenizer")
+    return folder / "flax", folder / "torch"
+
+
+def test_flax_folders_are_read_and_written_as_torch(flax, flax_and_torch_folders, image_folder, tmp_path):
+    """The numbers are those of the torch folder; what is exported are safetensors with torch's class names."""
+    base, expected = flax_and_torch_folders
+    ours, theirs = (load(flax, folder, image_folder, tmp_path / "out") for folder in (base, expected))
+    assert ours.initial and ours.frozen and ours.scheduler_config["_class_name"] == "PNDMScheduler"
+    for mine, others in ((ours.initial, theirs.initial), (ours.frozen, theirs.frozen)):
+        assert mine.keys() == others.keys()
+        assert all(np.array_equal(mine[name], others[name]) for name in mine)
+
+    out = tmp_path / "out"
+    args = flax.parse_args(make_args(base, image_folder, out))
+    models = dataclasses.replace(ours, state=SimpleNamespace(weights=ours.initial, averages=None))
+    flax.export_model(args, SimpleNamespace(is_main_process=True), models)
+    assert not list(out.rglob("*.msgpack")) and "Flax" not in "".join(
+        file.read_text() for file in out.rglob("*.json") if file.parent.name != "tokenizer")
+    pipeline, reference = (StableDiffusionPipeline.from_pretrained(folder) for folder in (out, expected))
+    for part in ("unet", "vae", "text_encoder"):
+        found, wanted = (getattr(side, part).state_dict() for side in (pipeline, reference))
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+def test_clip_skip_takes_earlier_text_states(flax, models_of, image_folder, tmp_path, skip):
+    """The states that diffusers' pipelines use; what comes after them is not trained, and exported as it was."""
+    _, theirs = models_of["second"]
+    base = Path(models_of["second"][0].files["vae/config.json"]).parent.parent
+    out = tmp_path / "out"
+    args = flax.parse_args(make_args(base, image_folder, out, clip_skip=skip, train_text_encoder=True))
+    models = flax.load_models(args, SimpleNamespace(mixed_precision="no"), flax.load_model_configs(args))
+    ids = np.arange(48).reshape(2, 24)
+    weights = {**models.frozen, **models.initial}
+    states = flax.encode_captions(flax.with_weights(models, weights), {"input_ids": ids})["encoder_hidden_states"]
+    with torch.no_grad():
+        output = theirs.text_encoder(torch.tensor(ids), output_hidden_states=True)
+        (norm,) = (module for name, module in theirs.text_encoder.named_modules() if name.endswith("final_layer_norm"))
+        assert_near(states, norm(output.hidden_states[-skip - 1]))
+    layers = {name.split(".")[3] for name in models.initial if "encoder.layers" in name}
+    assert layers == {str(number) for number in range(3 - skip)}
+
+    models.state = SimpleNamespace(weights=models.initial, averages=None)
+    flax.export_model(args, SimpleNamespace(is_main_process=True), models)
+    exported, original = (CLIPTextModel.from_pretrained(place / "text_encoder").state_dict() for place in (out, base))
+    assert exported.keys() == original.keys() and all(torch.equal(exported[name], original[name]) for name in original)
+    assert f"clip_skip={skip}" in flax.describe_model(args, "a cat")[1]
+
+
+def test_a_tokenizer_without_a_length_gets_the_text_encoders(flax, tiny_model, image_folder, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    path = base / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["model_max_length"]
+    path.write_text(json.dumps(config))
+    models = load(flax, base, image_folder, tmp_path / "out")
+    assert models.tokenizer.model_max_length == 24
+
+
+def test_a_model_in_one_file_is_refused_with_what_to_do(flax, tiny_model, image_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"is one file.*from_single_file"):
+        load(flax, tiny_model / "unet" / "diffusion_pytorch_model.safetensors", image_folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("part", "name", "value"), [
@@ -499,9 +581,9 @@ def test_averages_may_begin_at_a_checkpoint(flax, tmp_path):
     """They begin with its weights, in memory of their own: both are given to the next update."""
     weights = {"unet.a.weight": jnp.arange(6.0).reshape(2, 3)}
     recipe = flax.Recipe(flax.optax.scale_by_adam(), None, {}, 1.0, 0.5, 0.0)
-    flax.save_state(flax.make_state(recipe, weights, None), tmp_path)
+    flax.save_state(flax.make_state(recipe, "no", weights, None), tmp_path)
     others = {"unet.a.weight": jnp.ones((2, 3))}
-    state = flax.load_state(flax.make_state(recipe, others, {"unet.a.weight": jnp.zeros((2, 3))}), tmp_path)
+    state = flax.load_state(flax.make_state(recipe, "no", others, {"unet.a.weight": jnp.zeros((2, 3))}), tmp_path)
     (own,), (average,) = state.weights.values(), state.averages.values()
     assert own.tolist() == average.tolist() == [[0, 1, 2], [3, 4, 5]] and int(state.ema_updates) == 0
     assert own.unsafe_buffer_pointer() != average.unsafe_buffer_pointer()
@@ -584,6 +666,53 @@ def test_bf16_and_a_trained_text_encoder(flax, plain_run, tiny_model, image_fold
         rate = 1e-3 if part == "unet" else 1e-5
         assert 1.5 * rate < most < 6 * rate  # AdamW's first steps are as long as the rate
     assert_same_files(out / "vae", tiny_model / "vae")
+
+
+def test_loss_scale_is_adapted_as_by_torch(flax, monkeypatch):
+    """Halved by an overflow, doubled after a while without one, with what is counted until then."""
+    monkeypatch.setattr(flax, "LOSS_SCALE_INTERVAL", 3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=flax.FIRST_LOSS_SCALE, growth_interval=3)
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight])
+    ours = flax.LossScale(jnp.float32(flax.FIRST_LOSS_SCALE), jnp.int32(0))
+    for gradient in (1.0, 1.0, np.inf, 1.0, 1.0, 1.0, 1.0, np.nan, np.inf, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+        scaler.scale(weight.sum() * gradient).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        ours = flax.adapt_loss_scale(ours, jnp.isfinite(gradient))
+        assert float(ours.scale) == scaler.get_scale() and int(ours.num_finite) == scaler._get_growth_tracker()
+
+
+def test_fp16_skips_overflows_and_resumes(flax, plain_run, tiny_model, image_folder, tmp_path, monkeypatch):
+    """A skipped update changes nothing but the loss scale; then losses are near float32's, and resume bit for bit."""
+    flags = {**PLAIN, "mixed_precision": "fp16", "use_ema": True, "max_train_steps": 12, "checkpointing_steps": 6,
+             "lr_scheduler": "linear", "logging_steps": 1}
+    monkeypatch.setattr(flax, "FIRST_LOSS_SCALE", 2.0**26)
+    out = tmp_path / "overflow"
+    losses, scales, norms, rates = (train(flax, tiny_model, image_folder, out, **flags), *(
+        read_scalars(out, tag) for tag in ("loss_scale", "grad_norm", "lr")))
+    skipped = [step for step in norms if not np.isfinite(norms[step])]
+    assert skipped[0] == 1 and 6 <= len(skipped) < 12
+    done = 0
+    for step in range(1, 13):
+        assert rates[step] == pytest.approx(1e-3 * (1 - done / 12))  # the schedule moves on with the weights only
+        done += step not in skipped
+        assert step == 12 or scales[step + 1] == scales[step] * (0.5 if step in skipped else 1)
+    decays = read_scalars(out, "ema_decay")
+    assert {step for step in decays if decays[step] == 0} == set(range(1, min(set(range(1, 13)) - set(skipped)) + 1))
+
+    resumed = tmp_path / "resumed"
+    shutil.copytree(out / "checkpoint-6", resumed / "checkpoint-6")
+    assert train(flax, tiny_model, image_folder, resumed, **flags, resume_from_checkpoint="latest") == {
+        step: loss for step, loss in losses.items() if step > 6}
+    assert read_scalars(resumed, "loss_scale") == {step: scale for step, scale in scales.items() if step > 6}
+    assert_same_files(resumed / "unet", out / "unet")
+
+    monkeypatch.undo()
+    losses = train(flax, tiny_model, image_folder, tmp_path / "usual", **PLAIN, mixed_precision="fp16")
+    np.testing.assert_allclose(list(losses.values()), list(plain_run.losses.values()), rtol=0.01)
+    assert set(read_scalars(tmp_path / "usual", "loss_scale").values()) == {2.0**16}
 
 
 def test_numbers_are_read_late_and_one_that_is_not_finite_ends_the_run(flax, tiny_model, image_folder, tmp_path):
@@ -722,6 +851,33 @@ def test_without_torch_a_stopped_run_saves_and_goes_on(full_run, tiny_model, odd
     assert [losses[step] for step in common] == [full_run.losses[step] for step in common]
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_signals_ask_for_a_stop_once(flax, name):
+    """SLURM warns with SIGUSR1; after the first signal the handler is what it was before."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with flax.StopRequest(SimpleNamespace(num_processes=1)) as stop_request:
+            assert stop_request.agreed({}) == 0
+            signal.raise_signal(number)
+            assert stop_request.agreed({}) == number and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_run_in_a_thread_leaves_signals_alone(flax, caplog):
+    with ThreadPoolExecutor() as pool, caplog.at_level("WARNING"):
+        stop_request = pool.submit(flax.StopRequest(SimpleNamespace(num_processes=1)).__enter__).result()
+        pool.submit(stop_request.__exit__, None, None, None).result()
+    assert "not in the main thread" in caplog.text and stop_request.previous == {}
+
+
+def test_peak_memory_is_left_out_where_it_is_not_known(flax, monkeypatch):
+    assert flax.get_peak_memory()["peak_memory_gib"] > 0
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert flax.get_peak_memory() == {}
+
+
 def test_loader_processes_read_what_threads_read(flax, tiny_model, image_folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))  # where the processes find the script, here imported by another way
     args = flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out"))
@@ -857,7 +1013,7 @@ def test_help_is_the_golden_one():
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ({"mixed_precision": "fp16"}, "bf16"), ({"attention": "cudnn"}, "--mixed_precision bf16"),
+    ({"attention": "cudnn"}, "--mixed_precision bf16"),
     ({"report_to": "mlflow"}, "choose from tensorboard, wandb"), ({"learning_rate": -1}, "must not be negative"),
     ({"use_8bit_adam": True}, "unrecognized arguments"), ({"lr_scheduler": "cosinus"}, "choose from linear"),
     ({"dream_training": True, "input_perturbation": 0.1}, "exclude each other"),
