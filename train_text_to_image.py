@@ -146,6 +146,7 @@ class Models:
     unet: torch.nn.Module  # trained, float32; after `prepare` whatever accelerate wraps it in
     scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
     trained: tuple[str, ...]  # the names above of what is trained: unet, perhaps text_encoder
+    clip_skip: int | None = None  # layers before the last whose text states are used, with --clip_skip
     ema: EmaWeights | None = None
     optimizer: torch.optim.Optimizer | None = None  # this and the next are made by `prepare_training`
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
@@ -792,9 +793,16 @@ def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
 
 
 def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
-    """Return the text encoder's last states [b, s, d], with gradients only where it is trained."""
+    """Return the text encoder's last states [b, s, d], or with --clip_skip earlier ones after the final norm.
+
+    Gradients come only where the encoder is trained.
+    """
     with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
-        return {"encoder_hidden_states": models.text_encoder(batch["input_ids"], return_dict=False)[0]}
+        output = models.text_encoder(batch["input_ids"], output_hidden_states=models.clip_skip is not None)
+        if models.clip_skip is None:
+            return {"encoder_hidden_states": output.last_hidden_state}
+        (norm,) = (module for name, module in models.text_encoder.named_modules() if name.endswith("final_layer_norm"))
+        return {"encoder_hidden_states": norm(output.hidden_states[-models.clip_skip - 1])}
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
@@ -862,6 +870,9 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
                        "start from --revision, at full decay.")
     group.add_argument("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
     group.add_argument("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
+    group.add_argument("--clip_skip", type=positive_int,
+                       help="Use the text states of this many layers before the last, as diffusers' pipelines count; "
+                       "1 for models trained on the penultimate layer.")
     group.add_argument("--train_text_encoder", action="store_true",
                        help="Train the text encoder (SDXL: both) together with the UNet.")
 
@@ -1349,6 +1360,7 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
                              "folder of a VAE itself, such as MODEL/vae.")
     check_model_configs(args, configs)
+    check_clip_skip(args, configs)
     return configs
 
 
@@ -1395,6 +1407,14 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
         if found not in accepted:
             raise ValueError(f"{where} is no {MODEL_KIND} model: its {part} is a {found}, not a "
                              f"{' or '.join(accepted)}.")
+
+
+def check_clip_skip(args: Namespace, configs: dict[str, dict]) -> None:
+    """Refuse a --clip_skip that leaves no layer of a text encoder."""
+    for part in TEXT_ENCODERS:
+        num_layers = configs[part].get("num_hidden_layers", 12)
+        if (args.clip_skip or 0) >= num_layers:
+            raise ValueError(f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the {part}.")
 
 
 def compute_vae_factor(vae_config: dict) -> int:
@@ -1447,9 +1467,11 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
     for network in (vae, text_encoder, unet):
         network.requires_grad_(False).eval()
     trained = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
-    models = Models(tokenizer, text_encoder, vae, unet, make_scheduler_config(args, configs["scheduler"]), trained)
+    models = Models(tokenizer, text_encoder, vae, unet, make_scheduler_config(args, configs["scheduler"]), trained,
+                    args.clip_skip)
     for network in list_trained(models):
         network.requires_grad_(True)
+    freeze_unused_layers(models.text_encoder, args.clip_skip or 0)
     return models
 
 
@@ -1507,6 +1529,15 @@ def set_up_networks(args: Namespace, models: Models) -> None:
         models.unet.to(memory_format=torch.channels_last)
     if args.torch_compile:
         models.unet.compile()  # in place, so that names and files stay those of the plain network
+
+
+def freeze_unused_layers(text_encoder: torch.nn.Module, num_unused: int, *others: str) -> None:
+    """Freeze the last layers and others, by parts of their names, which get no gradient: their output is not used."""
+    num_layers = text_encoder.config.num_hidden_layers
+    unused = [*(f".layers.{number}." for number in range(num_layers - num_unused, num_layers)), *others]
+    for name, parameter in text_encoder.named_parameters():
+        if any(part in f".{name}" for part in unused):
+            parameter.requires_grad_(False)
 
 
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
@@ -1646,7 +1677,8 @@ def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples
                     for tokenizer in list_tokenizers(models)]
     empty = encode_texts(models, [""], dtype)  # of which some models want zeros
     key = make_key(samples.caption_digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
-                   [digest_network(network) for network in list_text_encoders(models)], dtype)
+                   [digest_network(network) for network in list_text_encoders(models)],
+                   *([] if models.clip_skip is None else [models.clip_skip]), dtype)
     row_size = sum(array.nbytes for array in empty.values())
     samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
     samples.text_states.fill(accelerator, encode)
@@ -2260,6 +2292,9 @@ def finish(args: Namespace, accelerator: Accelerator, models: Models, images: li
 def make_pipeline(accelerator: Accelerator, models: Models, **extras) -> StableDiffusionPipeline:
     """Return the pipeline of the networks in memory; `extras` are a safety checker and the like."""
     config, plain = models.scheduler_config, unwrap_models(accelerator, models)
+    if models.clip_skip is not None and not hasattr(plain.text_encoder, "text_model"):
+        # where the pipeline looks for the final norm, which transformers 5.6 has moved; vars(), as it is no submodule
+        vars(plain.text_encoder)["text_model"] = plain.text_encoder
     noise_scheduler = getattr(diffusers, config.get("_class_name", "PNDMScheduler")).from_config(config)
     parts = {"safety_checker": None, "feature_extractor": None, **extras}
     return StableDiffusionPipeline(
@@ -2320,7 +2355,7 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
             with accelerator.autocast():
                 latents = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
                                    num_inference_steps=args.validation_inference_steps, output_type="latent",
-                                   guidance_scale=args.validation_guidance_scale).images
+                                   guidance_scale=args.validation_guidance_scale, clip_skip=args.clip_skip).images
             drawn.append((index, decode_latents(models.vae, latents)))
     drawn = gather_object(drawn) if accelerator.num_processes > 1 else drawn
     return [image for _, image in sorted(drawn, key=lambda pair: pair[0])] if len(drawn) == len(prompts) else []
@@ -2408,11 +2443,12 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
 
 def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
     trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
     code = (
         "from diffusers import StableDiffusionPipeline\n\n"
         f"pipeline = StableDiffusionPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
-        f"image = pipeline({prompt!r}).images[0]"
+        f"image = pipeline({prompt!r}{clip_skip}).images[0]"
     )
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"]
     return f"All weights of the {trained}", code, tags
@@ -2430,7 +2466,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
              "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
-             "prediction_type", "rank", "lora_alpha")
+             "prediction_type", "clip_skip", "rank", "lora_alpha")
     facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,

@@ -1908,7 +1908,7 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
     """Return the settings of all parts, refusing before any weights are read what cannot work."""
     if Path(args.pretrained_model_name_or_path).is_file():
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is one file; this "
-                         "script reads folders in diffusers format. Convert it once, where torch is installed: python -c "
+                         "script reads folders in diffusers format. Convert it, where torch is installed: python -c "
                          "\"from diffusers import StableDiffusionPipeline as P; "
                          "P.from_single_file('FILE').save_pretrained('FOLDER')\"")
     configs, names = {}, {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
@@ -3055,7 +3055,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
              "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
-             "prediction_type", "rank", "lora_alpha")
+             "prediction_type", "clip_skip", "rank", "lora_alpha")
     facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,

@@ -154,6 +154,7 @@ class Models:
     scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
     trained: tuple[str, ...]  # the names above of what has an adapter: unet, perhaps text_encoder
     metadata: dict[str, str]  # of the adapter's file: what it was trained on, rank, scale and layers
+    clip_skip: int | None = None  # layers before the last whose text states are used, with --clip_skip
     ema: EmaWeights | None = None
     optimizer: torch.optim.Optimizer | None = None  # this and the next are made by `prepare_training`
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
@@ -800,9 +801,16 @@ def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
 
 
 def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
-    """Return the text encoder's last states [b, s, d], with gradients only where it is trained."""
+    """Return the text encoder's last states [b, s, d], or with --clip_skip earlier ones after the final norm.
+
+    Gradients come only where the encoder is trained.
+    """
     with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
-        return {"encoder_hidden_states": models.text_encoder(batch["input_ids"], return_dict=False)[0]}
+        output = models.text_encoder(batch["input_ids"], output_hidden_states=models.clip_skip is not None)
+        if models.clip_skip is None:
+            return {"encoder_hidden_states": output.last_hidden_state}
+        (norm,) = (module for name, module in models.text_encoder.named_modules() if name.endswith("final_layer_norm"))
+        return {"encoder_hidden_states": norm(output.hidden_states[-models.clip_skip - 1])}
 
 
 # ---- Arguments ------------------------------------------------------------------------------------------------------
@@ -871,6 +879,9 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
     group.add_argument("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
     group.add_argument("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
+    group.add_argument("--clip_skip", type=positive_int,
+                       help="Use the text states of this many layers before the last, as diffusers' pipelines count; "
+                       "1 for models trained on the penultimate layer.")
     group.add_argument("--train_text_encoder", action="store_true",
                        help="Train the text encoder (SDXL: both) together with the UNet.")
 
@@ -1386,6 +1397,7 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
                              "folder of a VAE itself, such as MODEL/vae.")
     check_model_configs(args, configs)
+    check_clip_skip(args, configs)
     return configs
 
 
@@ -1449,6 +1461,14 @@ def check_lora_target(args: Namespace, unet_config: dict) -> None:
                              f"{', '.join(ends)}.")
 
 
+def check_clip_skip(args: Namespace, configs: dict[str, dict]) -> None:
+    """Refuse a --clip_skip that leaves no layer of a text encoder."""
+    for part in TEXT_ENCODERS:
+        num_layers = configs[part].get("num_hidden_layers", 12)
+        if (args.clip_skip or 0) >= num_layers:
+            raise ValueError(f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the {part}.")
+
+
 def compute_vae_factor(vae_config: dict) -> int:
     """Return how many pixels one latent value spans in each direction."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
@@ -1500,9 +1520,11 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
         module for name in args.lora_target for module in LORA_TARGETS.get(name, (name,))])}
     if args.train_text_encoder:
         targets = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())]
+        if args.clip_skip:
+            targets = list_text_targets(args, text_encoder, args.clip_skip)
         adapters["text_encoder"] = make_lora_config(args, targets or TEXT_LORA_TARGETS["attention"])
     models = Models(tokenizer, text_encoder, vae, unet, make_scheduler_config(args, configs["scheduler"]),
-                    tuple(adapters), make_lora_metadata(args, adapters))
+                    tuple(adapters), make_lora_metadata(args, adapters), args.clip_skip)
     for part, config in adapters.items():
         add_adapter(getattr(models, part), config)
     return models
@@ -1643,6 +1665,19 @@ def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models
             network.to("cpu")
 
 
+def list_text_targets(args: Namespace, text_encoder: torch.nn.Module, num_unused: int) -> list[str]:
+    """Return the names of the layers to adapt in a text encoder, from `layers` on.
+
+    The last ones, whose output is not used, are left out: they would get no gradient.
+    """
+    kinds = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())]
+    num_layers = text_encoder.config.num_hidden_layers
+    unused = [f".layers.{number}." for number in range(num_layers - num_unused, num_layers)]
+    return ["layers." + name.split("layers.", 1)[1] for name, _ in text_encoder.named_modules()
+            if name.split(".")[-1] in (kinds or TEXT_LORA_TARGETS["attention"])
+            and not any(layer in name for layer in unused)]
+
+
 # ---- Cache ----------------------------------------------------------------------------------------------------------
 
 SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: bytes in a file, and how many files
@@ -1732,7 +1767,8 @@ def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples
                     for tokenizer in list_tokenizers(models)]
     empty = encode_texts(models, [""], dtype)  # of which some models want zeros
     key = make_key(samples.caption_digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
-                   [digest_network(network) for network in list_text_encoders(models)], dtype)
+                   [digest_network(network) for network in list_text_encoders(models)],
+                   *([] if models.clip_skip is None else [models.clip_skip]), dtype)
     row_size = sum(array.nbytes for array in empty.values())
     samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
     samples.text_states.fill(accelerator, encode)
@@ -2370,6 +2406,9 @@ def finish(args: Namespace, accelerator: Accelerator, models: Models, images: li
 def make_pipeline(accelerator: Accelerator, models: Models, **extras) -> StableDiffusionPipeline:
     """Return the pipeline of the networks in memory; `extras` are a safety checker and the like."""
     config, plain = models.scheduler_config, unwrap_models(accelerator, models)
+    if models.clip_skip is not None and not hasattr(plain.text_encoder, "text_model"):
+        # where the pipeline looks for the final norm, which transformers 5.6 has moved; vars(), as it is no submodule
+        vars(plain.text_encoder)["text_model"] = plain.text_encoder
     noise_scheduler = getattr(diffusers, config.get("_class_name", "PNDMScheduler")).from_config(config)
     parts = {"safety_checker": None, "feature_extractor": None, **extras}
     return StableDiffusionPipeline(
@@ -2430,7 +2469,7 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
             with accelerator.autocast():
                 latents = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
                                    num_inference_steps=args.validation_inference_steps, output_type="latent",
-                                   guidance_scale=args.validation_guidance_scale).images
+                                   guidance_scale=args.validation_guidance_scale, clip_skip=args.clip_skip).images
             drawn.append((index, decode_latents(models.vae, latents)))
     drawn = gather_object(drawn) if accelerator.num_processes > 1 else drawn
     return [image for _, image in sorted(drawn, key=lambda pair: pair[0])] if len(drawn) == len(prompts) else []
@@ -2548,6 +2587,7 @@ def make_kohya_facts(prediction_type: str, unet_config: dict) -> dict[str, str]:
 
 def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
     trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
     schedule = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     if args.rescale_betas_zero_snr:
@@ -2564,7 +2604,7 @@ def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     if schedule:  # an adapter brings none along
         arguments = ", ".join(f"{name}={value!r}" for name, value in {**schedule, "clip_sample": False}.items())
         lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {arguments})")
-    code = "\n".join([*lines, f"image = pipeline({prompt!r}).images[0]"])
+    code = "\n".join([*lines, f"image = pipeline({prompt!r}{clip_skip}).images[0]"])
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training",
             "lora"]
     return f"LoRA adapters of the {trained}", code, tags
@@ -2582,7 +2622,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
              "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
-             "prediction_type", "rank", "lora_alpha")
+             "prediction_type", "clip_skip", "rank", "lora_alpha")
     facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,

@@ -160,6 +160,7 @@ class Models:
     force_zeros_for_empty_prompt: bool  # the pipeline's: whether no caption means zeros in place of text states
     trained: tuple[str, ...]  # the names above of what has an adapter: unet, perhaps both text encoders
     metadata: dict[str, str]  # of the adapter's file: what it was trained on, rank, scale and layers
+    clip_skip: int | None = None  # layers before the last whose text states are used, with --clip_skip
     ema: EmaWeights | None = None
     optimizer: torch.optim.Optimizer | None = None  # this and the next are made by `prepare_training`
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
@@ -814,13 +815,16 @@ def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
 def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
     """Return both encoders' penultimate states side by side [b, s, d] and the second's pooled output [b, p].
 
+    With --clip_skip the states are of that many layers before; the pooled output is always that of all layers.
+
     Gradients come only where the encoders are trained. Captions without a token get zeros where the pipeline does the
     same when it guides (`force_zeros_for_empty_prompt`).
     """
     with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
         outputs = [text_encoder(batch[name], output_hidden_states=True) for name, text_encoder
                    in zip(("input_ids", "input_ids_2"), list_text_encoders(models), strict=True)]
-    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    layer = -2 - (models.clip_skip or 0)
+    states = torch.cat([output.hidden_states[layer] for output in outputs], dim=-1)
     pooled = outputs[1].text_embeds
     if models.force_zeros_for_empty_prompt:
         is_empty = batch["input_ids"][:, 1] == models.tokenizer.eos_token_id
@@ -895,6 +899,9 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
     group.add_argument("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
     group.add_argument("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
+    group.add_argument("--clip_skip", type=positive_int,
+                       help="Use the text states of this many layers before the last, as diffusers' pipelines count; "
+                       "1 for models trained on the penultimate layer.")
     group.add_argument("--train_text_encoder", action="store_true",
                        help="Train the text encoder (SDXL: both) together with the UNet.")
 
@@ -1420,6 +1427,7 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
                              "folder of a VAE itself, such as MODEL/vae.")
     check_model_configs(args, configs)
+    check_clip_skip(args, configs)
     return configs
 
 
@@ -1502,6 +1510,14 @@ def check_lora_target(args: Namespace, unet_config: dict) -> None:
                              f"{', '.join(ends)}.")
 
 
+def check_clip_skip(args: Namespace, configs: dict[str, dict]) -> None:
+    """Refuse a --clip_skip that leaves no layer of a text encoder."""
+    for part in TEXT_ENCODERS:
+        num_layers = configs[part].get("num_hidden_layers", 12)
+        if (args.clip_skip or 0) >= num_layers:
+            raise ValueError(f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the {part}.")
+
+
 def compute_vae_factor(vae_config: dict) -> int:
     """Return how many pixels one latent value spans in each direction."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
@@ -1552,10 +1568,11 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
     adapters = {"unet": make_lora_config(args, [
         module for name in args.lora_target for module in LORA_TARGETS.get(name, (name,))])}
     for part in TEXT_ENCODERS if args.train_text_encoder else ():
-        adapters[part] = make_lora_config(args, list_text_targets(args, part, networks[part]))
+        num_unused = 1 + (args.clip_skip or 0) if part == "text_encoder" else 0
+        adapters[part] = make_lora_config(args, list_text_targets(args, networks[part], num_unused))
     models = Models(**tokenizers, **networks, scheduler_config=make_scheduler_config(args, configs["scheduler"]),
                     force_zeros_for_empty_prompt=load_pipeline_config(args).get("force_zeros_for_empty_prompt", True),
-                    trained=tuple(adapters), metadata=make_lora_metadata(args, adapters))
+                    clip_skip=args.clip_skip, trained=tuple(adapters), metadata=make_lora_metadata(args, adapters))
     for part, config in adapters.items():
         add_adapter(networks[part], config)
     return models
@@ -1615,15 +1632,17 @@ def add_adapter(network: torch.nn.Module, config: LoraConfig) -> None:
             magnitude.weight.data = norms.view_as(magnitude.weight)
 
 
-def list_text_targets(args: Namespace, part: str, text_encoder: torch.nn.Module) -> list[str]:
+def list_text_targets(args: Namespace, text_encoder: torch.nn.Module, num_unused: int) -> list[str]:
     """Return the names of the layers to adapt in a text encoder, from `layers` on.
 
-    The last layer of the first encoder is left out: only what comes before it is used, and it would get no gradient.
+    The last ones, whose output is not used, are left out: they would get no gradient.
     """
     kinds = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())]
-    last = f".layers.{text_encoder.config.num_hidden_layers - 1}." if part == "text_encoder" else None
+    num_layers = text_encoder.config.num_hidden_layers
+    unused = [f".layers.{number}." for number in range(num_layers - num_unused, num_layers)]
     return ["layers." + name.split("layers.", 1)[1] for name, _ in text_encoder.named_modules()
-            if name.split(".")[-1] in (kinds or TEXT_LORA_TARGETS["attention"]) and (last is None or last not in name)]
+            if name.split(".")[-1] in (kinds or TEXT_LORA_TARGETS["attention"])
+            and not any(layer in name for layer in unused)]
 
 
 def check_weights(models: Models) -> None:
@@ -1796,7 +1815,8 @@ def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples
                     for tokenizer in list_tokenizers(models)]
     empty = encode_texts(models, [""], dtype)  # of which some models want zeros
     key = make_key(samples.caption_digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
-                   [digest_network(network) for network in list_text_encoders(models)], dtype)
+                   [digest_network(network) for network in list_text_encoders(models)],
+                   *([] if models.clip_skip is None else [models.clip_skip]), dtype)
     row_size = sum(array.nbytes for array in empty.values())
     samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
     samples.text_states.fill(accelerator, encode)
@@ -2493,7 +2513,7 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
             with accelerator.autocast():
                 latents = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
                                    num_inference_steps=args.validation_inference_steps, output_type="latent",
-                                   guidance_scale=args.validation_guidance_scale).images
+                                   guidance_scale=args.validation_guidance_scale, clip_skip=args.clip_skip).images
             drawn.append((index, decode_latents(models.vae, latents)))
     drawn = gather_object(drawn) if accelerator.num_processes > 1 else drawn
     return [image for _, image in sorted(drawn, key=lambda pair: pair[0])] if len(drawn) == len(prompts) else []
@@ -2634,6 +2654,7 @@ def make_kohya_facts(prediction_type: str, unet_config: dict) -> dict[str, str]:
 
 def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
     trained = "UNet and both text encoders" if args.train_text_encoder else "UNet"
     schedule = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     if args.rescale_betas_zero_snr:
@@ -2650,7 +2671,7 @@ def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     if schedule:  # an adapter brings none along
         arguments = ", ".join(f"{name}={value!r}" for name, value in {**schedule, "clip_sample": False}.items())
         lines.append(f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {arguments})")
-    code = "\n".join([*lines, f"image = pipeline({prompt!r}).images[0]"])
+    code = "\n".join([*lines, f"image = pipeline({prompt!r}{clip_skip}).images[0]"])
     tags = ["stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers",
             "diffusers-training", "lora"]
     return f"LoRA adapters of the {trained}", code, tags
@@ -2668,7 +2689,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
              "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
-             "prediction_type", "rank", "lora_alpha")
+             "prediction_type", "clip_skip", "rank", "lora_alpha")
     facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,

@@ -155,6 +155,7 @@ class Models:
     scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
     force_zeros_for_empty_prompt: bool  # the pipeline's: whether no caption means zeros in place of text states
     trained: tuple[str, ...]  # the names above of what is trained: unet, perhaps both text encoders
+    clip_skip: int | None = None  # layers before the last whose text states are used, with --clip_skip
     ema: EmaWeights | None = None
     optimizer: torch.optim.Optimizer | None = None  # this and the next are made by `prepare_training`
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
@@ -809,13 +810,16 @@ def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
 def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
     """Return both encoders' penultimate states side by side [b, s, d] and the second's pooled output [b, p].
 
+    With --clip_skip the states are of that many layers before; the pooled output is always that of all layers.
+
     Gradients come only where the encoders are trained. Captions without a token get zeros where the pipeline does the
     same when it guides (`force_zeros_for_empty_prompt`).
     """
     with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
         outputs = [text_encoder(batch[name], output_hidden_states=True) for name, text_encoder
                    in zip(("input_ids", "input_ids_2"), list_text_encoders(models), strict=True)]
-    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    layer = -2 - (models.clip_skip or 0)
+    states = torch.cat([output.hidden_states[layer] for output in outputs], dim=-1)
     pooled = outputs[1].text_embeds
     if models.force_zeros_for_empty_prompt:
         is_empty = batch["input_ids"][:, 1] == models.tokenizer.eos_token_id
@@ -890,6 +894,9 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
                        "start from --revision, at full decay.")
     group.add_argument("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
     group.add_argument("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
+    group.add_argument("--clip_skip", type=positive_int,
+                       help="Use the text states of this many layers before the last, as diffusers' pipelines count; "
+                       "1 for models trained on the penultimate layer.")
     group.add_argument("--train_text_encoder", action="store_true",
                        help="Train the text encoder (SDXL: both) together with the UNet.")
 
@@ -1380,6 +1387,7 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
                              "folder of a VAE itself, such as MODEL/vae.")
     check_model_configs(args, configs)
+    check_clip_skip(args, configs)
     return configs
 
 
@@ -1447,6 +1455,14 @@ def get_vae_dtype(args: Namespace, vae_config: dict, weight_dtype: torch.dtype) 
     return torch.float32 if vae_config.get("force_upcast", not is_named) else weight_dtype
 
 
+def check_clip_skip(args: Namespace, configs: dict[str, dict]) -> None:
+    """Refuse a --clip_skip that leaves no layer of a text encoder."""
+    for part in TEXT_ENCODERS:
+        num_layers = configs[part].get("num_hidden_layers", 12)
+        if (args.clip_skip or 0) >= num_layers:
+            raise ValueError(f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the {part}.")
+
+
 def compute_vae_factor(vae_config: dict) -> int:
     """Return how many pixels one latent value spans in each direction."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
@@ -1497,10 +1513,11 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
         network.requires_grad_(False).eval()
     models = Models(**tokenizers, **networks, scheduler_config=make_scheduler_config(args, configs["scheduler"]),
                     force_zeros_for_empty_prompt=load_pipeline_config(args).get("force_zeros_for_empty_prompt", True),
-                    trained=("unet", *TEXT_ENCODERS) if args.train_text_encoder else ("unet",))
+                    trained=("unet", *TEXT_ENCODERS) if args.train_text_encoder else ("unet",),
+                    clip_skip=args.clip_skip)
     for network in list_trained(models):
         network.requires_grad_(True)
-    freeze_unused_layers(models.text_encoder)
+    freeze_unused_layers(models.text_encoder, 1 + (args.clip_skip or 0), ".final_layer_norm.", ".text_projection.")
     return models
 
 
@@ -1527,9 +1544,10 @@ def load_text_encoder(args: Namespace, part: str, config: dict, dtype: torch.dty
     return network
 
 
-def freeze_unused_layers(text_encoder: torch.nn.Module) -> None:
-    """Freeze what comes after the penultimate states, all that is used of the first encoder: it gets no gradient."""
-    unused = f".layers.{text_encoder.config.num_hidden_layers - 1}.", ".final_layer_norm.", ".text_projection."
+def freeze_unused_layers(text_encoder: torch.nn.Module, num_unused: int, *others: str) -> None:
+    """Freeze the last layers and others, by parts of their names, which get no gradient: their output is not used."""
+    num_layers = text_encoder.config.num_hidden_layers
+    unused = [*(f".layers.{number}." for number in range(num_layers - num_unused, num_layers)), *others]
     for name, parameter in text_encoder.named_parameters():
         if any(part in f".{name}" for part in unused):
             parameter.requires_grad_(False)
@@ -1705,7 +1723,8 @@ def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples
                     for tokenizer in list_tokenizers(models)]
     empty = encode_texts(models, [""], dtype)  # of which some models want zeros
     key = make_key(samples.caption_digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
-                   [digest_network(network) for network in list_text_encoders(models)], dtype)
+                   [digest_network(network) for network in list_text_encoders(models)],
+                   *([] if models.clip_skip is None else [models.clip_skip]), dtype)
     row_size = sum(array.nbytes for array in empty.values())
     samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
     samples.text_states.fill(accelerator, encode)
@@ -2381,7 +2400,7 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
             with accelerator.autocast():
                 latents = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
                                    num_inference_steps=args.validation_inference_steps, output_type="latent",
-                                   guidance_scale=args.validation_guidance_scale).images
+                                   guidance_scale=args.validation_guidance_scale, clip_skip=args.clip_skip).images
             drawn.append((index, decode_latents(models.vae, latents)))
     drawn = gather_object(drawn) if accelerator.num_processes > 1 else drawn
     return [image for _, image in sorted(drawn, key=lambda pair: pair[0])] if len(drawn) == len(prompts) else []
@@ -2457,11 +2476,12 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
 
 def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
     trained = "UNet and both text encoders" if args.train_text_encoder else "UNet"
     code = (
         "from diffusers import StableDiffusionXLPipeline\n\n"
         f"pipeline = StableDiffusionXLPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
-        f"image = pipeline({prompt!r}).images[0]"
+        f"image = pipeline({prompt!r}{clip_skip}).images[0]"
     )
     tags = ["stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers", "diffusers-training"]
     return f"All weights of the {trained}", code, tags
@@ -2479,7 +2499,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
     names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
              "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
-             "prediction_type", "rank", "lora_alpha")
+             "prediction_type", "clip_skip", "rank", "lora_alpha")
     facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,
