@@ -42,6 +42,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -86,8 +87,7 @@ from accelerate.utils import (
 )
 from peft import LoraConfig
 from PIL import Image, ImageDraw, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file as save_arrays
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -1680,186 +1680,175 @@ def list_text_targets(args: Namespace, text_encoder: torch.nn.Module, num_unused
 
 # ---- Cache ----------------------------------------------------------------------------------------------------------
 
-SHARD_SIZE, LEAST_SHARDS = 32 * 2**20, 16  # of encoded images or captions: bytes in a file, and how many files
-ENCODED_PIXELS = 2**20  # that the VAE takes at once for the cache: one image of 1024 px, four of 512
+CHUNK_SIZE, LEAST_CHUNKS = 32 * 2**20, 16  # of a cache: bytes in a file, and how many files at least
+ENCODED_PIXELS = 2**20  # in a batch of the VAE: one image of 1024 px, four of 512
 
 
 def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
-    """Have images and captions encoded once where the flags ask for it.
-
-    VAE and text encoders have the device to themselves until they have done their work: what they are still needed for
-    brings them back, and what is trained comes in `prepare_training`.
-    """
+    """Put the frozen networks on the device; those whose outputs the flags want cached encode all and leave it."""
     folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
     dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
+    for network in (models.vae, *list_text_encoders(models)):
+        network.to(accelerator.device)
     if args.cache_latents:
-        models.vae.to(accelerator.device)
-        cache_latents(args, accelerator, models, samples, folder, dtype)
-        models.vae.to("cpu")
+        samples.latents = cache_latents(args, accelerator, models.vae, samples, folder, dtype)
     if args.cache_text_embeddings:
-        for network in list_text_encoders(models):
-            network.to(accelerator.device)
-        cache_text_states(accelerator, models, samples, folder, dtype)
-    for part in ("vae", *TEXT_ENCODERS):
-        network = getattr(models, part)
-        network.to("cpu" if network in list_cached(args, models) or part in models.trained else accelerator.device)
-    torch.cuda.empty_cache()  # of what encoding has left there
+        samples.text_states = cache_text_states(accelerator, models, samples, folder, dtype)
+    for network in list_cached(args, models):
+        network.to("cpu")
+    torch.cuda.empty_cache()
 
 
 def list_cached(args: Namespace, models: Models) -> list[torch.nn.Module]:
-    """Return the networks whose results are cached."""
+    """Return the networks whose outputs are cached."""
     return [models.vae] * args.cache_latents + list_text_encoders(models) * args.cache_text_embeddings
 
 
-def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
-                  dtype: type) -> None:
-    """Give the samples the VAE's moments [2c, h, w] and the time_ids of every variant of every image."""
-    variants, (channels, height, width) = samples.count_variants(), samples.latent_shape
-    key = make_key(digest_images(accelerator, samples), digest_variants(samples), args.resolution,
-                   args.image_interpolation_mode, args.center_crop, args.random_flip, variants,
-                   digest_network(models.vae), args.vae_tiling, dtype)
-    image_size = variants * 2 * channels * height * width * np.dtype(dtype).itemsize
-    samples.latents = EncodedRows(folder / f"images-{key}", len(samples), image_size, variants)
-    samples.latents.fill(accelerator, partial(encode_variants, models.vae, samples, dtype))
-
-
-def encode_variants(vae: AutoencoderKL, samples: Samples, dtype: type, first: int, last: int) -> dict[str, np.ndarray]:
-    """Return the rows first to last, exclusive, of the cache of images, encoded a million pixels at a time."""
-    indices, made, moments = range(first // samples.count_variants(), last // samples.count_variants()), [], []
-    side = samples.args.resolution
-    batch_size = max(1, ENCODED_PIXELS // side**2)
-    step = max(1, batch_size // samples.count_variants())
-    groups = [indices[start : start + step] for start in range(0, len(indices), step)]
-    for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
-        variants, distinct = [variant for variants in group for variant in variants], {}
-        chosen = [distinct.setdefault(variant.pop("images").tobytes(), len(distinct)) for variant in variants]
-        images = torch.frombuffer(bytearray(b"".join(distinct)), dtype=torch.uint8).view(-1, 3, side, side)
-        encoded = [torch.cat(encode_images(vae, part), dim=1).cpu() for part in images.split(batch_size)]
-        moments.append(torch.cat(encoded).numpy().astype(dtype)[chosen])  # crops of a square image are all the same
-        made += variants
-    rows = {name: np.stack([variant[name] for variant in made]) for name in made[0]}
-    rows["moments"] = np.concatenate(moments)
-    is_finite = np.isfinite(rows["moments"]).all(axis=(1, 2, 3))
-    if not is_finite.all():
-        source = int(rows["sources"][is_finite.argmin()])
-        name = make_row_name(source, samples.images.read_stored(source))
-        raise RuntimeError(f"the latents of {name} are not finite, computed in {vae.dtype} and kept in "
-                           f"{np.dtype(dtype)}: look at that image, or try --mixed_precision no and --cache_dtype "
-                           "fp32.")
+def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, samples: Samples, folder: Path,
+                  dtype: type) -> EncodedRows:
+    """Return a row per variant of each image: the VAE's moments [2c, h, w], time_ids, and the image it is of."""
+    channels, height, width = samples.latent_shape
+    key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
+                   digest_network(vae), args.vae_tiling, dtype)
+    row = np.dtype([("moments", dtype, (2 * channels, height, width)), ("time_ids", np.float32, (6,)),
+                    ("sources", np.int64)])
+    rows = EncodedRows(folder / f"images-{key}", row, len(samples), samples.count_variants())
+    rows.fill(accelerator, partial(encode_variants, vae, samples))
     return rows
 
 
-def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path, dtype: type) -> None:
-    """Give the samples the text states of every distinct caption, and of the empty one, in the order of digests."""
-    places = np.fromiter(((index, which, digest_caption(caption)) for index in range(len(samples))
-                          for which, caption in enumerate(samples.images.read_captions(index))),
-                         dtype=[("index", np.int64), ("which", np.int32), ("digest", np.uint64)])
-    digests = np.append(places["digest"], np.uint64(digest_caption("")))
-    samples.caption_digests, chosen = np.unique(digests, return_index=True)
+def encode_variants(vae: AutoencoderKL, samples: Samples, rows: np.ndarray, first: int) -> None:
+    """Fill `rows`, which begin at row `first` of the cache of images, encoding a million pixels at a time."""
+    per_image, done = samples.count_variants(), 0
+    batch_size = max(1, ENCODED_PIXELS // samples.args.resolution**2)
+    indices, step = range(first // per_image, (first + len(rows)) // per_image), max(1, batch_size // per_image)
+    groups = [indices[start : start + step] for start in range(0, len(indices), step)]
+    for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
+        variants = [variant for variants in group for variant in variants]
+        images, places = np.unique([variant["images"] for variant in variants], axis=0, return_inverse=True)
+        moments = [torch.cat(encode_images(vae, part), dim=1).cpu()
+                   for part in torch.from_numpy(images).split(batch_size)]
+        filled = rows[done : done + len(variants)]
+        filled["moments"] = torch.cat(moments).numpy()[places]  # crops of a square image are all the same
+        for name in ("time_ids", "sources"):
+            filled[name] = [variant[name] for variant in variants]
+        done += len(variants)
+    names = [int(source) for source in rows["sources"]]
+    check_finite(rows["moments"], lambda row: make_row_name(names[row], samples.images.read_stored(names[row])))
 
-    def encode(first: int, last: int) -> dict[str, np.ndarray]:
-        captions = ["" if number == len(places) else
-                    samples.images.read_captions(int(places["index"][number]))[places["which"][number]]
-                    for number in chosen[first:last]]
-        return encode_texts(models, captions, dtype)
 
+def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
+                      dtype: type) -> EncodedRows:
+    """Return the text states of the empty caption and every distinct one, in the order of `caption_digests`."""
+    captions = {digest_caption(caption): caption for index in range(len(samples))
+                for caption in ["", *samples.images.read_captions(index)]}
+    digests = samples.caption_digests = np.array(sorted(captions), np.uint64)
+    empty = encode_texts(models, [""])  # which SDXL may want to be zeros
     vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
                     for tokenizer in list_tokenizers(models)]
-    empty = encode_texts(models, [""], dtype)  # of which some models want zeros
-    key = make_key(samples.caption_digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
-                   [digest_network(network) for network in list_text_encoders(models)],
-                   *([] if models.clip_skip is None else [models.clip_skip]), dtype)
-    row_size = sum(array.nbytes for array in empty.values())
-    samples.text_states = EncodedRows(folder / f"captions-{key}", len(samples.caption_digests), row_size)
-    samples.text_states.fill(accelerator, encode)
+    key = make_key(digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
+                   [digest_network(network) for network in list_text_encoders(models)], models.clip_skip, dtype)
+
+    def encode(rows: np.ndarray, first: int) -> None:
+        for start in range(0, len(rows), 64):
+            part = rows[start : start + 64]
+            texts = [captions[digest] for digest in digests[first + start :][: len(part)].tolist()]
+            for name, values in encode_texts(models, texts).items():
+                part[name] = values
+                check_finite(part[name], lambda row, texts=texts: repr(texts[row]))
+
+    row = np.dtype([(name, dtype if values.dtype == np.float32 else values.dtype, values.shape[1:])
+                    for name, values in empty.items()])
+    rows = EncodedRows(folder / f"captions-{key}", row, len(captions))
+    rows.fill(accelerator, encode)
+    return rows
 
 
 @torch.no_grad()
-def encode_texts(models: Models, captions: list[str], dtype: type) -> dict[str, np.ndarray]:
-    """Return what a visit needs of captions: what `encode_captions` returns, and whether they fill all tokens."""
-    batch, parts = collate([{"caption": caption} for caption in captions], list_tokenizers(models)), []
-    for start in range(0, len(captions), 64):
-        part = {name: tensor[start : start + 64].to(models.text_encoder.device) for name, tensor in batch.items()}
-        parts.append({name: states.float().cpu().numpy().astype(dtype)
-                      for name, states in encode_captions(models, part).items()})
-    states = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    for array in states.values():
-        is_finite = np.isfinite(array).reshape(len(captions), -1).all(axis=1)
-        if not is_finite.all():
-            raise RuntimeError(f"the text states of {captions[is_finite.argmin()]!r} are not finite as "
-                               f"{np.dtype(dtype)}: try --cache_dtype fp32, or --mixed_precision no.")
-    return {**states, "num_long": batch["num_long"].numpy()}
+def encode_texts(models: Models, captions: list[str]) -> dict[str, np.ndarray]:
+    """Return what `encode_captions` returns, in float32, and `num_long`: whether each caption fills all tokens."""
+    batch = collate([{"caption": caption} for caption in captions], list_tokenizers(models))
+    states = encode_captions(models, {name: ids.to(models.text_encoder.device) for name, ids in batch.items()})
+    return {**{name: values.float().cpu().numpy() for name, values in states.items()},
+            "num_long": batch["num_long"].numpy()}
+
+
+def check_finite(values: np.ndarray, name_of) -> None:
+    """Raise RuntimeError at a row that is not finite; `name_of(row)` says what was encoded."""
+    is_finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+    if not is_finite.all():
+        raise RuntimeError(f"the encodings of {name_of(is_finite.argmin())} are not finite as {values.dtype}: look at "
+                           "it, or try --mixed_precision no and --cache_dtype fp32.")
 
 
 class EncodedRows:
-    """Arrays with a row per caption, or per crop of an image, in the .safetensors files of a folder.
+    """Encoded images or captions: the rows of a table, in .npy files that processes and runs share.
 
-    They are read through memory maps; a loader process that is sent one opens the files itself.
+    `dtype` names the values of a row. Things are images or captions; all rows of one are in the same file.
     """
 
-    def __init__(self, folder: Path, num_things: int, thing_size: int, rows_per_thing: int = 1) -> None:
-        per_file = max(1, min(SHARD_SIZE // thing_size, math.ceil(num_things / LEAST_SHARDS)))
-        self.rows_per_file, self.num_rows = per_file * rows_per_thing, num_things * rows_per_thing
-        self.folder, self.files = folder.with_name(f"{folder.name}-{self.rows_per_file}"), {}
+    def __init__(self, folder: Path, dtype: np.dtype, num_things: int, rows_per_thing: int = 1) -> None:
+        per_file = min(CHUNK_SIZE // (rows_per_thing * dtype[0].itemsize), math.ceil(num_things / LEAST_CHUNKS))
+        self.folder, self.dtype, self.num_rows = folder, dtype, num_things * rows_per_thing
+        self.rows_per_file = max(1, per_file) * rows_per_thing
 
-    def __getstate__(self) -> dict:
-        return {**vars(self), "files": {}}
-
-    def get_path(self, number: int) -> Path:
-        """Return the place of a file."""
-        return self.folder / f"{number:06d}.safetensors"
+    def get_path(self, row: int) -> Path:
+        """Return the file of a row."""
+        return self.folder / f"{row // self.rows_per_file:06d}.npy"
 
     def read(self, row: int) -> dict[str, np.ndarray]:
-        """Return one row of every array."""
-        number, row = divmod(row, self.rows_per_file)
-        if len(self.files) > 256:  # each open file takes one of the process's descriptors
-            self.files = {}
-        try:
-            file = self.files.get(number) or safe_open(self.get_path(number), framework="numpy")
-        except (OSError, SafetensorError) as error:
-            message = f"{self.get_path(number)} is damaged or gone: {error}. Remove it and start again."
-            raise ValueError(message) from error
-        self.files[number] = file
-        return {name: file.get_slice(name)[row : row + 1][0] for name in file.keys()}  # noqa: SIM118 - no dict
+        """Return the values of a row by their names."""
+        values = open_rows(self.get_path(row))[row % self.rows_per_file]
+        return {name: values[name] for name in self.dtype.names}
 
     def fill(self, accelerator: Accelerator, encode) -> None:
-        """Write the files that are not there: `encode(first, last)` returns the rows from first to last, exclusive.
+        """Write the files that are missing or damaged; `encode(rows, first)` fills the rows from `first` on.
 
-        The processes share the work. A file is renamed when it is whole: a run that was killed goes on with the next,
-        and of two runs that make the same one the later wins.
+        Processes share the work. A file is written aside, then renamed: a run that was killed goes on with the next
+        file, and two runs that write the same one do no harm.
         """
-        numbers = range(math.ceil(self.num_rows / self.rows_per_file))
-        mine = [number for number in numbers[accelerator.process_index :: accelerator.num_processes]
-                if not self.is_whole(number)]
-        for number in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
-            first = number * self.rows_per_file
-            self.save(number, encode(first, min(first + self.rows_per_file, self.num_rows)))
+        open_rows.cache_clear()
+        starts = range(0, self.num_rows, self.rows_per_file)
+        mine = [first for first in starts[accelerator.process_index :: accelerator.num_processes]
+                if not is_whole(self.get_path(first))]
+        for first in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
+            rows = np.zeros(min(self.rows_per_file, self.num_rows - first), self.dtype)
+            encode(rows, first)
+            self.save(rows, self.get_path(first))
         accelerator.wait_for_everyone()
-        if not all(self.get_path(number).is_file() for number in numbers):
-            raise ValueError(f"{self.folder} lacks files that other machines have made: name an --encoded_dir that "
-                             "all of them share.")
-        logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(numbers)} files made now")
+        if not all(self.get_path(first).is_file() for first in starts):
+            raise ValueError(f"{self.folder} lacks files that other machines wrote: name an --encoded_dir that all "
+                             "machines share.")
+        logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(starts)} files written now")
 
-    def is_whole(self, number: int) -> bool:
-        """Return whether a file is there and as long as it says itself."""
-        with contextlib.suppress(OSError, SafetensorError), safe_open(self.get_path(number), framework="numpy"):
-            return True
-        return False
-
-    def save(self, number: int, rows: dict[str, np.ndarray]) -> None:
-        """Write a file, aside first."""
-        aside = self.folder / f".partial-{os.urandom(8).hex()}"
+    def save(self, rows: np.ndarray, path: Path) -> None:
+        """Write a file."""
+        aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_arrays({name: np.ascontiguousarray(array) for name, array in rows.items()}, aside)
+            np.save(aside, rows)
             finish_file(aside)
-            aside.replace(self.get_path(number))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{self.folder} cannot be written: {error}. Make room, name another --encoded_dir, or "
-                             "ask for fewer --cache_crops; what is there already is kept.") from error
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+            aside.replace(path)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise ValueError(f"{self.folder} cannot be written: {error}. Free some space, name another --encoded_dir, "
+                             "or use fewer --cache_crops; files written so far are kept.") from error
+
+
+@functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
+def open_rows(path: Path) -> np.ndarray:
+    """Return the rows of a file as a memory map."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or missing: {error}. Remove it and start again.") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a file exists and its size matches its header."""
+    with contextlib.suppress(ValueError):
+        return open_rows(path) is not None
+    return False
 
 
 def make_key(*facts) -> str:
@@ -1868,38 +1857,33 @@ def make_key(*facts) -> str:
 
 
 def digest_caption(caption: str) -> int:
-    """Return a number of 64 bits that stands for a caption."""
+    """Return a hash of 64 bits."""
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
 
 
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
-    """Return a digest of the content of all images in their order, to which every process contributes its part."""
+    """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
-        return hashlib.blake2b(samples.images.read_content(index), digest_size=16).digest()
+        return hashlib.blake2b(samples.images.read_content(index)).digest()
 
-    mine = np.array_split(np.arange(len(samples)), accelerator.num_processes)[accelerator.process_index]
-    chunks = np.array_split(mine, math.ceil(len(mine) / 1000) or 1)  # a thread pool keeps all that it is given at once
-    part = b"".join(b"".join(samples.map_in_threads(digest, chunk.tolist())) for chunk in tqdm(
-        chunks, desc="reading images", disable=not accelerator.is_main_process))
-    parts = gather_object([part]) if accelerator.num_processes > 1 else [part]
-    return hashlib.blake2b(b"".join(parts), digest_size=12).hexdigest()
-
-
-def digest_variants(samples: Samples) -> str:
-    """Return a digest of what becomes of a few images before the VAE: a user may have edited how they are prepared."""
-    chosen = sorted({0, len(samples) // 2, len(samples) - 1})
-    arrays = [array for index in chosen for variant in samples.make_variants(index) for array in variant.values()]
-    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=12).hexdigest()
+    whole, count = hashlib.blake2b(digest_size=12), len(samples)
+    if accelerator.is_main_process:
+        for start in tqdm(range(0, count, 1000), desc="reading images"):
+            whole.update(b"".join(samples.map_in_threads(digest, range(start, min(start + 1000, count)))))
+        for index in (0, count // 2, count - 1):
+            for variant in samples.make_variants(index):
+                whole.update(b"".join(array.tobytes() for array in variant.values()))
+    return gather_object([whole.hexdigest()])[0]
 
 
 def digest_network(network: torch.nn.Module) -> str:
-    """Return a digest of a network's settings, number format and weights, wherever it was loaded from."""
-    settings = network.config.to_dict() if hasattr(network.config, "to_dict") else dict(network.config)
-    settings = {key: value for key, value in settings.items() if key[0] != "_" and key != "transformers_version"}
-    digest = hashlib.blake2b(repr((sorted(settings.items()), network.dtype)).encode(), digest_size=12)
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    """Hash a network's configuration and weights, wherever they were loaded from."""
+    config = network.config if isinstance(network.config, dict) else network.config.to_dict()
+    settings = sorted((key, value) for key, value in config.items() if key[0] != "_" and key != "transformers_version")
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=12)
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
