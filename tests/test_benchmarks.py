@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -145,3 +146,22 @@ def test_command_in_the_report_names_no_folder_of_this_machine():
     argv = ["--batch", "1", "4", "--against", "/a/b/reference", "--out", "/a/c", "--", "--use_ema"]
     command = run.format_command(argv, pathlib.Path("/a/b/reference"))
     assert command == "python benchmarks/run.py --batch 1 4 --against reference -- --use_ema"
+
+
+def test_runs_are_compared_bit_for_bit(tmp_path):
+    """The same script gives the same; a loss that is a little larger, or a flag that is unknown there, is found."""
+    for path in BENCHMARKS.parent.glob("train_text_to_image*.py"):
+        changes = {"train_text_to_image.py": "plain_loss = compute_loss\n\n\n"
+                   "def compute_loss(*args):\n    return 1.0001 * plain_loss(*args)\n\n\n",
+                   "train_text_to_image_sdxl.py": "sys.argv.append('--no_such_flag')\n"}
+        (tmp_path / path.name).write_text(
+            path.read_text().replace("if __name__ ==", f"{changes.get(path.name, '')}if __name__ =="))
+    command = [sys.executable, BENCHMARKS / "compare_runs.py", "--against", tmp_path, "--runs", "lora/dora",
+               "sd/accumulation", "sdxl/plain"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    found = dict(re.findall(r"^(\S+/\S+) +(same|DIFFERENT)$", done.stdout, re.MULTILINE))
+    assert found == {"lora/dora": "same", "sd/accumulation": "DIFFERENT", "sdxl/plain": "DIFFERENT"}
+    assert re.search(r"out/train_loss: 4 of 4 values differ, first 1: [\d.]+ there, [\d.]+ here", done.stdout)
+    assert re.search(r"out/checkpoint-2/unet/\S+: .* max abs difference \d", done.stdout)
+    assert re.search("there fails: .*unrecognized arguments: --no_such_flag", done.stdout)
