@@ -191,45 +191,60 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the noise schedule, as tables on the device, and the options of the loss."""
+    """The noise schedule, as tables on the device, and the flags of the loss."""
 
-    alpha: Tensor  # [T] float32: share of the latents at each timestep; alpha^2 + sigma^2 = 1
-    sigma: Tensor  # [T] float32: share of the noise
+    alpha: Tensor  # [T] float32: factor of the latents at each timestep; alpha^2 + sigma^2 = 1
+    sigma: Tensor  # [T] float32: factor of the noise
     prediction_type: str
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    input_perturbation: float = 0.0
-    dream_detail_preservation: float | None = None  # None: no DREAM
+    args: Namespace
 
 
-def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
-    """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
-    unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
-    latents, conditions = get_latents(models, batch), get_conditions(models, batch)
+def compute_loss(unet, objective: Objective, latents: Tensor, conditions: dict, draws: dict) -> Tensor:
+    """Return the loss of each sample [b], in float32, from latents [b, h, w, c] and the UNet's other inputs.
 
-    # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
-    # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
-    if objective.noise_offset:
-        noise = noise + objective.noise_offset * batch["offset_noise"]
+    Nothing here is random: `draws` holds `timesteps` [b], `noise` [b, h, w, c] and what `list_extra_noises` names.
+    """
+    args, timesteps, noise = objective.args, draws["timesteps"], draws["noise"]
+
+    # Offset noise shifts the mean of a channel, which plain noise hardly does (Guttenberg 2023, "Diffusion with Offset
+    # Noise"). Input perturbation changes the input but not the target (Ning et al. 2023, arXiv:2301.11706).
+    if "offset_noise" in draws:
+        noise = noise + args.noise_offset * draws["offset_noise"]
     input_noise = noise
-    if objective.input_perturbation:
-        input_noise = noise + objective.input_perturbation * batch["perturbation_noise"]
+    if "perturbation_noise" in draws:
+        input_noise = noise + args.input_perturbation * draws["perturbation_noise"]
 
-    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma would vanish at the first timesteps
+    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma is 0 at the first timesteps
     alpha, sigma = (table[timesteps].reshape(-1, 1, 1, 1) for table in (objective.alpha, objective.sigma))
     noisy_latents = alpha * latents + sigma * input_noise
     target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
-    if objective.dream_detail_preservation is not None:
-        estimate = jax.lax.stop_gradient(unet(noisy_latents, timesteps, **conditions)).astype(jnp.float32)
-        noisy_latents, target = jax.lax.stop_gradient(apply_dream(
-            noisy_latents, target, estimate, sigma, objective.dream_detail_preservation))
 
+    # DREAM moves input and target by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8):
+    # delta = sigma_t^p (e - UNet(z_t)), with the detail preservation p
+    if args.dream_training:
+        estimate = jax.lax.stop_gradient(unet(noisy_latents, timesteps, **conditions)).astype(jnp.float32)
+        delta = sigma**args.dream_detail_preservation * (target - estimate)
+        noisy_latents, target = noisy_latents + sigma * delta, target + delta
+
+    # loss = w_t ||UNet(z_t, t, text) - target||^2 / number of latent values
     model_pred = unet(noisy_latents, timesteps, **conditions)
     loss = jnp.square(model_pred.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
-    if objective.snr_gamma is not None:
-        loss = loss * compute_snr_weights(alpha.ravel(), sigma.ravel(), objective.snr_gamma,
-                                          objective.prediction_type)
+    if args.snr_gamma is not None:
+        loss = loss * compute_snr_weights(alpha.ravel(), sigma.ravel(), args.snr_gamma, objective.prediction_type)
     return loss
+
+
+def list_extra_noises(args: Namespace, latent_shape: tuple[int, int, int]) -> dict[str, tuple[int, int, int]]:
+    """Return the shape of each noise that training samples draw besides `noise`, by its name in `draws`.
+
+    A new noise option is a flag, its noise here, and its formula in `compute_loss`. The held-out loss draws none.
+    """
+    shapes = {}
+    if args.noise_offset:
+        shapes["offset_noise"] = (latent_shape[0], 1, 1)
+    if args.input_perturbation:
+        shapes["perturbation_noise"] = latent_shape
+    return shapes
 
 
 def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
@@ -238,16 +253,6 @@ def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
     if prediction_type == "epsilon":
         return noise
     return alpha * noise - sigma * latents if prediction_type == "v_prediction" else latents
-
-
-def apply_dream(noisy_latents: Tensor, target: Tensor, estimate: Tensor, sigma: Tensor,
-                detail_preservation: float) -> tuple[Tensor, Tensor]:
-    """Return noisy latents and noise target moved by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8).
-
-    With lambda = sigma^p, p the detail preservation, and delta = lambda (target - estimate).
-    """
-    delta = sigma**detail_preservation * (target - estimate)
-    return noisy_latents + sigma * delta, target + delta
 
 
 def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, prediction_type: str) -> Tensor:
@@ -261,14 +266,13 @@ def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, predicti
     return jnp.where(snr > 0, jnp.minimum(snr, snr_gamma) / divisor, 1.0)
 
 
-def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, portion: float, begin: int,
-                         end: int) -> np.ndarray:
-    """Return the cumulative probability of each timestep [num_timesteps], uniform but for the chosen ones."""
+def compute_timestep_cdf(args: Namespace, num_timesteps: int) -> np.ndarray:
+    """Return the cumulative probability of each timestep [num_timesteps], uniform without --timestep_bias_strategy."""
     weights = np.ones(num_timesteps)
-    count = max(1, int(portion * num_timesteps))
-    chosen = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
-              "range": slice(begin, end)}[strategy]
-    weights[chosen] *= multiplier
+    count = max(1, int(args.timestep_bias_portion * num_timesteps))
+    biased = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
+              "range": slice(args.timestep_bias_begin, args.timestep_bias_end)}[args.timestep_bias_strategy]
+    weights[biased] *= args.timestep_bias_multiplier
     cumulative = np.cumsum(weights)
     return cumulative / cumulative[-1]
 
@@ -276,9 +280,7 @@ def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, p
 def make_objective(args: Namespace, scheduler_config: dict) -> Objective:
     """Return the objective that the flags ask for."""
     alphas_cumprod = jnp.asarray(compute_alphas_cumprod(scheduler_config))
-    return Objective(
-        jnp.sqrt(alphas_cumprod), jnp.sqrt(1 - alphas_cumprod), scheduler_config["prediction_type"], args.snr_gamma,
-        args.noise_offset, args.input_perturbation, args.dream_detail_preservation if args.dream_training else None)
+    return Objective(jnp.sqrt(alphas_cumprod), jnp.sqrt(1 - alphas_cumprod), scheduler_config["prediction_type"], args)
 
 
 def compute_alphas_cumprod(config: dict) -> np.ndarray:
@@ -509,19 +511,13 @@ class Samples:
     """What each visit to a sample trains on: its image, caption, and every random number that its loss needs."""
 
     def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int,
-                 latent_shape: tuple[int, int, int], num_timesteps: int) -> None:
+                 latent_shape: tuple[int, int, int], num_timesteps: int, extra_noises: dict[str, tuple]) -> None:
         self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
-        self.timestep_cdf = compute_timestep_cdf(
-            num_timesteps, args.timestep_bias_strategy, args.timestep_bias_multiplier, args.timestep_bias_portion,
-            args.timestep_bias_begin, args.timestep_bias_end)
+        self.timestep_cdf = compute_timestep_cdf(args, num_timesteps)
         self.latents: EncodedRows | None = None  # with --cache_latents
         self.text_states: EncodedRows | None = None  # with --cache_text_embeddings, in the order of these:
         self.caption_digests: np.ndarray | None = None
-        self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape}
-        if args.noise_offset:
-            self.noise_shapes["offset_noise"] = (latent_shape[0], 1, 1)
-        if args.input_perturbation:
-            self.noise_shapes["perturbation_noise"] = latent_shape
+        self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape, **extra_noises}
         self.threads, self.is_loader_process = None, False
 
     def __len__(self) -> int:
@@ -633,16 +629,18 @@ def make_data(args: Namespace, images: CaptionedImages, held_out_images: Caption
               configs: dict[str, dict]) -> Data:
     """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
     side = args.resolution // compute_vae_factor(configs["vae"])
-    shapes = {"latent_shape": (configs["vae"]["latent_channels"], side, side),
-              "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
+    shape = (configs["vae"]["latent_channels"], side, side)
+    sizes = {"latent_shape": shape, "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
     if args.max_train_samples is not None and args.max_train_samples < len(images):
         chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
         images = images.select(chosen)
-    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
-             "input_perturbation": 0, "timestep_bias_strategy": "none"}
+    train = Samples(images, args, seed=seed, extra_noises=list_extra_noises(args, shape), **sizes)
+    if held_out_images is None:
+        return Data(train, None)
+    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0,
+             "timestep_bias_strategy": "none"}
     plain_args = Namespace(**{**vars(args), **plain})
-    held_out = Samples(held_out_images, plain_args, seed=0, **shapes) if held_out_images is not None else None
-    return Data(Samples(images, args, seed=seed, **shapes), held_out)
+    return Data(train, Samples(held_out_images, plain_args, seed=0, extra_noises={}, **sizes))
 
 
 def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
@@ -868,7 +866,8 @@ def compute_gradients(accelerator: Accelerator, models: Models, objective: Objec
 
     def compute_mean(weights: dict[str, Tensor], micro_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         gathered = accelerator.gather_weights(weights)
-        losses = compute_loss(with_weights(models, {**frozen, **gathered}), objective, micro_batch)
+        networks = with_weights(models, {**frozen, **gathered})
+        losses = compute_loss(networks.unet, objective, *encode_batch(networks, micro_batch), micro_batch)
         loss = (losses * micro_batch["weights"]).sum() / batch["window_size"]
         return loss if scale is None else loss * scale, losses
 
@@ -938,30 +937,24 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
     return signal_number
 
 
-def get_conditions(models: Models, batch: dict) -> dict:
-    """Return what else the UNet is given: `encoder_hidden_states` [b, s, d]."""
-    return get_text_states(models, batch)
+def encode_batch(models: Models, batch: dict) -> tuple[Tensor, dict]:
+    """Return latents [b, h, w, c] in float32, drawn anew at each use, and the UNet's other inputs.
 
-
-def get_latents(models: Models, batch: dict) -> Tensor:
-    """Return latents [b, h, w, c] in float32, sampled anew at each visit whether their moments are cached or not."""
+    Both come from the caches where the batch brings them: as `moments` and `encoder_hidden_states` [b, s, d].
+    """
     if "moments" in batch:
         mean, std = jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1)
     else:
         mean, std = encode_images(models.vae, batch["images"])
-    return (mean + std * batch["posterior_noise"]) * models.vae.config["scaling_factor"]
+    latents = (mean + std * batch["posterior_noise"]) * models.vae.config["scaling_factor"]
+    if "encoder_hidden_states" in batch:
+        return latents, {"encoder_hidden_states": batch["encoder_hidden_states"].astype(jnp.float32)}
+    return latents, encode_captions(models, batch)
 
 
 def encode_images(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return float32 mean and standard deviation [b, h, w, c] of what uint8 images [b, H, W, 3] are encoded to."""
     return vae.encode(images.astype(jnp.float32) / 127.5 - 1)  # [-1, 1]
-
-
-def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
-    """Return what `encode_captions` makes of the captions, or what is cached of it."""
-    if "encoder_hidden_states" in batch:
-        return {"encoder_hidden_states": batch["encoder_hidden_states"].astype(jnp.float32)}
-    return encode_captions(models, batch)
 
 
 def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
@@ -2515,7 +2508,7 @@ def make_state(recipe: Recipe, mixed_precision: str, weights: dict[str, Tensor],
 def make_programs(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, recipe: Recipe,
                   places: TrainState) -> Programs:
     """Return what is compiled when it is first called: nothing is, as long as shapes do not change, a second time."""
-    plain = Objective(objective.alpha, objective.sigma, objective.prediction_type)
+    plain = dataclasses.replace(objective, args=Namespace(dream_training=False, snr_gamma=None))
 
     steps = make_ddim_steps(models.scheduler_config, args.validation_inference_steps)
 
@@ -2523,7 +2516,9 @@ def make_programs(args: Namespace, accelerator: Accelerator, models: Models, obj
         return with_weights(models, {**accelerator.gather_weights(weights), **frozen})
 
     def compute_losses(weights: dict, frozen: dict, batch: dict) -> Tensor:
-        return (compute_loss(join(weights, frozen), plain, batch) * batch["weights"]).sum()
+        networks = join(weights, frozen)
+        losses = compute_loss(networks.unet, plain, *encode_batch(networks, batch), batch)
+        return (losses * batch["weights"]).sum()
 
     def draw(weights: dict, frozen: dict, latents: Tensor, input_ids: Tensor) -> Tensor:
         return draw_latents(join(weights, frozen), steps, max(1.0, args.validation_guidance_scale), latents, input_ids)

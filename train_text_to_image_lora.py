@@ -168,46 +168,61 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the noise schedule, as tables on the device, and the options of the loss."""
+    """The noise schedule, as tables on the device, and the flags of the loss."""
 
-    alpha: Tensor  # [T] float32: share of the latents at each timestep; alpha^2 + sigma^2 = 1
-    sigma: Tensor  # [T] float32: share of the noise
+    alpha: Tensor  # [T] float32: factor of the latents at each timestep; alpha^2 + sigma^2 = 1
+    sigma: Tensor  # [T] float32: factor of the noise
     prediction_type: str
-    snr_gamma: float | None = None
-    noise_offset: float = 0.0
-    input_perturbation: float = 0.0
-    dream_detail_preservation: float | None = None  # None: no DREAM
+    args: Namespace
 
 
-def compute_loss(models: Models, objective: Objective, batch: dict) -> Tensor:
-    """Return each sample's loss [b] in float32. Nothing here is random: `batch` brings every draw."""
-    unet, timesteps, noise = models.unet, batch["timesteps"], batch["noise"]
-    latents, conditions = get_latents(models, batch), get_conditions(models, batch)
+def compute_loss(unet, objective: Objective, latents: Tensor, conditions: dict, draws: dict) -> Tensor:
+    """Return the loss of each sample [b], in float32, from latents [b, c, h, w] and the UNet's other inputs.
 
-    # Offset noise moves the mean of a channel, which plain noise hardly ever does (Guttenberg 2023, "Diffusion with
-    # Offset Noise"); input perturbation misleads the input but not the target (Ning et al. 2023, arXiv:2301.11706).
-    if objective.noise_offset:
-        noise = noise + objective.noise_offset * batch["offset_noise"]
+    Nothing here is random: `draws` holds `timesteps` [b], `noise` [b, c, h, w] and what `list_extra_noises` names.
+    """
+    args, timesteps, noise = objective.args, draws["timesteps"], draws["noise"]
+
+    # Offset noise shifts the mean of a channel, which plain noise hardly does (Guttenberg 2023, "Diffusion with Offset
+    # Noise"). Input perturbation changes the input but not the target (Ning et al. 2023, arXiv:2301.11706).
+    if "offset_noise" in draws:
+        noise = noise + args.noise_offset * draws["offset_noise"]
     input_noise = noise
-    if objective.input_perturbation:
-        input_noise = noise + objective.input_perturbation * batch["perturbation_noise"]
+    if "perturbation_noise" in draws:
+        input_noise = noise + args.input_perturbation * draws["perturbation_noise"]
 
-    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma would vanish at the first timesteps
+    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma is 0 at the first timesteps
     alpha, sigma = objective.alpha[timesteps].view(-1, 1, 1, 1), objective.sigma[timesteps].view(-1, 1, 1, 1)
     noisy_latents = alpha * latents + sigma * input_noise
     target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
-    if objective.dream_detail_preservation is not None:
+
+    # DREAM moves input and target by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8):
+    # delta = sigma_t^p (e - UNet(z_t)), with the detail preservation p
+    if args.dream_training:
         with torch.no_grad():
             estimate = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0].float()
-        noisy_latents, target = apply_dream(noisy_latents, target, estimate, sigma,
-                                            objective.dream_detail_preservation)
+        delta = sigma**args.dream_detail_preservation * (target - estimate)
+        noisy_latents, target = noisy_latents + sigma * delta, target + delta
 
+    # loss = w_t ||UNet(z_t, t, text) - target||^2 / number of latent values
     model_pred = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0]
     loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
-    if objective.snr_gamma is not None:
-        loss = loss * compute_snr_weights(alpha.flatten(), sigma.flatten(), objective.snr_gamma,
-                                          objective.prediction_type)
+    if args.snr_gamma is not None:
+        loss = loss * compute_snr_weights(alpha.flatten(), sigma.flatten(), args.snr_gamma, objective.prediction_type)
     return loss
+
+
+def list_extra_noises(args: Namespace, latent_shape: tuple[int, int, int]) -> dict[str, tuple[int, int, int]]:
+    """Return the shape of each noise that training samples draw besides `noise`, by its name in `draws`.
+
+    A new noise option is a flag, its noise here, and its formula in `compute_loss`. The held-out loss draws none.
+    """
+    shapes = {}
+    if args.noise_offset:
+        shapes["offset_noise"] = (latent_shape[0], 1, 1)
+    if args.input_perturbation:
+        shapes["perturbation_noise"] = latent_shape
+    return shapes
 
 
 def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
@@ -216,16 +231,6 @@ def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
     if prediction_type == "epsilon":
         return noise
     return alpha * noise - sigma * latents if prediction_type == "v_prediction" else latents
-
-
-def apply_dream(noisy_latents: Tensor, target: Tensor, estimate: Tensor, sigma: Tensor,
-                detail_preservation: float) -> tuple[Tensor, Tensor]:
-    """Return noisy latents and noise target moved by the UNet's own error (Zhou et al. 2023, arXiv:2312.00210, eq. 8).
-
-    With lambda = sigma^p, p the detail preservation, and delta = lambda (target - estimate).
-    """
-    delta = sigma**detail_preservation * (target - estimate)
-    return noisy_latents + sigma * delta, target + delta
 
 
 def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, prediction_type: str) -> Tensor:
@@ -239,14 +244,13 @@ def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, predicti
     return torch.where(snr > 0, snr.clamp(max=snr_gamma) / divisor, 1.0)
 
 
-def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, portion: float, begin: int,
-                         end: int) -> np.ndarray:
-    """Return the cumulative probability of each timestep [num_timesteps], uniform but for the chosen ones."""
+def compute_timestep_cdf(args: Namespace, num_timesteps: int) -> np.ndarray:
+    """Return the cumulative probability of each timestep [num_timesteps], uniform without --timestep_bias_strategy."""
     weights = np.ones(num_timesteps)
-    count = max(1, int(portion * num_timesteps))
-    chosen = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
-              "range": slice(begin, end)}[strategy]
-    weights[chosen] *= multiplier
+    count = max(1, int(args.timestep_bias_portion * num_timesteps))
+    biased = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
+              "range": slice(args.timestep_bias_begin, args.timestep_bias_end)}[args.timestep_bias_strategy]
+    weights[biased] *= args.timestep_bias_multiplier
     cumulative = np.cumsum(weights)
     return cumulative / cumulative[-1]
 
@@ -254,9 +258,7 @@ def compute_timestep_cdf(num_timesteps: int, strategy: str, multiplier: float, p
 def make_objective(args: Namespace, scheduler_config: dict, device: torch.device) -> Objective:
     """Return the objective that the flags ask for."""
     alphas_cumprod = DDPMScheduler.from_config(scheduler_config).alphas_cumprod.to(device, torch.float32)
-    return Objective(
-        alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), scheduler_config["prediction_type"], args.snr_gamma,
-        args.noise_offset, args.input_perturbation, args.dream_detail_preservation if args.dream_training else None)
+    return Objective(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), scheduler_config["prediction_type"], args)
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
@@ -463,19 +465,13 @@ class Samples:
     """What each visit to a sample trains on: its image, caption, and every random number that its loss needs."""
 
     def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int,
-                 latent_shape: tuple[int, int, int], num_timesteps: int) -> None:
+                 latent_shape: tuple[int, int, int], num_timesteps: int, extra_noises: dict[str, tuple]) -> None:
         self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
-        self.timestep_cdf = compute_timestep_cdf(
-            num_timesteps, args.timestep_bias_strategy, args.timestep_bias_multiplier, args.timestep_bias_portion,
-            args.timestep_bias_begin, args.timestep_bias_end)
+        self.timestep_cdf = compute_timestep_cdf(args, num_timesteps)
         self.latents: EncodedRows | None = None  # with --cache_latents
         self.text_states: EncodedRows | None = None  # with --cache_text_embeddings, in the order of these:
         self.caption_digests: np.ndarray | None = None
-        self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape}
-        if args.noise_offset:
-            self.noise_shapes["offset_noise"] = (latent_shape[0], 1, 1)
-        if args.input_perturbation:
-            self.noise_shapes["perturbation_noise"] = latent_shape
+        self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape, **extra_noises}
         self.threads, self.is_loader_process = None, False
 
     def __len__(self) -> int:
@@ -587,16 +583,18 @@ def make_data(args: Namespace, images: CaptionedImages, held_out_images: Caption
               configs: dict[str, dict]) -> Data:
     """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
     side = args.resolution // compute_vae_factor(configs["vae"])
-    shapes = {"latent_shape": (configs["vae"]["latent_channels"], side, side),
-              "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
+    shape = (configs["vae"]["latent_channels"], side, side)
+    sizes = {"latent_shape": shape, "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
     if args.max_train_samples is not None and args.max_train_samples < len(images):
         chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
         images = images.select(chosen)
-    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
-             "input_perturbation": 0, "timestep_bias_strategy": "none"}
+    train = Samples(images, args, seed=seed, extra_noises=list_extra_noises(args, shape), **sizes)
+    if held_out_images is None:
+        return Data(train, None)
+    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0,
+             "timestep_bias_strategy": "none"}
     plain_args = Namespace(**{**vars(args), **plain})
-    held_out = Samples(held_out_images, plain_args, seed=0, **shapes) if held_out_images is not None else None
-    return Data(Samples(images, args, seed=seed, **shapes), held_out)
+    return Data(train, Samples(held_out_images, plain_args, seed=0, extra_noises={}, **sizes))
 
 
 def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
@@ -715,7 +713,7 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
     with contextlib.ExitStack() as unsynchronized:
         for network in [] if step.ends_update else list_trained(models):
             unsynchronized.enter_context(accelerator.no_sync(network))
-        losses = compute_loss(models, objective, batch)
+        losses = compute_loss(models.unet, objective, *encode_batch(models, batch), batch)
         loss = (losses * batch["weights"]).sum() / step.window_size
         accelerator.backward(loss * scale)
     return losses.detach()
@@ -767,23 +765,23 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     return signal_number
 
 
-def get_conditions(models: Models, batch: dict) -> dict:
-    """Return what else the UNet is given: `encoder_hidden_states` [b, s, d]."""
-    return get_text_states(models, batch)
+def encode_batch(models: Models, batch: dict) -> tuple[Tensor, dict]:
+    """Return latents [b, c, h, w] in float32, drawn anew at each use, and the UNet's other inputs.
 
-
-def get_latents(models: Models, batch: dict) -> Tensor:
-    """Return latents [b, c, h, w] in float32, sampled anew at each visit whether their moments are cached or not."""
+    Both come from the caches where the batch brings them: as `moments` and `encoder_hidden_states` [b, s, d].
+    """
     if "moments" in batch:
         mean, std = batch["moments"].float().chunk(2, dim=1)
     else:
         mean, std = encode_images(models.vae, batch["images"])
-    config = models.vae.config
-    latents = mean + std * batch["posterior_noise"]
+    config, latents = models.vae.config, mean + std * batch["posterior_noise"]
     if config.get("latents_mean") is not None:  # of VAEs whose channels are far from zero mean and unit variance
         mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
         latents = (latents - mean) / std
-    return latents * config.scaling_factor
+    latents = latents * config.scaling_factor
+    if "encoder_hidden_states" in batch:
+        return latents, {"encoder_hidden_states": batch["encoder_hidden_states"].float()}
+    return latents, encode_captions(models, batch)
 
 
 @torch.no_grad()
@@ -792,12 +790,6 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     pixel_values = images.to(vae.device).float() / 127.5 - 1  # [-1, 1]
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
     return posterior.mean.float(), posterior.std.float()
-
-
-def get_text_states(models: Models, batch: dict) -> dict[str, Tensor]:
-    """Return what `encode_captions` makes of the captions, or what is cached of it."""
-    names = batch.keys() & {"encoder_hidden_states", "pooled_prompt_embeds"}
-    return {name: batch[name].float() for name in names} or encode_captions(models, batch)
 
 
 def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
@@ -2478,7 +2470,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
 
     It is nan where a process failed to compute its part.
     """
-    plain = Objective(objective.alpha, objective.sigma, objective.prediction_type)
+    plain = dataclasses.replace(objective, args=Namespace(dream_training=False, snr_gamma=None))
     steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_processes,
                              len(held_out))
     loader = make_dataloader(held_out, steps, models, 0, accelerator)
@@ -2486,7 +2478,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
     with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(loader)) as batches:
         for _, batch in batches:
             batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
-            losses.append(compute_loss(networks, plain, batch) * batch["weights"])
+            losses.append(compute_loss(networks.unet, plain, *encode_batch(networks, batch), batch) * batch["weights"])
         losses[0].zero_()
     return accelerator.reduce(torch.cat(losses).sum(), "sum").item() / len(held_out)
 

@@ -36,9 +36,9 @@ OWN = {
     "TRAINED",
     "add_flags",
     "describe_model",
+    "encode_batch",
     "encode_captions",
     "export_model",
-    "get_conditions",
     "load_models",
     "load_trained",
     "main",
@@ -53,7 +53,7 @@ OWN_OF = {
         "--allow_tf32 --mixed_precision Meter StopRequest TRACKERS cache_encodings cache_latents cache_text_states "
         "check_checkpoint check_memory_args collate compute_held_out_loss compute_loss compute_snr_weights "
         "compute_target digest_network draw_images encode_captions encode_images encode_variants "
-        "finish get_latents get_peak_memory get_text_states list_cached load_model_configs load_weights "
+        "finish get_peak_memory list_cached load_model_configs load_weights "
         "log_run_header logger make_accelerator make_dataloader make_objective make_run_record prepare_training "
         "resume start_loader_process start_run train train_step validate".split()
     )

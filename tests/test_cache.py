@@ -107,7 +107,7 @@ def test_moments_of_latents_are_those_of_training_without(script, tiny_model, im
             tiny_model, image_folder, tmp_path / "out", **flags, random_flip=True))
         visits = [samples[script.Visit(epoch, index)] for epoch in range(12) for index in range(10)]
         batch = script.collate(visits, script.list_tokenizers(models))
-        found[name] = script.get_latents(models, batch).double()
+        found[name] = script.encode_batch(models, batch)[0].double()
     for statistic in (torch.mean, torch.std):
         torch.testing.assert_close(statistic(found["plain"]), statistic(found["cached"]), rtol=0.03, atol=0.02)
 

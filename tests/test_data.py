@@ -35,7 +35,8 @@ def load_images(script, folder, **flags):
 def make_samples(script, images, *, seed=0, latent_shape=(4, 4, 4), num_timesteps=1000, **flags):
     """Return samples of a list of images with flags that are not about where the images come from."""
     args = make_namespace(script, make_args("model", ".", "no-such-output", **flags))
-    return script.Samples(images, args, seed=seed, latent_shape=latent_shape, num_timesteps=num_timesteps)
+    return script.Samples(images, args, seed=seed, latent_shape=latent_shape, num_timesteps=num_timesteps,
+                          extra_noises=script.list_extra_noises(args, latent_shape))
 
 
 def make_item(index: int = 0, size: tuple[int, int] = (40, 36), captions=("a", "b", "c")) -> dict:

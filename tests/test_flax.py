@@ -197,7 +197,8 @@ def test_loss_and_gradients_agree_with_torch(flax, sd, models_of, shape, flags, 
     assert_near(objective.sigma, expected.sigma, 1e-5)
 
     def compute_mean(weights, batch):
-        losses = flax.compute_loss(flax.with_weights(models, {**models.frozen, **weights}), objective, batch)
+        networks = flax.with_weights(models, {**models.frozen, **weights})
+        losses = flax.compute_loss(networks.unet, objective, *flax.encode_batch(networks, batch), batch)
         return losses.mean(), losses
 
     batch_ours = {name: put_channels_last(array) for name, array in batch.items()}
@@ -205,7 +206,8 @@ def test_loss_and_gradients_agree_with_torch(flax, sd, models_of, shape, flags, 
     compute = jax.value_and_grad(compute_mean, has_aux=True) if has_gradients else compute_mean
     text_weights = {name: array for name, array in models.frozen.items() if name.startswith("text_encoder.")}
     results = jax.jit(compute)({**models.initial, **text_weights}, batch_ours)
-    losses = sd.compute_loss(theirs, expected, {name: torch.tensor(array) for name, array in batch.items()})
+    batch = {name: torch.tensor(array) for name, array in batch.items()}
+    losses = sd.compute_loss(theirs.unet, expected, *sd.encode_batch(theirs, batch), batch)
     if not has_gradients:
         assert_near(results[1], losses.detach())
         return
@@ -262,9 +264,12 @@ def test_precision_of_each_operation(flax, tiny_model, image_folder, tmp_path, p
     assert all(array.dtype == expected for array in models.frozen.values())
     assert all(array.dtype == jnp.float32 for array in models.initial.values())
 
-    program = jax.make_jaxpr(lambda weights, batch: flax.compute_loss(
-        flax.with_weights(models, weights), objective, batch))(
-            {**models.frozen, **models.initial}, {name: put_channels_last(array) for name, array in batch.items()})
+    def compute_losses(weights, batch):
+        networks = flax.with_weights(models, weights)
+        return flax.compute_loss(networks.unet, objective, *flax.encode_batch(networks, batch), batch)
+
+    program = jax.make_jaxpr(compute_losses)(
+        {**models.frozen, **models.initial}, {name: put_channels_last(array) for name, array in batch.items()})
     assert [value.aval.dtype for value in program.jaxpr.outvars] == [jnp.float32]
     found = {}
     for equation in list_equations(program.jaxpr):

@@ -31,7 +31,7 @@ def test_clip_skip_gives_the_states_of_the_pipeline(script, tiny_model, image_fo
             tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded" if cached else None,
             clip_skip=clip_skip, **flags))
         batch = script.collate([samples[script.Visit(0, index)] for index in range(2)], script.list_tokenizers(models))
-        found.append(script.get_conditions(models, batch)["encoder_hidden_states"])
+        found.append(script.encode_batch(models, batch)[1]["encoder_hidden_states"])
     captions = [f"picture number {index}" for index in range(2)]
     torch.testing.assert_close(found[0], encode_as_the_pipeline(tiny_model, captions, 1), rtol=1e-5, atol=1e-5)
     assert (found[0] - found[1]).abs().max() > 0.1

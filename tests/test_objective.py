@@ -1,6 +1,5 @@
 """The objective against closed forms, and what an update makes of it."""
 
-import dataclasses
 import importlib.util
 import math
 from pathlib import Path
@@ -71,9 +70,16 @@ def compute(script):
     """Return a function that gives the loss of the linear network on the batch of a run."""
 
     def of(parts):
-        return script.compute_loss(dataclasses.replace(parts.models, unet=parts.unet), parts.objective, parts.batch)
+        return compute_loss(script, parts, unet=parts.unet)
 
     return of
+
+
+def compute_loss(script, parts, batch=None, unet=None) -> torch.Tensor:
+    """Return the loss of each sample of a batch, encoded by the script, with the run's UNet or another."""
+    batch = parts.batch if batch is None else batch
+    latents, conditions = script.encode_batch(parts.models, batch)
+    return script.compute_loss(unet or parts.models.unet, parts.objective, latents, conditions, batch)
 
 
 def get_latents(parts) -> torch.Tensor:
@@ -109,10 +115,10 @@ def test_latents_are_scaled_samples_of_the_posterior(script, assemble, scaling_f
     """latents = scaling_factor (mean + std noise) of what AutoencoderKL makes of pixels from -1 to 1."""
     parts = assemble()
     parts.models.vae.register_to_config(scaling_factor=scaling_factor)
-    found = script.get_latents(parts.models, parts.batch)
+    found = script.encode_batch(parts.models, parts.batch)[0]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, get_latents(parts), rtol=1e-5, atol=1e-6)
-    still = script.get_latents(parts.models, {**parts.batch, "posterior_noise": torch.zeros(4, 4, 16, 16)})
+    still = script.encode_batch(parts.models, {**parts.batch, "posterior_noise": torch.zeros(4, 4, 16, 16)})[0]
     mode = parts.models.vae.encode(parts.batch["images"] / 127.5 - 1).latent_dist.mode()
     torch.testing.assert_close(still, scaling_factor * mode, rtol=1e-5, atol=1e-6)
 
@@ -120,11 +126,11 @@ def test_latents_are_scaled_samples_of_the_posterior(script, assemble, scaling_f
 def test_latents_are_normalised_where_the_vae_says_how(script, assemble):
     """With latents_mean and latents_std in the VAE's configuration, each channel is moved and scaled by them first."""
     parts = assemble()
-    plain = script.get_latents(parts.models, parts.batch) / parts.models.vae.config.scaling_factor
+    plain = script.encode_batch(parts.models, parts.batch)[0] / parts.models.vae.config.scaling_factor
     mean, std = [0.5, -1, 2, 0], [1, 2, 4, 0.5]
     parts.models.vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=0.5)
     expected = 0.5 * (plain - torch.tensor(mean).view(1, 4, 1, 1)) / torch.tensor(std).view(1, 4, 1, 1)
-    torch.testing.assert_close(script.get_latents(parts.models, parts.batch), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(script.encode_batch(parts.models, parts.batch)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -185,7 +191,7 @@ def test_only_the_unet_gets_gradients(script, assemble):
     """Frozen parts need none, and every weight of the UNet, or of its adapter, has one."""
     parts = assemble(TIMESTEPS)
     script.set_up_networks(parts.args, parts.models)
-    script.compute_loss(parts.models, parts.objective, parts.batch).mean().backward()
+    compute_loss(script, parts).mean().backward()
     for frozen in (parts.models.vae, *script.list_text_encoders(parts.models)):
         assert not frozen.training
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen.parameters())
@@ -331,7 +337,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(script, assemble):
         parts = assemble(TIMESTEPS, gradient_checkpointing=flag)
         script.set_up_networks(parts.args, parts.models)
         assert parts.models.unet.is_gradient_checkpointing == flag
-        loss = script.compute_loss(parts.models, parts.objective, parts.batch)
+        loss = compute_loss(script, parts)
         loss.mean().backward()
         results.append((loss.detach(), get_steps(parts.models.unet)))
     torch.testing.assert_close(*(loss for loss, _ in results), rtol=0, atol=0)
@@ -346,7 +352,7 @@ def test_channels_last_gives_the_same_loss(script, assemble):
         script.set_up_networks(parts.args, parts.models)
         weight = parts.models.unet.conv_in.weight
         assert weight.is_contiguous(memory_format=torch.channels_last if flag else torch.contiguous_format)
-        losses.append(script.compute_loss(parts.models, parts.objective, parts.batch).detach())
+        losses.append(compute_loss(script, parts).detach())
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
 
 
@@ -359,7 +365,7 @@ def take(batch: dict, begin: int, end: int) -> dict:
 def test_accumulated_gradients_are_those_of_the_whole_batch(script, assemble, cuts):
     """Every sample of an update counts the same, however its micro steps are cut, and the parts of the loss add up."""
     parts = assemble(TIMESTEPS, gradient_accumulation_steps=3)
-    expected = script.compute_loss(parts.models, parts.objective, parts.batch).mean()
+    expected = compute_loss(script, parts).mean()
     expected.backward()
     whole = get_steps(parts.models.unet)
     parts.models.unet.zero_grad()
@@ -381,7 +387,7 @@ def test_a_sample_of_weight_0_does_not_count(script, assemble):
     found = script.train_step(parts.accelerator, parts.models, parts.objective, parts.batch, step)[0]
     steps = get_steps(parts.models.unet)
     parts.models.unet.zero_grad()
-    expected = script.compute_loss(parts.models, parts.objective, take(parts.batch, 0, 1))[0]
+    expected = compute_loss(script, parts, take(parts.batch, 0, 1))[0]
     expected.backward()
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(steps, get_steps(parts.models.unet), rtol=1e-3, atol=1e-6)

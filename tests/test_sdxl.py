@@ -92,7 +92,7 @@ def test_sizes_are_those_of_the_crop_that_is_encoded(sdxl_script, assemble, nois
     batch = make_batch(sdxl_script, parts, [(epoch, index) for epoch in range(12) for index in range(3)])
     assert ("moments" in batch) == cached
     batch["posterior_noise"].zero_()
-    latents, seen = sdxl_script.get_latents(parts.models, batch), set()
+    latents, seen = sdxl_script.encode_batch(parts.models, batch)[0], set()
     for number, (found, time_ids) in enumerate(zip(latents, batch["time_ids"], strict=True)):
         height, width, top, left, *size = time_ids.int().tolist()
         image = Image.open(noise_folder / f"{number % 3}.png")
@@ -167,7 +167,7 @@ def test_captions_without_a_word_are_the_unconditional_branch(
         parts = assemble(model, data, proportion_empty_prompts=proportion, **caches)
         batch = make_batch(sdxl_script, parts, [(0, index) for index in range(4)])
         assert ("encoder_hidden_states" in batch) == cached
-        found = sdxl_script.get_conditions(parts.models, batch)
+        _, found = sdxl_script.encode_batch(parts.models, batch)
         for index in range(4):
             for name, states, expected in (
                     ("states", found["encoder_hidden_states"], unconditional),
@@ -288,7 +288,7 @@ def test_the_loss_by_hand(sdxl_script, assemble, tiny_model, image_folder, predi
     batch["timesteps"] = TIMESTEPS
     models = parts.models
     objective = sdxl_script.make_objective(parts.args, models.scheduler_config, torch.device("cpu"))
-    loss = sdxl_script.compute_loss(models, objective, batch)
+    loss = sdxl_script.compute_loss(models.unet, objective, *sdxl_script.encode_batch(models, batch), batch)
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model, unet=models.unet)  # with its adapters
     scheduler, noise = DDPMScheduler.from_config(pipeline.scheduler.config), batch["noise"]
@@ -318,7 +318,7 @@ def test_text_encoders_are_trained_where_their_states_are_used(sdxl_script, asse
     sdxl_script.set_up_networks(parts.args, models)
     batch = make_batch(sdxl_script, parts, [(0, index) for index in range(4)])
     objective = sdxl_script.make_objective(parts.args, models.scheduler_config, torch.device("cpu"))
-    sdxl_script.compute_loss(models, objective, batch).mean().backward()
+    sdxl_script.compute_loss(models.unet, objective, *sdxl_script.encode_batch(models, batch), batch).mean().backward()
     trained = sdxl_script.name_trained_parameters(accelerator, models)
     assert [name for name, parameter in trained.items() if parameter.grad is None or not parameter.grad.any()] == []
     names = [re.fullmatch(r"(text_encoder\w*)\.encoder\.layers\.(\d)\..+", name) for name in trained]

@@ -49,7 +49,7 @@ def test_a_named_vae_takes_the_place_of_the_models_own(script, image_folder, hub
     torch.manual_seed(77)
     posterior = make_vae().eval().encode(batch["images"] / 127.5 - 1).latent_dist
     expected = 0.9 * (posterior.mean + posterior.std * batch["posterior_noise"])
-    torch.testing.assert_close(script.get_latents(models, batch), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(script.encode_batch(models, batch)[0], expected, rtol=1e-4, atol=1e-5)
     if "lora" not in script.__name__:  # which exports no VAE
         run(script, make_args("team/model", image_folder, tmp_path / "out", **flags, max_train_steps=1))
         exported = load_file(tmp_path / "out" / "vae" / "diffusion_pytorch_model.safetensors")
@@ -95,7 +95,7 @@ def test_tiles_change_little(first_script, tiny_models, image_folder, tmp_path):
             models, batch = load_parts(script, model, image_folder, tmp_path / "out", resolution=size,
                                        vae_tiling=tiling)
             assert models.vae.use_tiling == tiling
-            found[size, tiling] = script.get_latents(models, batch)
+            found[size, tiling] = script.encode_batch(models, batch)[0]
     torch.testing.assert_close(found[32, True], found[32, False], rtol=1e-4, atol=1e-5)
     difference = (found[64, True] - found[64, False]).abs()
     assert difference.max() > 1e-3 and difference.mean() < 0.3 * found[64, False].std()
@@ -111,7 +111,7 @@ def test_pictures_are_decoded_as_they_were_encoded(script, tiny_model, image_fol
     with torch.no_grad():
         mean = models.vae.encode(batch["images"] / 127.5 - 1).latent_dist.mean
         expected = ((models.vae.decode(mean).sample + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
-    latents = script.get_latents(models, batch)
+    latents = script.encode_batch(models, batch)[0]
     assert torch.allclose(latents, mean * models.vae.config.scaling_factor, atol=1e-2) != has_statistics
     for index in range(4):
         picture = script.decode_latents(models.vae, latents[index : index + 1])
