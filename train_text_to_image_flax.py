@@ -2,33 +2,38 @@
 # Copyright 2026 The text-to-image fine-tuning authors. Licensed under the Apache License, Version 2.0.
 """Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned images with JAX, on TPUs, GPUs or CPUs.
 
-The objective, for an image x with caption c, its VAE latents z = scaling_factor * VAE(x), Gaussian noise e and a
-uniform timestep t (Ho et al. 2020, arXiv:2006.11239, eq. 14; Rombach et al. 2022, arXiv:2112.10752, eq. 3):
+For an image x with caption c, its latents z = scaling_factor * VAE(x), Gaussian noise e and a random timestep t
+(Ho et al. 2020, arXiv:2006.11239, eq. 14; Rombach et al. 2022, arXiv:2112.10752, eq. 3):
 
     z_t  = alpha_t z + sigma_t e,            alpha_t^2 + sigma_t^2 = 1
     loss = mean over samples of  w_t ||UNet(z_t, t, text(c)) - target||^2 / number of latent values
     target = e (epsilon), alpha_t e - sigma_t z (v_prediction) or z (sample);  w_t = 1, or Min-SNR
 
-UNet, VAE and text encoder are written here in Flax NNX, with arrays channels-last; torch is not needed. The weights
-that are trained are float32 whatever the precision of the run, which holds for its computations and the frozen parts.
-
-All devices of one machine, several machines (the same command on each), and after a crash or Ctrl-C:
+UNet, VAE and text encoder are written here as functions, with channels-last arrays; torch is not needed. Trainable
+weights stay float32; --mixed_precision sets the forward pass and the frozen networks.
 
     python train_text_to_image_flax.py --pretrained_model_name_or_path MODEL --train_data_dir FOLDER \\
         --mixed_precision bf16 --use_ema --validation_prompts "a red apple" --output_dir out
-    python train_text_to_image_flax.py ... --multi_host
-    python train_text_to_image_flax.py ... --resume_from_checkpoint latest
+    python train_text_to_image_flax.py ... --multi_host                        # the same on each of several machines
+    python train_text_to_image_flax.py ... --resume_from_checkpoint latest     # after a crash or Ctrl-C
 
-What stands in --output_dir afterwards:
+--output_dir then holds:
 
-    model_index.json, unet/, vae/, text_encoder/ ...   the pipeline: StableDiffusionPipeline.from_pretrained(folder)
-    checkpoint-N/            everything needed to go on after update N, written by Orbax
-    validation/step-N/       the pictures drawn after update N, and grid.png
+    model_index.json, unet/, vae/, text_encoder/ ...   for StableDiffusionPipeline.from_pretrained(folder)
+    checkpoint-N/            everything needed to resume after update N, written by Orbax
+    validation/step-N/       images drawn after update N, and grid.png
     logs/                    TensorBoard;  README.md: the model card
 
-Every random draw is a function of (seed, purpose, epoch, sample) and travels with the sample, so that a resumed run or
-another number of devices or processes repeats the same training. Rooms meant to be edited: `Data` (your data set:
-`CaptionedImages`) and `Objective` (`compute_loss`). The others should rarely need it.
+Read these; the rest is plumbing:
+
+    compute_loss             the objective, on one screen: a new noise option goes here
+    CaptionedImages          images and captions: replace it to read them from somewhere else
+    Samples                  how an image becomes a training sample, and all random draws
+    train                    the loop
+    main                     the whole run, in order
+
+Random draws depend on (seed, purpose, epoch, sample) only, so a resumed run, or one with another number of loader
+workers or processes, trains on the same batches.
 """
 
 from __future__ import annotations
@@ -73,6 +78,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import transformers
+from filelock import FileLock, Timeout
 from jax import Array as Tensor
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -101,23 +107,23 @@ MODEL_KIND = "Stable Diffusion 1.x or 2.x"
 
 @dataclass
 class Progress:
-    """Where a run stands: with the seed, all that decides what the next update trains on."""
+    """Position in training; with the seed it determines the next batch."""
 
     global_step: int = 0  # optimizer updates so far
-    epoch: int = 0  # passes over the data that were begun before this one
+    epoch: int = 0  # completed passes over the data
     samples_seen: int = 0  # samples of this epoch used so far, over all processes
 
     def advance(self, step: MicroStep) -> None:
-        """Count the update that `step` has ended."""
+        """Count the update that ends with `step`."""
         self.global_step, self.epoch, self.samples_seen = self.global_step + 1, step.epoch, step.last
 
 
 class Visit(NamedTuple):
-    """One use of one sample: the key that a loader hands to `Samples`."""
+    """One use of one sample: the key that a loader passes to `Samples`."""
 
     epoch: int
     index: int  # position in the data set
-    weight: float = 1.0  # 0 for a sample that only keeps a process busy in a batch too small to share
+    weight: float = 1.0  # 0 = padding, when a batch has fewer samples than processes
 
 
 class MicroStep(NamedTuple):
@@ -126,13 +132,13 @@ class MicroStep(NamedTuple):
     epoch: int
     first: int
     last: int
-    window_size: int  # samples in the whole update that this micro step belongs to
+    window_size: int  # samples in the update that this micro step is part of
     ends_update: bool
     ends_epoch: bool
 
 
 class Data(NamedTuple):
-    """What a run trains on, and what it only measures."""
+    """Training samples, and those for the held-out loss."""
 
     train: Samples
     held_out: Samples | None
@@ -147,13 +153,13 @@ class Models:
     vae: VAE
     unet: UNet
     configs: dict[str, dict]  # of the base model: the settings of its parts
-    scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
-    trained: tuple[str, ...]  # the names above of what is trained: unet, perhaps text_encoder
+    scheduler_config: dict  # of the noise schedule, with the flags applied
+    trained: tuple[str, ...]  # names of the trainable networks: unet, perhaps text_encoder
     frozen: dict[str, np.ndarray]  # in host memory, in the run's precision
     initial: dict[str, np.ndarray]  # what is trained as it was loaded, float32; empty once it is on the devices
     files: dict[str, Path]  # of the base model, by their place in the output folder
     placed: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # of `frozen`, what training needs on devices
-    state: TrainState | None = None  # this and the next are made by `prepare_training`
+    state: TrainState | None = None  # this and the next: set by `prepare_training`
     programs: Programs | None = None
 
 
@@ -1733,29 +1739,26 @@ def gather_object(things: list) -> list:
     return [thing for row, size in zip(padded, sizes, strict=True) for thing in pickle.loads(row[:size].tobytes())]
 
 
-def open_output_dir(args: Namespace, accelerator: Accelerator):
-    """Create the output folder, cleared of what a killed run has left; return the lock that keeps other runs out.
+def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | None:
+    """Create the output folder, without leftovers of a killed run; return the lock that keeps other runs out.
 
-    The lock, a file among the temporary ones of this machine, is held until the process ends. Raises ValueError where
-    another run has it, perhaps one that was told to stop and is still saving.
+    The lock is held until the process ends. Raises ValueError if another run on this machine has it.
     """
     lock, folder = None, Path(args.output_dir).resolve()
     if accelerator.is_main_process:
+        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+        lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), thread_local=False,
+                        is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".partial-probe").touch()  # cleared with the leftovers below
+            (folder / ".partial-probe").touch()  # one of the leftovers that are removed below
+            with contextlib.suppress(PermissionError):  # the lock's file is another user's
+                lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
+        except Timeout as error:
+            raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
+                             "saving: wait for its end, or name another folder.") from error
         except OSError as error:
             raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
-        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
-        with contextlib.suppress(ImportError, PermissionError):  # no such locks on Windows, or another user's file
-            import fcntl
-
-            lock = open(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), "w")  # noqa: SIM115 - stays open
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
-                                 "saving: wait for its end, or name another folder.") from error
         remove_leftovers(folder)
     accelerator.wait_for_everyone()
     return lock
@@ -1815,7 +1818,8 @@ def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, nu
                 f"output in {args.output_dir}")
 
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+# SLURM sends SIGUSR1 if told so by --signal=USR1@SECONDS; Windows has none
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class StopRequest:
@@ -1830,10 +1834,10 @@ class StopRequest:
         self.previous = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             self.previous = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
         else:
-            logger.warning("not in the main thread: signals do not stop this run; only its caller can")
+            logger.warning("not in the main thread: signals do not save and stop this run")
         return self
 
     def __exit__(self, *error) -> None:
@@ -1841,9 +1845,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame) -> None:
-        """Note the signal; a second one of the same kind ends the process at once."""
+        """Note the signal; a second one of the same kind ends the process at once, even while it waits for another."""
         self.signal_number = number
-        signal.signal(number, self.previous[number])
+        signal.signal(number, signal.SIG_DFL)
         logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once",
                        main_process_only=False)
 
@@ -3291,7 +3295,7 @@ class WandbTracker:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fine-tune the UNet as the flags say."""
+    """Train, from the command line or from `argv`."""
     args = parse_args(argv)
     accelerator = make_accelerator(args)
     configs = load_model_configs(args)
@@ -3314,7 +3318,7 @@ def main(argv: list[str] | None = None) -> None:
 
     log_run_header(args, accelerator, models, len(data.train), seed)
     if args.resume_from_checkpoint and checkpoint is None:
-        logger.warning(f"{args.output_dir} holds no checkpoint yet: starting from the beginning")
+        logger.warning(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
     signal_number = train(args, accelerator, models, data, progress, record)
     if not signal_number:
         last_images = validate(args, accelerator, models, data, progress)
@@ -3323,8 +3327,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.end_training()
     if signal_number:
         logger.warning(f"stopped by {signal.Signals(signal_number).name} after update {progress.global_step}, which "
-                       "is saved. Give the same command with --resume_from_checkpoint latest to go on, or name "
-                       f"checkpoint-{progress.global_step}.")
+                       "is saved: to continue, repeat the command with --resume_from_checkpoint latest")
         sys.exit(128 + signal_number)
 
 

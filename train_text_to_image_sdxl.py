@@ -2,38 +2,41 @@
 # Copyright 2026 The text-to-image fine-tuning authors. Licensed under the Apache License, Version 2.0.
 """Fine-tune the whole UNet of Stable Diffusion XL on captioned images.
 
-The objective, for an image x with caption c, its VAE latents z = scaling_factor * VAE(x), Gaussian noise e and a
-uniform timestep t (Ho et al. 2020, arXiv:2006.11239, eq. 14; Podell et al. 2023, arXiv:2307.01952):
+For an image x with caption c, its latents z = scaling_factor * VAE(x), Gaussian noise e and a random timestep t
+(Ho et al. 2020, arXiv:2006.11239, eq. 14; Podell et al. 2023, arXiv:2307.01952):
 
     z_t  = alpha_t z + sigma_t e,            alpha_t^2 + sigma_t^2 = 1
     loss = mean over samples of  w_t ||UNet(z_t, t, text(c), size) - target||^2 / number of latent values
     target = e (epsilon), alpha_t e - sigma_t z (v_prediction) or z (sample);  w_t = 1, or Min-SNR
-    text = the penultimate states of both text encoders side by side, and the pooled output of the second
-    size = height and width of the whole image, top and left of the crop in it, height and width of the crop
+    text = the penultimate states of both text encoders, concatenated, and the pooled output of the second
+    size = height and width of the whole image, top and left of the crop, height and width of the crop
 
-Images and captions are encoded once, before training, and kept on disk: several crops of each image, plain and
-mirrored, each with its own sizes, of which every visit draws one (--no_cache_latents and --no_cache_text_embeddings
-encode at each visit). The UNet is float32 whatever the precision of the run, which holds for its forward pass and the
-text encoders. The VAE is float32 too, unless its configuration says that half precision is safe.
-
-One GPU, several GPUs, and after a crash or Ctrl-C:
+Images and captions are encoded once, before training, and kept on disk: several crops of each image, of which one is
+drawn each time (--no_cache_latents and --no_cache_text_embeddings turn that off). UNet weights stay float32;
+--mixed_precision sets the forward pass and the text encoders. The VAE is float32 unless its configuration allows half
+precision.
 
     accelerate launch --mixed_precision bf16 train_text_to_image_sdxl.py --pretrained_model_name_or_path MODEL \\
         --train_data_dir FOLDER --gradient_checkpointing --validation_prompt "a red apple" --output_dir out
-    accelerate launch --multi_gpu --mixed_precision bf16 train_text_to_image_sdxl.py ...
-    accelerate launch train_text_to_image_sdxl.py ... --resume_from_checkpoint latest
+    accelerate launch --multi_gpu train_text_to_image_sdxl.py ... --resume_from_checkpoint latest
 
-What stands in --output_dir afterwards:
+--output_dir then holds:
 
-    model_index.json, unet/, vae/, text_encoder/, text_encoder_2/ ...   the pipeline, for
-                             StableDiffusionXLPipeline.from_pretrained(folder)
-    checkpoint-N/            everything needed to go on after update N, and unet/ (unet_ema/) to draw with
-    validation/step-N/       the pictures drawn after update N, and grid.png
+    model_index.json, unet/, vae/, text_encoder/ ...   for StableDiffusionXLPipeline.from_pretrained(folder)
+    checkpoint-N/            everything needed to resume after update N; unet/ (and unet_ema/) in it can be loaded
+    validation/step-N/       images drawn after update N, and grid.png
     logs/                    TensorBoard;  README.md: the model card
 
-Every random draw is a function of (seed, purpose, epoch, sample) and travels with the sample, so that a resumed run,
-another number of loader workers or another number of processes repeats the same training. Rooms meant to be edited:
-`Data` (your data set: `CaptionedImages`) and `Objective` (`compute_loss`). The others should rarely need it.
+Read these; the rest is plumbing:
+
+    compute_loss             the objective, on one screen: a new noise option goes here
+    CaptionedImages          images and captions: replace it to read them from somewhere else
+    Samples                  how an image becomes a training sample, and all random draws
+    train                    the loop
+    main                     the whole run, in order
+
+Random draws depend on (seed, purpose, epoch, sample) only, so a resumed run, or one with another number of loader
+workers or processes, trains on the same batches.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +89,7 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -105,23 +110,23 @@ MODEL_KIND = "Stable Diffusion XL"
 
 @dataclass
 class Progress:
-    """Where a run stands: with the seed, all that decides what the next update trains on."""
+    """Position in training; with the seed it determines the next batch."""
 
     global_step: int = 0  # optimizer updates so far
-    epoch: int = 0  # passes over the data that were begun before this one
+    epoch: int = 0  # completed passes over the data
     samples_seen: int = 0  # samples of this epoch used so far, over all processes
 
     def advance(self, step: MicroStep) -> None:
-        """Count the update that `step` has ended."""
+        """Count the update that ends with `step`."""
         self.global_step, self.epoch, self.samples_seen = self.global_step + 1, step.epoch, step.last
 
 
 class Visit(NamedTuple):
-    """One use of one sample: the key that a loader hands to `Samples`."""
+    """One use of one sample: the key that a loader passes to `Samples`."""
 
     epoch: int
     index: int  # position in the data set
-    weight: float = 1.0  # 0 for a sample that only keeps a process busy in a batch too small to share
+    weight: float = 1.0  # 0 = padding, when a batch has fewer samples than processes
 
 
 class MicroStep(NamedTuple):
@@ -130,13 +135,13 @@ class MicroStep(NamedTuple):
     epoch: int
     first: int
     last: int
-    window_size: int  # samples in the whole update that this micro step belongs to
+    window_size: int  # samples in the update that this micro step is part of
     ends_update: bool
     ends_epoch: bool
 
 
 class Data(NamedTuple):
-    """What a run trains on, and what it only measures."""
+    """Training samples, and those for the held-out loss."""
 
     train: Samples
     held_out: Samples | None
@@ -144,20 +149,20 @@ class Data(NamedTuple):
 
 @dataclass
 class Models:
-    """The networks of a run and what trains them."""
+    """The networks of a run, their optimizer and learning-rate schedule."""
 
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
-    text_encoder: torch.nn.Module  # both frozen and in weight_dtype, or trained as the UNet with --train_text_encoder
+    text_encoder: torch.nn.Module  # both frozen, weight_dtype; or like the UNet with --train_text_encoder
     text_encoder_2: torch.nn.Module
     vae: AutoencoderKL  # frozen, float32 or weight_dtype
-    unet: torch.nn.Module  # trained, float32; after `prepare` whatever accelerate wraps it in
-    scheduler_config: dict  # of the noise schedule that is trained, with the flags applied
-    force_zeros_for_empty_prompt: bool  # the pipeline's: whether no caption means zeros in place of text states
-    trained: tuple[str, ...]  # the names above of what is trained: unet, perhaps both text encoders
+    unet: torch.nn.Module  # trainable, float32; wrapped by accelerate after `prepare`
+    scheduler_config: dict  # of the noise schedule, with the flags applied
+    force_zeros_for_empty_prompt: bool  # of the pipeline: an empty prompt means zeros instead of text states
+    trained: tuple[str, ...]  # names of the trainable networks: unet, perhaps both text encoders
     clip_skip: int | None = None  # layers before the last whose text states are used, with --clip_skip
     ema: EmaWeights | None = None
-    optimizer: torch.optim.Optimizer | None = None  # this and the next are made by `prepare_training`
+    optimizer: torch.optim.Optimizer | None = None  # this and the next: set by `prepare_training`
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
 
@@ -673,9 +678,9 @@ def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, a
 
 
 def start_loader_process(worker_id: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach a whole process group, to the process that trains: it ends its loaders."""
+    """Ignore the signals that reach a whole process group: the training process ends its loaders by itself."""
     torch.utils.data.get_worker_info().dataset.is_loader_process = True
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -1176,6 +1181,8 @@ def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
 # ---- Setup ----------------------------------------------------------------------------------------------------------
 
 LONGEST_WAIT = timedelta(hours=2)  # of one process for another, as for the first one to download the data
+# SLURM sends SIGUSR1 if told so by --signal=USR1@SECONDS; Windows has none
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
@@ -1215,29 +1222,26 @@ def make_accelerator(args: Namespace) -> Accelerator:
     return accelerator
 
 
-def open_output_dir(args: Namespace, accelerator: Accelerator):
-    """Create the output folder, cleared of what a killed run has left; return the lock that keeps other runs out.
+def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | None:
+    """Create the output folder, without leftovers of a killed run; return the lock that keeps other runs out.
 
-    The lock, a file among the temporary ones of this machine, is held until the process ends. Raises ValueError where
-    another run has it, perhaps one that was told to stop and is still saving.
+    The lock is held until the process ends. Raises ValueError if another run on this machine has it.
     """
     lock, folder = None, Path(args.output_dir).resolve()
     if accelerator.is_main_process:
+        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+        lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), thread_local=False,
+                        is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".partial-probe").touch()  # cleared with the leftovers below
+            (folder / ".partial-probe").touch()  # one of the leftovers that are removed below
+            with contextlib.suppress(PermissionError):  # the lock's file is another user's
+                lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
+        except Timeout as error:
+            raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
+                             "saving: wait for its end, or name another folder.") from error
         except OSError as error:
             raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
-        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
-        with contextlib.suppress(ImportError, PermissionError):  # no such locks on Windows, or another user's file
-            import fcntl
-
-            lock = open(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), "w")  # noqa: SIM115 - stays open
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
-                                 "saving: wait for its end, or name another folder.") from error
         remove_leftovers(folder)
     accelerator.wait_for_everyone()
     return lock
@@ -1299,30 +1303,27 @@ def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, nu
 
 
 class StopRequest:
-    """Turns SIGTERM or the first Ctrl-C into a wish to save and stop, on which all processes agree.
-
-    The agreement is one small all-reduce per update on the CPU, read one update late, so that nobody waits for it.
-    """
+    """On SIGTERM, SIGUSR1 (SLURM, before the time limit) or the first Ctrl-C, all processes save and stop."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.signal_number = 0
-        self.pending = None
+        self.signal_number, self.previous = 0, {}
         self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> StopRequest:
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self.previous = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
+        else:
+            logger.warning("not in the main thread: signals do not save and stop this run")
         return self
 
     def __exit__(self, *error) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if self.pending is not None and error[0] is None:
-            self.pending[1].wait()
 
     def receive(self, number: int, frame) -> None:
-        """Note the signal; a second one of the same kind ends the process at once."""
+        """Note the signal; a second one of the same kind ends the process at once, even while it waits for another."""
         self.signal_number = number
-        signal.signal(number, self.previous[number])
+        signal.signal(number, signal.SIG_DFL)
         logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once",
                        main_process_only=False)
 
@@ -1330,13 +1331,9 @@ class StopRequest:
         """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
         if self.group is None:
             return self.signal_number
-        flag = torch.tensor([self.signal_number])
-        work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self.group, async_op=True)
-        previous, self.pending = self.pending, (flag, work)
-        if previous is None:
-            return 0
-        previous[1].wait()
-        return int(previous[0])
+        number = torch.tensor(self.signal_number)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
+        return int(number)
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -2568,8 +2565,7 @@ class Meter:
                 for (step, numbers, _, norms, _), loss, own in zip(self.updates, losses, self.name_image_losses(),
                                                                    strict=True)]
         rows[-1][1].update(images_per_second=self.num_images / seconds, data_wait=self.waited / seconds,
-                           peak_memory_gib=get_peak_memory(self.accelerator.device), skipped_images=skipped,
-                           long_captions=long)
+                           **get_peak_memory(self.accelerator.device), skipped_images=skipped, long_captions=long)
         log_rows(self.accelerator, rows)
         latest = rows[-1][1]
         with contextlib.suppress(OSError):
@@ -2642,21 +2638,23 @@ def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], pr
             logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
 
 
-def get_peak_memory(device: torch.device) -> float:
-    """Return the most memory used so far in GiB: of a GPU by its tensors, without one by the whole process."""
+def get_peak_memory(device: torch.device) -> dict[str, float]:
+    """Return `peak_memory_gib` so far: of the tensors on a GPU, or of the whole process, but not on Windows."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not there on Windows
-
+        return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return {}
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fine-tune the UNet as the flags say."""
+    """Train, from the command line or from `argv`."""
     args = parse_args(argv)
     accelerator = make_accelerator(args)
     configs = load_model_configs(args)
@@ -2682,7 +2680,7 @@ def main(argv: list[str] | None = None) -> None:
 
     log_run_header(args, accelerator, models, len(data.train), seed)
     if args.resume_from_checkpoint and checkpoint is None:
-        logger.warning(f"{args.output_dir} holds no checkpoint yet: starting from the beginning")
+        logger.warning(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
     signal_number = train(args, accelerator, models, objective, data, progress, record)
     if not signal_number:
         last_images = validate(args, accelerator, models, objective, data, progress)
@@ -2691,8 +2689,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.end_training()
     if signal_number:
         logger.warning(f"stopped by {signal.Signals(signal_number).name} after update {progress.global_step}, which "
-                       "is saved. Give the same command with --resume_from_checkpoint latest to go on, or name "
-                       f"checkpoint-{progress.global_step}.")
+                       "is saved: to continue, repeat the command with --resume_from_checkpoint latest")
         sys.exit(128 + signal_number)
 
 

@@ -27,7 +27,6 @@ from runs import (
 from safetensors.torch import load_file
 
 # These tests stop processes at a moment of their own, which a busy machine may let pass: each gets one more try.
-pytestmark = pytest.mark.flaky(reruns=1)
 
 NUM_UPDATES = 7
 PROMPTS = ["one", "two", "three"]
@@ -174,7 +173,7 @@ def test_signal_to_one_process_stops_both_in_the_same_update(script, args, tmp_p
     """They save it once and say how to go on; resumed, they repeat the run that was not stopped there."""
     out, log = tmp_path / "out", tmp_path / "log"
     flags = {"validation_prompts": None, "validation_data_dir": None, "lr_scheduler": "constant", "lr_warmup_steps": 0}
-    first, second = start_pair(script, args(out, max_train_steps=500, checkpointing_steps=2, **flags), log)
+    first, second = start_pair(script, args(out, max_train_steps=100_000, checkpointing_steps=2, **flags), log)
     with first, second:
         second.wait_until((out / "checkpoint-2").exists)
         second.kill(signal.SIGTERM)
@@ -217,7 +216,7 @@ def test_signal_to_the_launcher_stops_all(script, args, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    argv = args(out, max_train_steps=500, checkpointing_steps=500, dataloader_num_workers=1, logging_steps=2,
+    argv = args(out, max_train_steps=100_000, checkpointing_steps=100_000, dataloader_num_workers=1, logging_steps=2,
                 validation_steps=None)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                "--main_process_port", str(port), *get_command(script, argv)[1:]]
@@ -227,7 +226,7 @@ def test_signal_to_the_launcher_stops_all(script, args, tmp_path):
         while "loss" not in log.read_text() and launcher.poll() is None and time.monotonic() < end:
             time.sleep(0.05)  # the bar shows a loss after the first two updates
         launcher.terminate()
-        assert launcher.wait(60) != 0
+        assert launcher.wait(180) != 0
     (name,) = list_names(out)
     assert read_record(out / name)["num_processes"] == 2
     assert {"random_states_0.pkl", "random_states_1.pkl"} <= list_names(out / name, "*")

@@ -865,7 +865,7 @@ def test_signals_ask_for_a_stop_once(flax, name):
         with flax.StopRequest(SimpleNamespace(num_processes=1)) as stop_request:
             assert stop_request.agreed({}) == 0
             signal.raise_signal(number)
-            assert stop_request.agreed({}) == number and signal.getsignal(number) == signal.SIG_IGN
+            assert stop_request.agreed({}) == number and signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)
 

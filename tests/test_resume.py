@@ -16,7 +16,6 @@ import pytest
 import torch
 from conftest import (
     TORCH_SCRIPTS,
-    UNCACHED,
     in_first_script,
     list_adapter_flags,
     make_args,
@@ -37,7 +36,6 @@ from runs import (
 )
 
 # These tests stop processes at a moment of their own, which a busy machine may let pass: each gets one more try.
-pytestmark = pytest.mark.flaky(reruns=1)
 
 NUM_UPDATES = 6
 EVERY_OPTION = {
@@ -202,7 +200,7 @@ def test_sigterm_to_the_command_saves_and_says_how_to_go_on(script, args, tmp_pa
     """The process ends with status 143 and a checkpoint, from which the run goes on as if it had not been stopped."""
     out, log = tmp_path / "out", tmp_path / "log"
     with log.open("w") as stream, subprocess.Popen(
-            get_command(script, args(out, max_train_steps=500, lr_scheduler="constant", lr_warmup_steps=0)),
+            get_command(script, args(out, max_train_steps=100_000, lr_scheduler="constant", lr_warmup_steps=0)),
             stderr=stream, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         end = time.monotonic() + 120
         while "loss" not in log.read_text() and process.poll() is None and time.monotonic() < end:
@@ -221,19 +219,26 @@ def test_sigterm_to_the_command_saves_and_says_how_to_go_on(script, args, tmp_pa
     assert_same_run(out, tmp_path / "whole", step + 2)
 
 
+def find_newest_step(script, out: Path) -> int:
+    """Return the step of the newest checkpoint."""
+    return int(script.list_checkpoints(str(out))[-1].name.removeprefix("checkpoint-"))
+
+
 @in_first_script
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=["Ctrl-C", "SIGTERM", "USR1"])
 def test_signal_to_all_processes_of_a_run_saves_too(script, args, number, tmp_path):
     """Ctrl-C and batch systems signal the loader's processes as well: the run still saves and ends in good order."""
     out, log = tmp_path / "out", tmp_path / "log"
-    argv = args(out, max_train_steps=500, checkpointing_steps=2, dataloader_num_workers=2)
+    argv = args(out, max_train_steps=100_000, checkpointing_steps=2, checkpoints_total_limit=2,
+                dataloader_num_workers=2)
     with Run(script, argv, log) as child:
-        child.wait_until((out / "checkpoint-2").exists)
+        child.wait_until(lambda: script.list_checkpoints(str(out)))
         loaders = psutil.Process(child.process.pid).children()
         assert len(loaders) == 2
         for process in loaders:
             process.send_signal(number)
-        time.sleep(0.3)
+        before = find_newest_step(script, out)
+        child.wait_until(lambda: find_newest_step(script, out) >= before + 10)  # more than was loaded ahead
         child.kill(number)
         assert child.end() == 128 + number, log.read_text()
     newest = script.list_checkpoints(str(out))[-1].name
@@ -242,18 +247,21 @@ def test_signal_to_all_processes_of_a_run_saves_too(script, args, number, tmp_pa
 
 
 @in_first_script
-def test_second_ctrl_c_stops_at_once(script, tiny_model, tmp_path):
+def test_second_ctrl_c_stops_at_once(script, args, tmp_path):
     """Who cannot wait for the end of an update asks again, and the process is gone without a checkpoint."""
     out, log = tmp_path / "out", tmp_path / "log"
-    data = make_image_folder(tmp_path / "data", count=160)
-    argv = make_args(tiny_model, data, out, **UNCACHED, resolution=64, train_batch_size=1, max_train_steps=6,
-                     gradient_accumulation_steps=160)  # long updates of short passes
-    with Run(script, argv, log) as child:
-        child.wait_until(lambda: log.exists() and re.search(r" [1-5]/6 ", log.read_text()))
-        child.kill(signal.SIGINT)
-        child.wait_until(lambda: "ask again" in log.read_text())
-        child.kill(signal.SIGINT)
-        assert child.end() not in (0, 128 + signal.SIGINT)
+    with Run(script, args(out, dataloader_num_workers=1), log) as child:
+        process = psutil.Process(child.process.pid)
+        child.wait_until(process.children)
+        (loader,) = process.children()
+        loader.suspend()  # so that the update cannot end
+        try:
+            child.kill(signal.SIGINT)
+            child.wait_until(lambda: "ask again" in log.read_text())
+            child.kill(signal.SIGINT)
+            assert child.end() == -signal.SIGINT
+        finally:
+            loader.kill()
     assert list_names(out) == set()
 
 

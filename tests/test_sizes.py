@@ -1,0 +1,58 @@
+"""How large the scripts may become. Tokens are limited together with lines, so that nobody wins by packing.
+
+`make check` runs this file without conftest.py: it needs pytest and the standard library only.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import pathlib
+import tokenize
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIMITS = {  # lines, and tokens of code: without comments, docstrings and the ends of lines
+    "train_text_to_image.py": (2100, 16_500),
+    "train_text_to_image_lora.py": (2250, 17_500),
+    "train_text_to_image_sdxl.py": (2100, 16_500),
+    "train_text_to_image_lora_sdxl.py": (2250, 17_500),
+    "train_text_to_image_flax.py": (3000, 25_000),
+}
+COMPUTE_LOSS_LINE = 350  # what people read first stands first
+NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
+            tokenize.ENDMARKER}
+
+
+def count_tokens(source: str) -> int:
+    """Return the number of tokens of code."""
+    with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {node.body[0].lineno for node in ast.walk(ast.parse(source))
+                  if isinstance(node, with_docstring) and ast.get_docstring(node, clean=False) is not None}
+    return sum(token.type not in NOT_CODE and not (token.type == tokenize.STRING and token.start[0] in docstrings)
+               for token in tokenize.generate_tokens(io.StringIO(source).readline))
+
+
+def test_tokens_are_those_of_code():
+    source = '"""One."""\n\n\ndef halve(x):  # two\n    """Three."""\n    return (\n        x / 2\n    )\n'
+    assert count_tokens(source) == len("def halve ( x ) : return ( x / 2 )".split())
+
+
+def test_every_script_has_a_limit():
+    assert LIMITS.keys() == {path.name for path in ROOT.glob("train_*.py")}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_script_is_not_too_long(name):
+    source = (ROOT / name).read_text(encoding="utf-8")
+    lines, tokens = LIMITS[name]
+    assert (len(source.splitlines()) <= lines, count_tokens(source) <= tokens) == (True, True), (
+        f"{len(source.splitlines())} lines of {lines}, {count_tokens(source)} tokens of {tokens}")
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_objective_stands_near_the_top(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    (at,) = (number for number, line in enumerate(lines, 1) if line.startswith("def compute_loss("))
+    assert at <= COMPUTE_LOSS_LINE
