@@ -28,12 +28,9 @@ Read these; the rest is plumbing:
 
     compute_loss             the objective, on one screen: a new noise option goes here
     CaptionedImages          images and captions: replace it to read them from somewhere else
-    Samples                  how an image becomes a training sample, and all random draws
+    Samples                  how an image becomes a training sample; random draws depend on seed, epoch and image only
     train                    the loop
     main                     the whole run, in order
-
-Random draws depend on (seed, purpose, epoch, sample) only, so a resumed run, or one with another number of loader
-workers or processes, trains on the same batches.
 """
 
 from __future__ import annotations
@@ -1543,10 +1540,9 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
     earlier = earlier or [RESULT] * Path(args.output_dir, RESULT).exists()
     refuse(
         parser,
-        (args.dataset_name is None and args.train_data_dir is None,
-         "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
-        (args.dataset_name is None and not Path(args.train_data_dir or "").is_dir(),
-         f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
+        (args.dataset_name is None and not Path(args.train_data_dir or os.devnull).is_dir(),
+         f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
+         "or --dataset_name NAME."),
         (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
         (not args.output_dir or Path(args.output_dir).is_file(),
@@ -1633,8 +1629,7 @@ def make_accelerator(args: Namespace) -> Accelerator:
     if args.fsdp and accelerator.num_devices == 1:
         logger.warning("--fsdp divides nothing: this run has one device")
     for library in (datasets, transformers):
-        level = logging.WARNING if accelerator.is_main_process else logging.ERROR
-        library.utils.logging.set_verbosity(level)
+        library.utils.logging.set_verbosity(logging.WARNING if accelerator.is_main_process else logging.ERROR)
         if library is not datasets or not accelerator.is_main_process:
             library.utils.logging.disable_progress_bar()
     if args.attention == "cudnn" and jax.default_backend() != "gpu":
@@ -1776,9 +1771,9 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
             try:
                 args.hub_model_id = huggingface_hub.create_repo(
                     name, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token).repo_id
-            except Exception as error:  # no network, no login, no right to that name
-                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Mend that, or drop the flag and give "
-                                 "`hf upload` the output folder afterwards.") from error
+            except Exception as error:  # no network, no login, or no right to that name
+                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Fix that, or drop the flag and "
+                                 "upload the output folder afterwards with `hf upload`.") from error
         if seed is None:
             seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
         accelerator.trackers = [make_tracker(name, args) for name in args.report_to.split(",") if name != "none"]
@@ -1788,12 +1783,12 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
 
 
 def get_public_args(args: Namespace) -> dict:
-    """Return the flags that may be written down: all that are set, but for the token."""
+    """Return the flags that are set, without the token: these may be written to files and trackers."""
     return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
 
 
 def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: Samples) -> dict:
-    """Return what a checkpoint keeps about the run that made it, ready for JSON."""
+    """Return what a checkpoint records about its run, as JSON types."""
     versions = {library.__name__: library.__version__ for library in (jax, flax, optax, transformers)}
     return {"seed": seed, "num_processes": accelerator.num_devices, "precision": accelerator.mixed_precision,
             "captions_digest": getattr(samples.images, "captions_digest", None),
@@ -1801,9 +1796,8 @@ def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, sample
             "versions": versions, "flags": get_public_args(args)}
 
 
-def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
-                   seed: int) -> None:
-    """Log the facts that decide the run."""
+def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int) -> None:
+    """Log what is trained, on what, and for how long."""
     trained = sum(array.size for array in models.state.weights.values())
     last_step = compute_last_step(args, num_samples, accelerator.num_devices)
     logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
@@ -1813,7 +1807,7 @@ def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, nu
                 f"{accelerator.num_devices} devices ({jax.devices()[0].device_kind}) of "
                 f"{accelerator.num_processes} processes")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= last_step:
-        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} is no shorter than the run of {last_step} updates")
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: the whole run of {last_step} updates is warmup")
     logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
                 f"output in {args.output_dir}")
 

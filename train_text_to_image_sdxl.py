@@ -31,12 +31,9 @@ Read these; the rest is plumbing:
 
     compute_loss             the objective, on one screen: a new noise option goes here
     CaptionedImages          images and captions: replace it to read them from somewhere else
-    Samples                  how an image becomes a training sample, and all random draws
+    Samples                  how an image becomes a training sample; random draws depend on seed, epoch and image only
     train                    the loop
     main                     the whole run, in order
-
-Random draws depend on (seed, purpose, epoch, sample) only, so a resumed run, or one with another number of loader
-workers or processes, trains on the same batches.
 """
 
 from __future__ import annotations
@@ -1101,10 +1098,9 @@ def check_args(parser: ArgumentParser, args: Namespace) -> None:
     earlier = earlier or [RESULT] * Path(args.output_dir, RESULT).exists()
     refuse(
         parser,
-        (args.dataset_name is None and args.train_data_dir is None,
-         "no data: give --train_data_dir FOLDER with captioned images, or --dataset_name NAME."),
-        (args.dataset_name is None and not Path(args.train_data_dir or "").is_dir(),
-         f"--train_data_dir {args.train_data_dir} is not a folder; for a data set on the hub use --dataset_name."),
+        (args.dataset_name is None and not Path(args.train_data_dir or os.devnull).is_dir(),
+         f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
+         "or --dataset_name NAME."),
         (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
         (not args.output_dir or Path(args.output_dir).is_file(),
@@ -1180,13 +1176,13 @@ def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
 
 # ---- Setup ----------------------------------------------------------------------------------------------------------
 
-LONGEST_WAIT = timedelta(hours=2)  # of one process for another, as for the first one to download the data
+LONGEST_WAIT = timedelta(hours=2)  # of one process for another, for example while it downloads the data
 # SLURM sends SIGUSR1 if told so by --signal=USR1@SECONDS; Windows has none
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
-    """Return the accelerator, with quiet libraries and logs on the main process."""
+    """Return the accelerator; only the main process logs, and libraries log warnings only."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     trackers = args.report_to.split(",")
     logs = str(Path(args.output_dir, args.logging_dir))
@@ -1201,19 +1197,17 @@ def make_accelerator(args: Namespace) -> Accelerator:
                          AutocastKwargs(cache_enabled=False)],  # nor of weights: a pass uses each only once
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(f"{accelerator.distributed_type.value} shards the weights, which this script can not yet "
-                         "average, save or draw with: use --multi_gpu, and for memory --gradient_checkpointing or "
-                         "--use_8bit_adam.")
+        raise ValueError(f"{accelerator.distributed_type.value} shards the weights, which is not supported: "
+                         "use --multi_gpu, and to save memory --gradient_checkpointing or --use_8bit_adam.")
     if accelerator.mixed_precision != "no" and not accelerator.native_amp:
         raise ValueError(f"precision {accelerator.mixed_precision}, from --mixed_precision or accelerate's "
                          f"configuration, does not work on {accelerator.device.type}: use --mixed_precision no.")
     if args.optimizer_in_backward and (accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16"):
-        raise ValueError("--optimizer_in_backward updates before gradients could be averaged or unscaled: it needs "
-                         "one process and --mixed_precision bf16 or no; here are "
-                         f"{accelerator.num_processes} processes and {accelerator.mixed_precision}.")
+        raise ValueError("--optimizer_in_backward updates before gradients are averaged or unscaled: it needs one "
+                         f"process and --mixed_precision bf16 or no, got {accelerator.num_processes} processes and "
+                         f"{accelerator.mixed_precision}.")
     for library in (datasets, diffusers, transformers):
-        level = logging.WARNING if accelerator.is_main_process else logging.ERROR
-        library.utils.logging.set_verbosity(level)
+        library.utils.logging.set_verbosity(logging.WARNING if accelerator.is_main_process else logging.ERROR)
         if library is not datasets or not accelerator.is_local_main_process:
             library.utils.logging.disable_progress_bar()
     for name in ("httpx", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils.other"):
@@ -1259,9 +1253,9 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
             try:
                 args.hub_model_id = huggingface_hub.create_repo(
                     name, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token).repo_id
-            except Exception as error:  # no network, no login, no right to that name
-                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Mend that, or drop the flag and give "
-                                 "`hf upload` the output folder afterwards.") from error
+            except Exception as error:  # no network, no login, or no right to that name
+                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Fix that, or drop the flag and "
+                                 "upload the output folder afterwards with `hf upload`.") from error
         if seed is None:
             seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
     seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
@@ -1273,12 +1267,12 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
 
 
 def get_public_args(args: Namespace) -> dict:
-    """Return the flags that may be written down: all that are set, but for the token."""
+    """Return the flags that are set, without the token: these may be written to files and trackers."""
     return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
 
 
 def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: Samples) -> dict:
-    """Return what a checkpoint keeps about the run that made it, ready for JSON."""
+    """Return what a checkpoint records about its run, as JSON types."""
     versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, accelerate)}
     return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
             "captions_digest": getattr(samples.images, "captions_digest", None),
@@ -1286,9 +1280,8 @@ def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, sample
             "versions": versions, "flags": get_public_args(args)}
 
 
-def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int,
-                   seed: int) -> None:
-    """Log the facts that decide the run."""
+def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int) -> None:
+    """Log what is trained, on what, and for how long."""
     trained = sum(parameter.numel() for parameter in name_trained_parameters(accelerator, models).values())
     last_step = compute_last_step(args, num_samples, accelerator.num_processes)
     logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
@@ -1297,7 +1290,7 @@ def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, nu
                 f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
                 f"{accelerator.num_processes} processes on {accelerator.device}")
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= last_step:
-        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps} is no shorter than the run of {last_step} updates")
+        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: the whole run of {last_step} updates is warmup")
     logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
                 f"output in {args.output_dir}")
 
@@ -1307,7 +1300,9 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal_number, self.previous = 0, {}
-        self.group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.group = None
+        if accelerator.num_processes > 1:
+            self.group = torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo")
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers

@@ -60,7 +60,7 @@ def test_updates_in_the_backward_pass_need_one_process(first_script, tiny_models
     first, second = start_pair(first_script, argv, tmp_path / "log")
     with first, second:
         assert (first.end(), second.end()) == (1, 1)
-    assert "it needs one process and --mixed_precision bf16 or no; here are 2 processes" in (
+    assert "it needs one process and --mixed_precision bf16 or no, got 2 processes" in (
         tmp_path / "log").read_text()
     assert not (tmp_path / "out").exists()
 
