@@ -929,7 +929,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
             ends_run = progress.global_step == last_step or signal_number
             if ends_run or progress.global_step % args.checkpointing_steps == 0:
                 meter.flush()
-                save_checkpoint(args, accelerator, progress, record)
+                save_checkpoint(args, accelerator, models, progress, record)
                 meter.restart_clock()
             if ends_run:
                 break
@@ -1652,7 +1652,6 @@ class Accelerator:
                                       for devices in (jax.devices(), jax.local_devices()))
         self.whole = NamedSharding(self.mesh, PartitionSpec())  # of what every device has a copy of
         self.trackers: list[TensorBoardTracker | WandbTracker] = []
-        self.models: Models | None = None  # whose state `save_state` writes
 
     def wait_for_everyone(self) -> None:
         """Return when every process has come here."""
@@ -1667,11 +1666,6 @@ class Accelerator:
         yield
         if self.is_main_process:
             self.wait_for_everyone()
-
-    def save_state(self, folder: str) -> None:
-        """Write the state of training into a folder, every process its part."""
-        self.wait_for_everyone()
-        save_state(self.models.state, Path(folder).resolve())
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         """Send numbers to the trackers."""
@@ -2372,7 +2366,7 @@ class EncodedRows:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             np.save(aside, rows)
-            finish_file(aside)
+            finish_files(aside)
             aside.replace(path)
         except OSError as error:
             aside.unlink(missing_ok=True)
@@ -2451,7 +2445,6 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
     used = [part for part in SETTINGS if part not in (*models.trained, *list_cached(args))]
     models.placed = place_frozen(accelerator, models, used)
     models.programs = make_programs(args, accelerator, models, objective, recipe, places)
-    accelerator.models = models
 
 
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
@@ -2564,16 +2557,13 @@ def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedu
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions
 TRAINED = "state"  # in a checkpoint: weights and moments, and the sign that this script made it
-EMA_FOLDER = "averages"  # in a checkpoint: the averaged weights
+EMA_FOLDER = "averages"  # in a checkpoint: the EMA weights
 LOSS_SCALE_FOLDER = "loss_scale"
-# Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
-# those above are the same in every script, which has some of these flags.
-FIXED_FLAGS = (
-    "use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora"
-).split()
-# Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
+# Flags that must not change on resume: they decide which tensors a checkpoint holds.
+FIXED_FLAGS = ("train_text_encoder",)
+# Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
     "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
     "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
@@ -2584,32 +2574,31 @@ INCONSEQUENTIAL_FLAGS = frozenset(
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
-    """Return the complete checkpoints in a folder, oldest first; other files and folders are passed over."""
+    """Return the complete checkpoints in a folder, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*")
              if CHECKPOINT_NAME.fullmatch(path.name) and is_complete_checkpoint(path)]
     return sorted(found, key=get_checkpoint_step)
 
 
 def get_checkpoint_step(checkpoint: Path) -> int:
-    """Return the update after which a checkpoint was saved, from its record or else its name."""
+    """Return the update after which a checkpoint was saved, from its name or, if it was renamed, its record."""
     named = CHECKPOINT_NAME.fullmatch(checkpoint.name)
     return int(named[1]) if named else load_run_record(checkpoint)["progress"]["global_step"]
 
 
 def is_complete_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a whole checkpoint: what is written last, by us or by the reference, is there."""
-    return (folder / RUN_RECORD).is_file() or (folder / "random_states_0.pkl").is_file()
+    """Return whether a folder holds the file that is written last: our record, or the reference's random states."""
+    is_named = CHECKPOINT_NAME.fullmatch(folder.name) is not None
+    return (folder / RUN_RECORD).is_file() or (is_named and (folder / "random_states_0.pkl").is_file())
 
 
 def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
-    """Return the checkpoint that --resume_from_checkpoint names; None for no name, or for `latest` where none is."""
+    """Return the checkpoint that --resume_from_checkpoint names; None for no name, or if `latest` finds none."""
     complete = list_checkpoints(output_dir)
     if name is None or name == "latest":
         return complete[-1] if name and complete else None
-    is_bare_name = len(Path(name).parts) == 1
-    for folder in ([Path(output_dir, name)] if is_bare_name else []) + [Path(name)]:
-        is_named = CHECKPOINT_NAME.fullmatch(folder.name) or (folder / RUN_RECORD).is_file()
-        if folder.is_dir() and is_complete_checkpoint(folder) and is_named:
+    for folder in (Path(output_dir, name), Path(name)):
+        if is_complete_checkpoint(folder):
             return folder
     holds = ", ".join(folder.name for folder in complete) or "no checkpoint"
     raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint; {output_dir} holds {holds}.")
@@ -2628,20 +2617,20 @@ def load_run_record(checkpoint: Path | None) -> dict:
 
 
 def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
-    """Refuse to resume from a checkpoint that does not hold what these flags train."""
+    """Refuse to resume from a checkpoint that does not fit the flags."""
     if checkpoint is None:
         return
     if not (checkpoint / TRAINED).is_dir():
         raise ValueError(f"{checkpoint} has no {TRAINED}: another script made it, or it is damaged. Name another "
                          "checkpoint.")
     if (checkpoint / EMA_FOLDER).is_dir() and not args.use_ema:
-        raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
-                         f"flag, or remove {EMA_FOLDER} from the checkpoint.")
+        raise ValueError(f"{checkpoint} holds EMA weights, and there is no --use_ema: add the flag, or remove "
+                         f"{EMA_FOLDER} from the checkpoint to drop them.")
     before = load_run_record(checkpoint).get("flags", {})
     for name in FIXED_FLAGS:
-        if name in args and name in before and before[name] != getattr(args, name):
+        if name in before and before[name] != getattr(args, name):
             raise ValueError(f"--{name} is {getattr(args, name)} here and was {before[name]} when {checkpoint} was "
-                             "made, which fits no other: give the command as it was.")
+                             "made: give the command as it was.")
 
 
 def split_state(state: TrainState) -> dict[str, dict]:
@@ -2654,11 +2643,12 @@ def split_state(state: TrainState) -> dict[str, dict]:
     return parts
 
 
-def save_state(state: TrainState, folder: Path) -> None:
-    """Write a state with Orbax; each process writes what its devices hold."""
-    for name, part in split_state(state).items():
+def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
+    """Write the state with Orbax, each process what its devices hold."""
+    accelerator.wait_for_everyone()
+    for name, part in split_state(models.state).items():
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(folder / name, part)
+            checkpointer.save(folder.resolve() / name, part)
 
 
 def load_state(state: TrainState, folder: Path) -> TrainState:
@@ -2680,63 +2670,67 @@ def load_state(state: TrainState, folder: Path) -> TrainState:
     return TrainState(**trained, ema_updates=averages["updates"], averages=averages["weights"], loss_scale=loss_scale)
 
 
-def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progress, record: dict) -> None:
-    """Save everything that the next update depends on: aside, then renamed; only then are old checkpoints removed."""
+def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
+                    record: dict) -> None:
+    """Save everything that the next update depends on, then remove old checkpoints.
+
+    A checkpoint is written aside with its record last, then renamed. At every moment of this a crash leaves the
+    checkpoint of before or the new one, which `remove_leftovers` puts in its place.
+    """
     name = f"checkpoint-{progress.global_step}"
-    aside = Path(args.output_dir, f".partial-{progress.global_step}")
+    aside = Path(args.output_dir, f".partial-{name}")
     try:
-        accelerator.save_state(str(aside))
+        save_state(accelerator, models, aside)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            finish_files(aside)
             (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
             replace_folder(aside, Path(args.output_dir, name))
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "none"
         message = (f"{name} could not be written to {args.output_dir}: {error}. Earlier checkpoints are untouched: "
-                   f"{kept}. Make room or mend the cause, then add --resume_from_checkpoint latest.")
+                   f"{kept}. Fix the cause, such as a full disk, then add --resume_from_checkpoint latest.")
         raise RuntimeError(message) from error
     if accelerator.is_main_process:
         others = [folder for folder in list_checkpoints(args.output_dir) if folder.name != name]
         surplus = others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize))]
-        for old in surplus:  # renamed first: a checkpoint that is half removed must not look like one
-            remove(old.rename(old.with_name(f".partial-removed-{old.name}")))
+        for old in surplus:
+            remove(old)
         removed = f" (removed {', '.join(old.name for old in surplus)})" if surplus else ""
         logger.info(f"saved {Path(args.output_dir, name)}{removed}")
     accelerator.wait_for_everyone()
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Move a finished file or folder to its place by renaming, once its files are on disk; remove what was there."""
-    for file in (path for path in [new, *new.rglob("*")] if path.is_file()):
-        finish_file(file)
-    old = place.with_name(f".partial-old-{place.name}")
+    """Move a file or folder to its place, once it is on disk; remove what was there."""
+    finish_files(new)
     if os.path.lexists(place):
-        place.rename(old)
+        remove(place)
     new.rename(place)
-    if os.path.lexists(old):
-        remove(old)
 
 
-def finish_file(file: Path) -> None:
-    """Have a file written to the disk, with the permissions that others have: safetensors gives its files none."""
+def finish_files(path: Path) -> None:
+    """Flush a file, or all files of a folder, to disk, with usual permissions: safetensors leaves out the group's."""
     umask = os.umask(0)  # which can only be read by setting it
     os.umask(umask)
-    with open(file, "r+b") as stream:
-        os.fsync(stream.fileno())
-    file.chmod(0o666 & ~umask)
+    for file in (file for file in [path, *path.rglob("*")] if file.is_file()):
+        with open(file, "r+b") as stream:
+            os.fsync(stream.fileno())
+        file.chmod(0o666 & ~umask)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder, or a link without what it points to."""
+    """Remove a file, a folder, or a link without its target; renamed first, since half a checkpoint is none."""
+    path = path.rename(path.with_name(f".partial-removed-{path.name}"))
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Clear away what a process that was killed while saving has left, putting back what it had moved aside."""
+    """Remove what a crash has left; a checkpoint that was complete but not yet in its place is moved there."""
     for leftover in folder.glob(".partial-*"):
-        place = folder / leftover.name.removeprefix(".partial-old-")
-        if leftover.name.startswith(".partial-old-") and not place.exists():
+        place = folder / leftover.name.removeprefix(".partial-")
+        if CHECKPOINT_NAME.fullmatch(place.name) and (leftover / RUN_RECORD).is_file() and not place.exists():
             leftover.rename(place)
         else:
             remove(leftover)
@@ -2744,36 +2738,37 @@ def remove_leftovers(folder: Path) -> None:
 
 def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint: Path, record: dict,
            num_samples: int) -> Progress:
-    """Load a checkpoint and return where it stands; the learning rate and AdamW's settings are the command line's."""
+    """Load a checkpoint and return its progress; learning rate and AdamW's settings are the command line's."""
     try:
         models.state = load_state(models.state, checkpoint.resolve())
     except Exception as error:  # of several libraries, about files that are cut short
         reason = str(error).split(" See full TensorStore")[0].split("\n")[0]  # which goes on for pages
         raise ValueError(f"{checkpoint} is damaged or of another model: {reason}. Name another checkpoint.") from error
     step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
-    ahead = [other.name for other in list_checkpoints(args.output_dir) if get_checkpoint_step(other) > step]
-    if ahead:
-        logger.warning(f"{', '.join(ahead)} in {args.output_dir} lie ahead of {checkpoint}, and `latest` still means "
-                       "the last of them: move away what is not wanted")
-    log_changes(checkpoint, saved, record)
+    warn_of_changes(args, checkpoint, saved, record)
     progress = Progress(**saved["progress"])
     return progress if progress.samples_seen <= num_samples else Progress(step, progress.epoch + 1, 0)
 
 
-def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
-    """Warn of all that matters in which a resumed run differs from the one that made its checkpoint."""
+def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict) -> None:
+    """Warn of settings that differ from the checkpoint's, and of checkpoints that `latest` prefers to this one."""
+    ahead = [other.name for other in list_checkpoints(args.output_dir)
+             if get_checkpoint_step(other) > get_checkpoint_step(checkpoint)]
+    if ahead:
+        logger.warning(f"{', '.join(ahead)} in {args.output_dir} are later than {checkpoint}, and `latest` means the "
+                       "last of them: move away those you do not want")
     if not saved:
-        logger.warning(f"{checkpoint} has no {RUN_RECORD}: the run goes on from it, with another order of the data.")
+        logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
         return
-    before, now = ({**facts["flags"], **{key: fact for key, fact in facts.items() if key not in ("flags", "progress")}}
-                   for facts in (saved, record))
-    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key) and key not in INCONSEQUENTIAL_FLAGS]
-    if now["lr_scheduler"] in ("constant", "constant_with_warmup"):  # no update depends on the length of the run
-        changed = [change for change in changed if not change.startswith(("max_train_steps ", "num_train_epochs "))]
+    before, now = ({**facts["flags"], **facts} for facts in (saved, record))
+    ignored = {*INCONSEQUENTIAL_FLAGS, "flags", "progress"}
+    if args.lr_scheduler in ("constant", "constant_with_warmup"):  # which do not depend on the length of the run
+        ignored |= {"max_train_steps", "num_train_epochs"}
+    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted((before.keys() | now.keys()) - ignored)
+               if (before.get(key) or None) != (now.get(key) or None)]  # a flag that is off may be unknown there
     if changed:
-        logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. The run goes on with the new values, and is no "
-                       "longer the one that would have followed without the stop.")
+        logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. Training goes on with the new values; results "
+                       "will not match an uninterrupted run.")
     else:
         logger.info(f"going on from {checkpoint} with the same data, noise and settings")
 

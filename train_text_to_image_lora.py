@@ -756,7 +756,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             ends_run = progress.global_step == last_step or signal_number
             if ends_run or progress.global_step % args.checkpointing_steps == 0:
                 meter.flush()
-                save_checkpoint(args, accelerator, progress, record)
+                save_checkpoint(args, accelerator, models, progress, record)
                 meter.restart_clock()
             if ends_run:
                 break
@@ -1811,7 +1811,7 @@ class EncodedRows:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             np.save(aside, rows)
-            finish_file(aside)
+            finish_files(aside)
             aside.replace(path)
         except OSError as error:
             aside.unlink(missing_ok=True)
@@ -1875,7 +1875,7 @@ def digest_network(network: torch.nn.Module) -> str:
 
 
 def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int) -> None:
-    """Make optimizer, schedule and averages, wrap what is trained for the devices, and say how it is kept on disk."""
+    """Make optimizer, learning-rate schedule and EMA weights, and wrap the trainable networks for the devices."""
     for network in list_trained(models):
         network.to(accelerator.device)
     set_up_networks(args, models)
@@ -1888,7 +1888,9 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
         update_in_backward(models.optimizer.optimizer)
     if args.use_ema:  # only now: wrapping has made the weights the same on all processes
         models.ema = EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay, offload=args.offload_ema)
-    register_checkpoint_hooks(accelerator, models)
+    # `save_state` and `resume` take care of the networks, accelerate of all else
+    accelerator.register_save_state_pre_hook(lambda networks, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda networks, folder: networks.clear())
 
 
 def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Models) -> list[dict]:
@@ -1971,77 +1973,75 @@ def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> 
 
 
 class EmaWeights:
-    """Exponential moving average of trained weights: average += (1 - decay_n) (weights - average), in float32.
+    """Exponential moving average of the trained weights, in float32: ema += (1 - decay_n) (weights - ema).
 
-    decay_n of the n-th update is 0 for n = 1, then n / (9 + n), until that exceeds `decay`: the ramp of diffusers'
-    EMAModel, in whose form this keeps its state. `min_decay` is a floor, for averages that come with a model.
-    With `offload` the averages live in host memory and visit the device one tensor at a time.
+    decay_n is 0 at the first update, then n / (9 + n), at most `decay`: the ramp of diffusers' EMAModel, which reads
+    these files. `min_decay` is a floor, for EMA weights that come with a model. With `offload` the EMA weights are in
+    host memory, and go to the device one tensor at a time.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, offload: bool = False) -> None:
-        self.parameters = parameters
-        self.decay, self.min_decay, self.num_updates, self.offload = decay, 0.0, 0, offload
+        self.parameters, self.offload = parameters, offload
+        self.decay, self.min_decay, self.num_updates = decay, 0.0, 0
         self.averages = {name: self.place(parameter.detach().clone()) for name, parameter in parameters.items()}
 
     def place(self, tensor: Tensor) -> Tensor:
-        """Return a new average where it is to live: on the device, or in host memory that is quick to copy from."""
+        """Return a new EMA weight where it is kept."""
         if not self.offload:
             return tensor.float()
         tensor = tensor.float().cpu()
         return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
     def compute_decay(self) -> float:
-        """Return the share of the old average that the current update keeps."""
+        """Return the decay of the current update."""
         ramp = 0.0 if self.num_updates <= 1 else self.num_updates / (9 + self.num_updates)
         return max(self.min_decay, min(self.decay, ramp))
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take the weights of this update into the average, without a copy of all of them."""
+        """Average in the weights of this update."""
         self.num_updates += 1
         share = 1 - self.compute_decay()
         if not self.offload:
             torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
             return
         for name, parameter in self.parameters.items():
-            average = self.averages[name]
-            visitor = average.to(parameter.device, non_blocking=True, copy=True)
-            average.copy_(visitor.lerp_(parameter, share), non_blocking=True)
-
-    @contextlib.contextmanager
-    def swapped_in(self):
-        """Put the averages into the networks and, whatever happens inside, the trained weights back afterwards."""
-        self.swap()
-        try:
-            yield
-        finally:
-            self.swap()
+            average = self.averages[name].to(parameter.device, non_blocking=True, copy=True)
+            self.averages[name].copy_(average.lerp_(parameter, share), non_blocking=True)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange averages and weights, one tensor at a time."""
+        """Exchange EMA weights and trained weights."""
         for name, parameter in self.parameters.items():
             weights = parameter.detach().clone()
             parameter.copy_(self.averages[name])
             self.averages[name].copy_(weights)
 
     def save_state(self, config: Path) -> None:
-        """Write how far the averaging has come into a JSON file, among what stands there."""
+        """Add the number of updates and the settings to a config.json, as diffusers' EMAModel does."""
         state = {"decay": self.decay, "min_decay": self.min_decay, "optimization_step": self.num_updates,
                  "update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
         before = json.loads(config.read_text()) if config.is_file() else {}
         config.write_text(json.dumps({**before, **state}, indent=2))
 
     def load(self, weights: dict[str, Tensor], config: Path) -> None:
-        """Take averages, and the state that `save_state` or diffusers' EMAModel has written."""
+        """Load EMA weights, and the state that `save_state` or diffusers' EMAModel has written."""
         copy_weights(self.averages, weights, str(config.parent))
         state = json.loads(config.read_text())
         self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
 
 
+@contextlib.contextmanager
 def averaged_weights(models: Models):
-    """Return a context in which what is trained holds the averaged weights, if the run keeps any."""
-    return models.ema.swapped_in() if models.ema is not None else contextlib.nullcontext()
+    """Put the EMA weights, if there are any, into the networks for a while."""
+    if models.ema is None:
+        yield
+        return
+    models.ema.swap()
+    try:
+        yield
+    finally:
+        models.ema.swap()
 
 
 @torch.no_grad()
@@ -2060,16 +2060,15 @@ def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions it was made with
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 TRAINED = LORA_FILE  # in a checkpoint: the sign that this script made it
-EMA_FOLDER = "lora_ema"  # in a checkpoint: the averaged weights and, in config.json, the state of the averaging
-# Flags that decide what the tensors of a checkpoint are and mean, and cannot change when one is resumed. This list and
-# those above are the same in every script, which has some of these flags.
+EMA_FOLDER = "lora_ema"  # in a checkpoint: the EMA weights and, in config.json, the state of the average
+# Flags that must not change on resume: they decide which tensors a checkpoint holds.
 FIXED_FLAGS = (
-    "use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora"
-).split()
-# Flags that may change between a checkpoint and the run that resumes it without changing what is learned.
+    "use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora".split()
+)
+# Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
     "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
     "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
@@ -2080,32 +2079,31 @@ INCONSEQUENTIAL_FLAGS = frozenset(
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
-    """Return the complete checkpoints in a folder, oldest first; other files and folders are passed over."""
+    """Return the complete checkpoints in a folder, oldest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*")
              if CHECKPOINT_NAME.fullmatch(path.name) and is_complete_checkpoint(path)]
     return sorted(found, key=get_checkpoint_step)
 
 
 def get_checkpoint_step(checkpoint: Path) -> int:
-    """Return the update after which a checkpoint was saved, from its record or else its name."""
+    """Return the update after which a checkpoint was saved, from its name or, if it was renamed, its record."""
     named = CHECKPOINT_NAME.fullmatch(checkpoint.name)
     return int(named[1]) if named else load_run_record(checkpoint)["progress"]["global_step"]
 
 
 def is_complete_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a whole checkpoint: what is written last, by us or by the reference, is there."""
-    return (folder / RUN_RECORD).is_file() or (folder / "random_states_0.pkl").is_file()
+    """Return whether a folder holds the file that is written last: our record, or the reference's random states."""
+    is_named = CHECKPOINT_NAME.fullmatch(folder.name) is not None
+    return (folder / RUN_RECORD).is_file() or (is_named and (folder / "random_states_0.pkl").is_file())
 
 
 def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
-    """Return the checkpoint that --resume_from_checkpoint names; None for no name, or for `latest` where none is."""
+    """Return the checkpoint that --resume_from_checkpoint names; None for no name, or if `latest` finds none."""
     complete = list_checkpoints(output_dir)
     if name is None or name == "latest":
         return complete[-1] if name and complete else None
-    is_bare_name = len(Path(name).parts) == 1
-    for folder in ([Path(output_dir, name)] if is_bare_name else []) + [Path(name)]:
-        is_named = CHECKPOINT_NAME.fullmatch(folder.name) or (folder / RUN_RECORD).is_file()
-        if folder.is_dir() and is_complete_checkpoint(folder) and is_named:
+    for folder in (Path(output_dir, name), Path(name)):
+        if is_complete_checkpoint(folder):
             return folder
     holds = ", ".join(folder.name for folder in complete) or "no checkpoint"
     raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint; {output_dir} holds {holds}.")
@@ -2124,7 +2122,7 @@ def load_run_record(checkpoint: Path | None) -> dict:
 
 
 def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
-    """Refuse to resume from a checkpoint that does not hold what these flags train."""
+    """Refuse to resume from a checkpoint that does not fit the flags."""
     if checkpoint is None:
         return
     missing = [name for name in (TRAINED, "optimizer.bin", "scheduler.bin", "random_states_0.pkl")
@@ -2132,15 +2130,14 @@ def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
     if missing:
         raise ValueError(f"{checkpoint} has no {', '.join(missing)}: another script made it, or it is damaged. Name "
                          "another checkpoint.")
-    averages = sorted(path.name for path in checkpoint.glob("*_ema"))
-    if averages and not args.use_ema:
-        raise ValueError(f"{checkpoint} holds averaged weights, which a run without --use_ema would drop: add the "
-                         f"flag, or remove {' and '.join(averages)} from the checkpoint.")
+    if (checkpoint / EMA_FOLDER).is_dir() and not args.use_ema:
+        raise ValueError(f"{checkpoint} holds EMA weights, and there is no --use_ema: add the flag, or remove "
+                         f"{EMA_FOLDER} and the like from the checkpoint to drop them.")
     before = load_run_record(checkpoint).get("flags", {})
     for name in FIXED_FLAGS:
-        if name in args and name in before and before[name] != getattr(args, name):
+        if name in before and before[name] != getattr(args, name):
             raise ValueError(f"--{name} is {getattr(args, name)} here and was {before[name]} when {checkpoint} was "
-                             "made, which fits no other: give the command as it was.")
+                             "made: give the command as it was.")
 
 
 def check_base_model(args: Namespace, checkpoint: Path | None) -> None:
@@ -2199,89 +2196,79 @@ def make_lora_name(name: str) -> str:
     return f"{part}.text_model.{rest}"
 
 
-def register_checkpoint_hooks(accelerator: Accelerator, models: Models) -> None:
-    """Make accelerate keep what is trained, and its average, in files that diffusers can load."""
-
-    def save(networks: list, weights: list, folder: str) -> None:
-        if accelerator.is_main_process:
-            save_trained(accelerator, models, Path(folder))
-            if models.ema is not None:
-                with models.ema.swapped_in():
-                    save_trained(accelerator, models, Path(folder), averaged=True)
-                models.ema.save_state(Path(folder, EMA_FOLDER, "config.json"))
-        weights.clear()
-
-    def load(networks: list, folder: str) -> None:
-        parameters, averages = name_trained_parameters(accelerator, models), Path(folder, EMA_FOLDER)
-        copy_weights(parameters, load_trained(models, Path(folder)), folder)
-        if models.ema is not None and averages.is_dir():
-            models.ema.load(load_trained(models, Path(folder), averaged=True), averages / "config.json")
-        elif models.ema is not None:
-            logger.warning(f"{folder} has no averaged weights: averaging starts from the trained ones.")
-            models.ema = EmaWeights(parameters, models.ema.decay, offload=models.ema.offload)
-        networks.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
+    """Write networks and EMA weights as files that diffusers loads, and the rest of the state by accelerate."""
+    accelerator.save_state(str(folder))
+    if not accelerator.is_main_process:
+        return
+    save_trained(accelerator, models, folder)
+    if models.ema is not None:
+        with averaged_weights(models):
+            save_trained(accelerator, models, folder, averaged=True)
+        models.ema.save_state(folder / EMA_FOLDER / "config.json")
 
 
-def save_checkpoint(args: Namespace, accelerator: Accelerator, progress: Progress, record: dict) -> None:
-    """Save everything that the next update depends on: aside, then renamed; only then are old checkpoints removed."""
+def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
+                    record: dict) -> None:
+    """Save everything that the next update depends on, then remove old checkpoints.
+
+    A checkpoint is written aside with its record last, then renamed. At every moment of this a crash leaves the
+    checkpoint of before or the new one, which `remove_leftovers` puts in its place.
+    """
     name = f"checkpoint-{progress.global_step}"
-    aside = Path(args.output_dir, f".partial-{progress.global_step}")
+    aside = Path(args.output_dir, f".partial-{name}")
     try:
-        accelerator.save_state(str(aside))
+        save_state(accelerator, models, aside)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            finish_files(aside)
             (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
             replace_folder(aside, Path(args.output_dir, name))
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "none"
         message = (f"{name} could not be written to {args.output_dir}: {error}. Earlier checkpoints are untouched: "
-                   f"{kept}. Make room or mend the cause, then add --resume_from_checkpoint latest.")
+                   f"{kept}. Fix the cause, such as a full disk, then add --resume_from_checkpoint latest.")
         raise RuntimeError(message) from error
     if accelerator.is_main_process:
         others = [folder for folder in list_checkpoints(args.output_dir) if folder.name != name]
         surplus = others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize))]
-        for old in surplus:  # renamed first: a checkpoint that is half removed must not look like one
-            remove(old.rename(old.with_name(f".partial-removed-{old.name}")))
+        for old in surplus:
+            remove(old)
         removed = f" (removed {', '.join(old.name for old in surplus)})" if surplus else ""
         logger.info(f"saved {Path(args.output_dir, name)}{removed}")
     accelerator.wait_for_everyone()
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Move a finished file or folder to its place by renaming, once its files are on disk; remove what was there."""
-    for file in (path for path in [new, *new.rglob("*")] if path.is_file()):
-        finish_file(file)
-    old = place.with_name(f".partial-old-{place.name}")
+    """Move a file or folder to its place, once it is on disk; remove what was there."""
+    finish_files(new)
     if os.path.lexists(place):
-        place.rename(old)
+        remove(place)
     new.rename(place)
-    if os.path.lexists(old):
-        remove(old)
 
 
-def finish_file(file: Path) -> None:
-    """Have a file written to the disk, with the permissions that others have: safetensors gives its files none."""
+def finish_files(path: Path) -> None:
+    """Flush a file, or all files of a folder, to disk, with usual permissions: safetensors leaves out the group's."""
     umask = os.umask(0)  # which can only be read by setting it
     os.umask(umask)
-    with open(file, "r+b") as stream:
-        os.fsync(stream.fileno())
-    file.chmod(0o666 & ~umask)
+    for file in (file for file in [path, *path.rglob("*")] if file.is_file()):
+        with open(file, "r+b") as stream:
+            os.fsync(stream.fileno())
+        file.chmod(0o666 & ~umask)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder, or a link without what it points to."""
+    """Remove a file, a folder, or a link without its target; renamed first, since half a checkpoint is none."""
+    path = path.rename(path.with_name(f".partial-removed-{path.name}"))
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Clear away what a process that was killed while saving has left, putting back what it had moved aside."""
+    """Remove what a crash has left; a checkpoint that was complete but not yet in its place is moved there."""
     for leftover in folder.glob(".partial-*"):
-        place = folder / leftover.name.removeprefix(".partial-old-")
-        if leftover.name.startswith(".partial-old-") and not place.exists():
+        place = folder / leftover.name.removeprefix(".partial-")
+        if CHECKPOINT_NAME.fullmatch(place.name) and (leftover / RUN_RECORD).is_file() and not place.exists():
             leftover.rename(place)
         else:
             remove(leftover)
@@ -2289,10 +2276,11 @@ def remove_leftovers(folder: Path) -> None:
 
 def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint: Path, record: dict,
            num_samples: int) -> Progress:
-    """Load a checkpoint and return where it stands; the learning rate and AdamW's settings are the command line's."""
+    """Load a checkpoint and return its progress; learning rate and AdamW's settings are the command line's."""
     groups = models.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     try:
+        load_networks(accelerator, models, checkpoint)
         accelerator.load_state(str(checkpoint))
     except ValueError:
         raise
@@ -2305,11 +2293,7 @@ def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint
         group.update(setting, lr=setting["initial_lr"] * factor(step))
     schedule._last_lr = [group["lr"] for group in models.optimizer.param_groups]
     adapt_moments(args, models.optimizer, checkpoint)
-    ahead = [other.name for other in list_checkpoints(args.output_dir) if get_checkpoint_step(other) > step]
-    if ahead:
-        logger.warning(f"{', '.join(ahead)} in {args.output_dir} lie ahead of {checkpoint}, and `latest` still means "
-                       "the last of them: move away what is not wanted")
-    log_changes(checkpoint, saved, record)
+    warn_of_changes(args, checkpoint, saved, record)
     if saved:
         progress = Progress(**saved["progress"])
         return progress if progress.samples_seen <= num_samples else Progress(step, progress.epoch + 1, 0)
@@ -2318,8 +2302,19 @@ def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint
     return Progress(step, epoch, update * samples_per_update)
 
 
+def load_networks(accelerator: Accelerator, models: Models, checkpoint: Path) -> None:
+    """Load the trained weights and the EMA weights of a checkpoint."""
+    parameters, averages = name_trained_parameters(accelerator, models), checkpoint / EMA_FOLDER
+    copy_weights(parameters, load_trained(models, checkpoint), str(checkpoint))
+    if models.ema is not None and averages.is_dir():
+        models.ema.load(load_trained(models, checkpoint, averaged=True), averages / "config.json")
+    elif models.ema is not None:
+        logger.warning(f"{checkpoint} has no EMA weights: the average starts from the trained weights.")
+        models.ema = EmaWeights(parameters, models.ema.decay, offload=models.ema.offload)
+
+
 def adapt_moments(args: Namespace, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Put the moments that were loaded where the optimizer wants them; ValueError if they are another's."""
+    """Bring loaded moments to the device and memory layout of the weights; ValueError if they are another's."""
     moment = "state1" if args.use_8bit_adam else "RMS" if args.use_adafactor else "exp_avg"
     for parameter, state in optimizer.state.items():
         if moment not in state:
@@ -2328,24 +2323,29 @@ def adapt_moments(args: Namespace, optimizer: torch.optim.Optimizer, checkpoint:
         for name, value in state.items():
             if name == "step" and isinstance(value, Tensor):  # the reference, not fused, counts on the CPU
                 state[name] = value.to(parameter.device if optimizer.param_groups[0].get("fused") else "cpu")
-            elif isinstance(value, Tensor) and value.shape == parameter.shape:  # laid out as --channels_last says now
+            elif isinstance(value, Tensor) and value.shape == parameter.shape:  # --channels_last may have changed
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def log_changes(checkpoint: Path, saved: dict, record: dict) -> None:
-    """Warn of all that matters in which a resumed run differs from the one that made its checkpoint."""
+def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict) -> None:
+    """Warn of settings that differ from the checkpoint's, and of checkpoints that `latest` prefers to this one."""
+    ahead = [other.name for other in list_checkpoints(args.output_dir)
+             if get_checkpoint_step(other) > get_checkpoint_step(checkpoint)]
+    if ahead:
+        logger.warning(f"{', '.join(ahead)} in {args.output_dir} are later than {checkpoint}, and `latest` means the "
+                       "last of them: move away those you do not want")
     if not saved:
-        logger.warning(f"{checkpoint} has no {RUN_RECORD}: the run goes on from it, with another order of the data.")
+        logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
         return
-    before, now = ({**facts["flags"], **{key: fact for key, fact in facts.items() if key not in ("flags", "progress")}}
-                   for facts in (saved, record))
-    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted(before.keys() | now.keys())
-               if before.get(key) != now.get(key) and key not in INCONSEQUENTIAL_FLAGS]
-    if now["lr_scheduler"] in ("constant", "constant_with_warmup"):  # no update depends on the length of the run
-        changed = [change for change in changed if not change.startswith(("max_train_steps ", "num_train_epochs "))]
+    before, now = ({**facts["flags"], **facts} for facts in (saved, record))
+    ignored = {*INCONSEQUENTIAL_FLAGS, "flags", "progress"}
+    if args.lr_scheduler in ("constant", "constant_with_warmup"):  # which do not depend on the length of the run
+        ignored |= {"max_train_steps", "num_train_epochs"}
+    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted((before.keys() | now.keys()) - ignored)
+               if (before.get(key) or None) != (now.get(key) or None)]  # a flag that is off may be unknown there
     if changed:
-        logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. The run goes on with the new values, and is no "
-                       "longer the one that would have followed without the stop.")
+        logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. Training goes on with the new values; results "
+                       "will not match an uninterrupted run.")
     else:
         logger.info(f"going on from {checkpoint} with the same data, noise and settings")
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 OWN = {
     "ADDITION_EMBED_TYPE",
     "EMA_FOLDER",
+    "FIXED_FLAGS",
     "MODEL_KIND",
     "MODEL_LICENSE",
     "Models",
@@ -44,6 +45,7 @@ OWN = {
     "main",
     "make_kohya_facts",
     "make_kohya_name",
+    "make_parameter_groups",
     "make_pipeline",
     "parse_args",
     "save_trained",
@@ -55,7 +57,7 @@ OWN_OF = {
         "compute_target digest_network draw_images encode_captions encode_images encode_variants "
         "finish get_peak_memory list_cached load_model_configs load_weights "
         "log_run_header logger make_accelerator make_dataloader make_objective make_run_record prepare_training "
-        "resume start_loader_process start_run train train_step validate".split()
+        "resume save_state start_loader_process start_run train train_step validate".split()
     )
 }
 BANNER = re.compile(r"# -+ .+ -+")

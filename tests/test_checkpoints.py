@@ -359,10 +359,11 @@ def test_folder_of_a_run_that_is_not_over_is_refused(script, args, tmp_path):
 
 
 def test_leftovers_of_a_killed_save_are_cleared_at_the_next_start(script, args, copied, caplog):
-    """A partial folder goes, and a checkpoint that was moved aside comes back, in time to be the latest."""
-    (copied / "checkpoint-4").rename(copied / ".partial-old-checkpoint-4")
-    (copied / ".partial-6/unet").mkdir(parents=True)
-    (copied / ".partial-6/unet/config.json").write_text("{")
+    """What is incomplete goes, and a checkpoint that was complete is put in its place, in time to be the latest."""
+    (copied / "checkpoint-4").rename(copied / ".partial-checkpoint-4")
+    shutil.copytree(copied / "checkpoint-2", copied / ".partial-removed-checkpoint-3")
+    (copied / ".partial-checkpoint-6/unet").mkdir(parents=True)
+    (copied / ".partial-checkpoint-6/unet/config.json").write_text("{")
     run(script, args(copied, max_train_steps=5, resume_from_checkpoint="latest"))
     assert list_names(copied) == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
     assert list_names(copied, ".partial*") == set()

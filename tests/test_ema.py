@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_swapping_in_restores_everything(script, offload, fails):
     kept = copy_of(averages.averages.values())
     weights, buffers = copy_of(network.parameters()), [parameter.data_ptr() for parameter in network.parameters()]
     try:
-        with averages.swapped_in():
+        with script.averaged_weights(SimpleNamespace(ema=averages)):
             assert_equal(network.parameters(), kept)
             if fails:
                 raise KeyError("in the middle of a validation")
@@ -122,7 +123,6 @@ def average_unet(script, tiny_model: Path):
     fields = dict.fromkeys(field.name for field in dataclasses.fields(script.Models))
     accelerator, models = Accelerator(cpu=True), script.Models(**{**fields, "unet": unet, "trained": ("unet",)})
     models.ema = script.EmaWeights(script.name_trained_parameters(accelerator, models), 0.99)
-    script.register_checkpoint_hooks(accelerator, models)
     return accelerator, models
 
 
@@ -133,7 +133,7 @@ def test_files_are_read_by_diffusers(full_script, tiny_model, tmp_path):
     for _ in range(3):
         walk(unet, averages.step)
     weights = copy_of(unet.parameters())
-    accelerator.save_state(str(tmp_path))
+    full_script.save_state(accelerator, models, tmp_path)
     assert_equal(unet.parameters(), weights)
     reference = EMAModel.from_pretrained(tmp_path / "unet_ema", UNet2DConditionModel)
     assert (reference.optimization_step, reference.decay, reference.min_decay) == (3, 0.99, 0)
@@ -151,10 +151,10 @@ def test_files_of_diffusers_are_read(full_script, tiny_model, tmp_path):
     reference = EMAModel(unet.parameters(), decay=0.99, model_cls=UNet2DConditionModel, model_config=unet.config)
     for _ in range(3):
         walk(unet, lambda: reference.step(unet.parameters()))
-    accelerator.save_state(str(tmp_path))
+    full_script.save_state(accelerator, models, tmp_path)
     shutil.rmtree(tmp_path / "unet_ema")
     reference.save_pretrained(tmp_path / "unet_ema")
-    accelerator.load_state(str(tmp_path))
+    full_script.load_networks(accelerator, models, tmp_path)
     assert averages.num_updates == 3
     assert_equal(averages.averages.values(), reference.shadow_params)
     walk(unet, averages.step, lambda: reference.step(unet.parameters()))

@@ -344,7 +344,7 @@ def test_checkpoint_without_averages_is_resumed_with_them(script, args, tmp_path
     run(script, args(tmp_path / "plain", resume_from_checkpoint=tmp_path / "first/checkpoint-3", use_ema=False))
     caplog.clear()
     run(script, args(tmp_path / "out", resume_from_checkpoint=tmp_path / "first/checkpoint-3"))
-    assert "has no averaged weights" in caplog.text
+    assert "has no EMA weights" in caplog.text
     averaged, plain = tmp_path / "out/checkpoint-6", tmp_path / "plain/checkpoint-6"
     extra = {path.name for path in averaged.iterdir()} - {path.name for path in plain.iterdir()}
     assert len(extra) == 1
