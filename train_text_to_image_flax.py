@@ -44,7 +44,6 @@ import glob
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import logging
 import math
@@ -143,25 +142,25 @@ class Data(NamedTuple):
 
 @dataclass
 class Models:
-    """The networks of a run, their weights and what trains them."""
+    """The networks of a run, their weights and the compiled programs."""
 
     tokenizer: CLIPTokenizer
-    text_encoder: TextEncoder  # this and the next two know shapes and formulas; `with_weights` gives them weights
+    text_encoder: TextEncoder  # this and the next two are formulas; `with_weights` gives them weights
     vae: VAE
     unet: UNet
-    configs: dict[str, dict]  # of the base model: the settings of its parts
+    configs: dict[str, dict]  # settings of the parts of the base model
     scheduler_config: dict  # of the noise schedule, with the flags applied
-    trained: tuple[str, ...]  # names of the trainable networks: unet, perhaps text_encoder
-    frozen: dict[str, np.ndarray]  # in host memory, in the run's precision
-    initial: dict[str, np.ndarray]  # what is trained as it was loaded, float32; empty once it is on the devices
-    files: dict[str, Path]  # of the base model, by their place in the output folder
-    placed: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # of `frozen`, what training needs on devices
-    state: TrainState | None = None  # this and the next: set by `prepare_training`
+    trained: tuple[str, ...]  # the trainable networks: unet, perhaps text_encoder
+    frozen: dict[str, np.ndarray]  # in host memory, in the number format of --mixed_precision
+    initial: dict[str, np.ndarray]  # trainable weights as loaded, float32; emptied once they are on the devices
+    files: dict[str, Path]  # of the base model to copy or convert, by their place in the output folder
+    placed: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # frozen weights on the devices
+    state: TrainState | None = None  # this and the next are made by `prepare_training`
     programs: Programs | None = None
 
 
 class TrainState(NamedTuple):
-    """All that an update changes: arrays on the devices, by names such as unet.conv_in.weight."""
+    """Everything an update changes: arrays on the devices, by names such as unet.conv_in.weight."""
 
     step: Tensor  # updates so far, without those that fp16 skipped
     weights: dict[str, Tensor]  # float32
@@ -179,7 +178,7 @@ class LossScale(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """What is compiled, once."""
+    """The compiled functions."""
 
     train_step: jax.stages.Wrapped  # (state, frozen, batch) -> (state, metrics)
     compute_losses: jax.stages.Wrapped  # (weights, frozen, batch) -> their sum
@@ -293,17 +292,15 @@ def compute_alphas_cumprod(config: dict) -> np.ndarray:
     algorithm 1).
     """
     count, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    first, last = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    times = np.arange(count + 1) / count
-    cosine = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
-    betas = {"linear": lambda: np.linspace(first, last, count),
-             "scaled_linear": lambda: np.linspace(first**0.5, last**0.5, count) ** 2,
-             "squaredcos_cap_v2": lambda: np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)}
-    if config.get("trained_betas") is None and schedule not in betas:
-        raise ValueError(f"the scheduler's beta_schedule {schedule} is not implemented here: it knows "
-                         f"{', '.join(betas)}. Use train_text_to_image.py.")
-    trained = config.get("trained_betas")
-    alphas_cumprod = np.cumprod(1 - (np.array(trained) if trained is not None else betas[schedule]()))
+    first, last, trained = config.get("beta_start", 0.0001), config.get("beta_end", 0.02), config.get("trained_betas")
+    cosine = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * np.pi / 2) ** 2
+    betas = {"linear": np.linspace(first, last, count),
+             "scaled_linear": np.linspace(first**0.5, last**0.5, count) ** 2,
+             "squaredcos_cap_v2": np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)}
+    if trained is None and schedule not in betas:
+        raise ValueError(f"the scheduler's beta_schedule {schedule} is not implemented here: choose from "
+                         f"{', '.join(betas)}, or use train_text_to_image.py.")
+    alphas_cumprod = np.cumprod(1 - (betas[schedule] if trained is None else np.array(trained)))
     if config.get("rescale_betas_zero_snr"):
         root = np.sqrt(alphas_cumprod)
         alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
@@ -722,23 +719,20 @@ def pad_batch(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
 
 
 def read_samples(samples: Samples, batches: VisitBatches, num_workers: int):
-    """Yield the samples of each list of visits, read side by side in threads, or in processes of their own."""
+    """Yield the samples of each list of visits, read in threads, or each list in a process of its own."""
     if num_workers == 0:
         for visits in batches:
             yield samples.__getitems__(visits)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that JAX's threads hold at that moment
     with ProcessPoolExecutor(num_workers, spawn, initializer=start_loader_process, initargs=(samples,)) as pool:
-        waiting = []
-        for visits in itertools.chain(batches, [None]):
-            if waiting and (visits is None or len(waiting) > 1):  # one batch is read while another is waited for
-                yield [sample for part in waiting.pop(0) for sample in part.result()]
-            if visits is not None:
-                step = math.ceil(len(visits) / num_workers)
-                waiting.append([pool.submit(read_in_loader_process, visits[start : start + step])
-                                for start in range(0, len(visits), step)])
-        for parts in waiting:
-            yield [sample for part in parts for sample in part.result()]
+        waiting = collections.deque()
+        for visits in batches:
+            waiting.append(pool.submit(read_in_loader_process, visits))
+            if len(waiting) > num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def end_with_parent() -> None:
@@ -753,23 +747,20 @@ def read_in_loader_process(visits: list[Visit]) -> list[dict]:
 
 
 def make_updates(args: Namespace, accelerator: Accelerator, batches, stop_request: StopRequest):
-    """Yield each update's last micro step and, on the devices, its batch: all micro steps [a, b, ...], filled up.
+    """Yield each update's last micro step and, on the devices, its batch of all micro steps [a, b, ...].
 
-    It always has as many micro steps as a whole update, so that shapes never change; `num_micro_steps` says how many
-    are to be used.
+    Shapes never change, so that nothing is compiled again.
     """
     micro_batches = []
     for step, micro_batch in batches:
         micro_batches.append(micro_batch)
         if not step.ends_update:
             continue
-        count, first = len(micro_batches), micro_batches[0]
-        missing = args.gradient_accumulation_steps - count
-        batch = {name: np.stack([micro[name] for micro in micro_batches] + [np.zeros_like(first[name])] * missing)
-                 for name in first}
+        first = micro_batches[0]  # an update that is short of micro steps is filled up with samples of no weight
+        micro_batches += [jax.tree.map(np.zeros_like, first)] * (args.gradient_accumulation_steps - len(micro_batches))
+        batch = {name: np.stack([micro[name] for micro in micro_batches]) for name in first}
         batch["signal"] = np.full(batch["weights"].shape, stop_request.signal_number, np.int32)
-        yield step, accelerator.place_batch(
-            {**batch, "num_micro_steps": np.int32(count), "window_size": np.float32(step.window_size)}, axis=1)
+        yield step, accelerator.place_batch({**batch, "window_size": np.float32(step.window_size)}, axis=1)
         micro_batches = []
 
 
@@ -811,11 +802,11 @@ FIRST_LOSS_SCALE, LOSS_SCALE_INTERVAL = 2.0**16, 2000  # doubled after so many u
 
 def train_step(accelerator: Accelerator, models: Models, objective: Objective, recipe: Recipe, state: TrainState,
                frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[TrainState, dict[str, Tensor]]:
-    """Return the state after one update, and its numbers. Every sample of an update counts the same.
+    """Return the state after one update, and its metrics. Every sample of an update counts the same.
 
-    The batch is that of a whole update [a, b, ...], a micro steps of b samples over all devices. In fp16 an update
-    whose gradients overflow changes nothing but the loss scale: as in the torch scripts under accelerate, it counts
-    as an update of the run, and the learning rate does not move on.
+    `batch` holds a whole update [a, b, ...]: a micro steps of b samples over all devices. In fp16 an update whose
+    gradients overflow changes only the loss scale. It still counts as an update of the run; the learning-rate
+    schedule does not advance, as under accelerate in the torch scripts.
     """
     losses, gradients = compute_gradients(accelerator, models, objective, state, frozen, batch)
     norm = optax.tree.norm(gradients)
@@ -860,10 +851,7 @@ def adapt_loss_scale(loss_scale: LossScale, is_finite: Tensor) -> LossScale:
 
 def compute_gradients(accelerator: Accelerator, models: Models, objective: Objective, state: TrainState,
                       frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the losses [a, b] of an update's samples and the gradients of their mean.
-
-    They come from the batch's first `num_micro_steps` micro steps; the losses of the others are 0.
-    """
+    """Return the losses [a, b] of an update's samples and the gradients of their mean."""
     micro_batches = {name: array for name, array in batch.items() if array.ndim > 1 and name != "signal"}
     scale = None if state.loss_scale is None else state.loss_scale.scale
 
@@ -874,26 +862,25 @@ def compute_gradients(accelerator: Accelerator, models: Models, objective: Objec
         loss = (losses * micro_batch["weights"]).sum() / batch["window_size"]
         return loss if scale is None else loss * scale, losses
 
-    def compute_part(index: Tensor | int) -> tuple[Tensor, dict[str, Tensor]]:
-        micro_batch = {name: array[index] for name, array in micro_batches.items()}
+    def compute_part(micro_batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         gradients, losses = jax.grad(compute_mean, has_aux=True)(state.weights, micro_batch)
         if scale is not None:
             gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
-        return losses, accelerator.divide_gradients(gradients)
+        return accelerator.divide_gradients(gradients), losses
 
-    def add_part(index: Tensor, total: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        losses, gradients = compute_part(index)
-        return total[0].at[index].set(losses), jax.tree.map(jnp.add, total[1], gradients)
+    def add_part(total: dict[str, Tensor], micro_batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        gradients, losses = compute_part(micro_batch)
+        return jax.tree.map(jnp.add, total, gradients), losses
 
-    if len(batch["weights"]) == 1:  # without accumulation no second set of gradients is kept to add to
-        losses, gradients = compute_part(0)
+    if len(batch["weights"]) == 1:  # without accumulation, no second set of gradients in memory
+        gradients, losses = compute_part({name: array[0] for name, array in micro_batches.items()})
         return losses[None], gradients
-    nothing = jnp.zeros_like(batch["weights"]), jax.tree.map(jnp.zeros_like, state.weights)
-    return jax.lax.fori_loop(0, batch["num_micro_steps"], add_part, nothing)
+    gradients, losses = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, state.weights), micro_batches)
+    return losses, gradients
 
 
 def compile_train_step(models: Models, batch: dict[str, Tensor]) -> jax.stages.Compiled:
-    """Return `train_step` compiled for batches like this one; it takes no others, so that it is compiled once."""
+    """Return `train_step` compiled for batches of this shape; others would be an error, not a second compilation."""
     began = time.perf_counter()
     compiled = models.programs.train_step.lower(models.state, models.placed, batch).compile()
     logger.info(f"compiled the update in {time.perf_counter() - began:.1f} s")
@@ -956,7 +943,7 @@ def encode_batch(models: Models, batch: dict) -> tuple[Tensor, dict]:
 
 
 def encode_images(vae: VAE, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float32 mean and standard deviation [b, h, w, c] of what uint8 images [b, H, W, 3] are encoded to."""
+    """Return float32 mean and standard deviation [b, h, w, c] of the latents of uint8 images [b, H, W, 3]."""
     return vae.encode(images.astype(jnp.float32) / 127.5 - 1)  # [-1, 1]
 
 
@@ -1010,25 +997,16 @@ class Layers:
                                          dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return x + self.get(f"{name}.bias", width)
 
-    def group_norm(self, name: str, x: Tensor, groups: int, epsilon: float) -> Tensor:
-        """Normalize each group of channels of [b, h, w, c]."""
-        x, size = x.astype(self.dtype), x.shape[-1] // groups
-        grouped = x.reshape(*x.shape[:-1], groups, size).astype(jnp.float32)
-        mean = grouped.mean((1, 2, 4))
-        variance = jnp.square(grouped - jnp.expand_dims(mean, (1, 2, 4))).mean((1, 2, 4))
-        mean, variance = (values.repeat(size, axis=1)[:, None, None] for values in (mean, variance))
-        return self.scale_and_shift(name, x, mean, variance, epsilon)
-
-    def layer_norm(self, name: str, x: Tensor, epsilon: float = 1e-5) -> Tensor:
-        """Normalize the last axis of [..., d]."""
-        x = x.astype(self.dtype)
-        wide = x.astype(jnp.float32)
-        mean = wide.mean(-1, keepdims=True)
-        return self.scale_and_shift(name, x, mean, jnp.square(wide - mean).mean(-1, keepdims=True), epsilon)
-
-    def scale_and_shift(self, name: str, x: Tensor, mean: Tensor, variance: Tensor, epsilon: float) -> Tensor:
-        """Finish a norm."""
-        scale, shift = (self.get(f"{name}.{leaf}", x.shape[-1]) for leaf in ("weight", "bias"))
+    def norm(self, name: str, x: Tensor, epsilon: float, groups: int | None = None) -> Tensor:
+        """Normalize the last axis of [..., d], or each group of channels of [b, h, w, c]."""
+        x, width, axes = x.astype(self.dtype), x.shape[-1], -1 if groups is None else (1, 2, 4)
+        wide = (x if groups is None else x.reshape(*x.shape[:-1], groups, -1)).astype(jnp.float32)
+        mean = wide.mean(axes, keepdims=True)
+        variance = jnp.square(wide - mean).mean(axes, keepdims=True)
+        if groups is not None:
+            mean, variance = (values.repeat(width // groups, axis=-1).reshape(len(x), 1, 1, width)
+                              for values in (mean, variance))
+        scale, shift = (self.get(f"{name}.{leaf}", width) for leaf in ("weight", "bias"))
         return ((x - mean) * (jax.lax.rsqrt(variance + epsilon) * scale) + shift).astype(self.dtype)
 
 
@@ -1079,10 +1057,10 @@ def run_attention(layers: Layers, x: Tensor, num_heads: int, context: Tensor | N
 def run_resnet(layers: Layers, x: Tensor, embedding: Tensor | None = None, *, width: int, groups: int,
                epsilon: float = 1e-6) -> Tensor:
     """[b, h, w, c], [b, e] -> [b, h, w, width]: two convolutions beside a shortcut, the timestep added in between."""
-    hidden = layers.conv("conv1", jax.nn.silu(layers.group_norm("norm1", x, groups, epsilon)), width)
+    hidden = layers.conv("conv1", jax.nn.silu(layers.norm("norm1", x, epsilon, groups)), width)
     if embedding is not None:
         hidden = hidden + layers.linear("time_emb_proj", jax.nn.silu(embedding), width)[:, None, None]
-    hidden = layers.conv("conv2", jax.nn.silu(layers.group_norm("norm2", hidden, groups, epsilon)), width)
+    hidden = layers.conv("conv2", jax.nn.silu(layers.norm("norm2", hidden, epsilon, groups)), width)
     return (x if x.shape[-1] == width else layers.conv("conv_shortcut", x, width, 1)) + hidden
 
 
@@ -1093,12 +1071,12 @@ def run_transformer(layers: Layers, x: Tensor, context: Tensor, *, num_heads: in
     """
     project = layers.linear if config["use_linear_projection"] else partial(layers.conv, size=1)
     width, block = x.shape[-1], layers.at("transformer_blocks.0")
-    tokens = project("proj_in", layers.group_norm("norm", x, config["norm_num_groups"], 1e-6), width)
+    tokens = project("proj_in", layers.norm("norm", x, 1e-6, config["norm_num_groups"]), width)
     tokens = tokens.reshape(len(x), -1, width)
-    tokens = tokens + run_attention(block.at("attn1"), block.layer_norm("norm1", tokens), num_heads,
+    tokens = tokens + run_attention(block.at("attn1"), block.norm("norm1", tokens, 1e-5), num_heads,
                                     method=layers.attention)
-    tokens = tokens + run_attention(block.at("attn2"), block.layer_norm("norm2", tokens), num_heads, context)
-    hidden, gate = jnp.split(block.linear("ff.net.0.proj", block.layer_norm("norm3", tokens), 8 * width), 2, axis=-1)
+    tokens = tokens + run_attention(block.at("attn2"), block.norm("norm2", tokens, 1e-5), num_heads, context)
+    hidden, gate = jnp.split(block.linear("ff.net.0.proj", block.norm("norm3", tokens, 1e-5), 8 * width), 2, axis=-1)
     tokens = tokens + block.linear("ff.net.2", hidden * jax.nn.gelu(gate, approximate=False), width)
     return x + project("proj_out", tokens.reshape(x.shape), width)
 
@@ -1123,11 +1101,9 @@ class UNet(Network):
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         """[b, h, w, c], [b], [b, s, d] -> [b, h, w, c]."""
         config, layers = self.config, self.layers
-        channels, count, last = config["block_out_channels"], config["layers_per_block"], len(self.config[
-            "block_out_channels"]) - 1
-        heads = config["num_attention_heads"] or config["attention_head_dim"]  # which is a number of heads, misnamed
-        heads = [heads] * len(channels) if isinstance(heads, int) else heads
-        conditions = self.embed_timesteps(timesteps), encoder_hidden_states
+        channels, count = config["block_out_channels"], config["layers_per_block"]
+        last = len(channels) - 1
+        heads, conditions = config["heads"], (self.embed_timesteps(timesteps), encoder_hidden_states)
         x = layers.conv("conv_in", noisy_latents, channels[0])
         skips = [x]
         for level, (kind, width) in enumerate(zip(config["down_block_types"], channels, strict=True)):
@@ -1149,7 +1125,7 @@ class UNet(Network):
                 x = self.run_layer(block, index, x, conditions, width, num_heads)
             if level < last:
                 x = upsample(block, x, skips[-1].shape[1:3])
-        x = layers.group_norm("conv_norm_out", x, config["norm_num_groups"], config["norm_eps"])
+        x = layers.norm("conv_norm_out", x, config["norm_eps"], config["norm_num_groups"])
         return layers.conv("conv_out", jax.nn.silu(x), config["out_channels"])
 
     def embed_timesteps(self, timesteps: Tensor) -> Tensor:
@@ -1215,13 +1191,13 @@ class VAE(Network):
         x = run_resnet(middle.at("resnets.0"), x, width=width, groups=groups)
         if self.config["mid_block_add_attention"]:
             attention = middle.at("attentions.0")
-            tokens = attention.group_norm("group_norm", x, groups, 1e-6).reshape(len(x), -1, width)
+            tokens = attention.norm("group_norm", x, 1e-6, groups).reshape(len(x), -1, width)
             x = x + run_attention(attention, tokens, 1, bias=True).reshape(x.shape)
         return run_resnet(middle.at("resnets.1"), x, width=width, groups=groups)
 
     def run_end(self, layers: Layers, x: Tensor, width: int) -> Tensor:
         """[b, h, w, c] -> [b, h, w, width]."""
-        x = layers.group_norm("conv_norm_out", x, self.config["norm_num_groups"], 1e-6)
+        x = layers.norm("conv_norm_out", x, 1e-6, self.config["norm_num_groups"])
         return layers.conv("conv_out", jax.nn.silu(x), width)
 
 
@@ -1236,18 +1212,17 @@ class TextEncoder(Network):
         x = jnp.take(tokens, input_ids, axis=0) + places[: input_ids.shape[1]]
         for index in range(config["num_hidden_layers"]):
             x = remat(run_clip_layer, layers.at(f"encoder.layers.{index}"), config=config)(x)
-        return layers.layer_norm("final_layer_norm", x, config["layer_norm_eps"])
+        return layers.norm("final_layer_norm", x, config["layer_norm_eps"])
 
 
 def run_clip_layer(layers: Layers, x: Tensor, *, config: dict) -> Tensor:
     """[b, s, d] -> [b, s, d]: attention of each token to itself and those before it, and two linear layers."""
-    width, norm, own = config["hidden_size"], partial(layers.layer_norm, epsilon=config["layer_norm_eps"]), layers.at(
-        "self_attn")
-    hidden = norm("layer_norm1", x)
+    width, epsilon, own = config["hidden_size"], config["layer_norm_eps"], layers.at("self_attn")
+    hidden = layers.norm("layer_norm1", x, epsilon)
     query, key, value = (own.linear(f"{name}_proj", hidden, width) for name in "qkv")
     found = compute_attention(query, key, value, config["num_attention_heads"], is_causal=True)
     x = x + own.linear("out_proj", found, width)
-    hidden = layers.linear("mlp.fc1", norm("layer_norm2", x), config["intermediate_size"])
+    hidden = layers.linear("mlp.fc1", layers.norm("layer_norm2", x, epsilon), config["intermediate_size"])
     hidden = (hidden * jax.nn.sigmoid(1.702 * hidden) if config["hidden_act"] == "quick_gelu"
               else jax.nn.gelu(hidden, approximate=False))
     return x + layers.linear("mlp.fc2", hidden, width)
@@ -1612,64 +1587,56 @@ def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
-    """Return processes and devices, with quiet libraries and logs on the main process."""
+    """Set up processes, devices and logging."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO,
-                        force=True)  # in place of the handler that Orbax's logging library has set up
+                        force=True)  # replaces the handler of Orbax's logging library
     for name in ("httpx", "absl", "jax", "orbax"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if args.multi_host:
         try:
-            jax.distributed.initialize(shutdown_timeout_seconds=30)  # of the others, where one has failed
+            jax.distributed.initialize(shutdown_timeout_seconds=30)  # after another process failed
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"--multi_host finds no other machines: {error}. Start it on each of them by Slurm, MPI, "
                              "Kubernetes or as a TPU slice, or drop the flag.") from error
-    if args.mixed_precision == "no" and not args.allow_tf32:  # by default JAX multiplies float32 as fast as it can
+    if args.mixed_precision == "no" and not args.allow_tf32:  # JAX's default is a shorter format
         jax.config.update("jax_default_matmul_precision", "highest")
     accelerator = Accelerator(args.mixed_precision, fsdp=args.fsdp)
     if args.fsdp and accelerator.num_devices == 1:
-        logger.warning("--fsdp divides nothing: this run has one device")
+        logger.warning("--fsdp has no effect: this run has one device")
     for library in (datasets, transformers):
         library.utils.logging.set_verbosity(logging.WARNING if accelerator.is_main_process else logging.ERROR)
         if library is not datasets or not accelerator.is_main_process:
             library.utils.logging.disable_progress_bar()
     if args.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"--attention cudnn needs an NVIDIA GPU, and this run is on {jax.default_backend()}: use "
-                         "--attention plain.")
+        raise ValueError(f"--attention cudnn needs an NVIDIA GPU, and this run uses {jax.default_backend()}: drop "
+                         "the flag.")
     return accelerator
 
 
 class Accelerator:
-    """The processes, devices and trackers of a run, under the names that accelerate gives them in the torch scripts.
-
-    Helpers that stand in those scripts as well ask for nothing else.
-    """
+    """The processes, devices and trackers of a run, with accelerate's names, which shared helpers use."""
 
     def __init__(self, mixed_precision: str, *, fsdp: bool) -> None:
         self.process_index, self.num_processes = jax.process_index(), jax.process_count()
         self.is_main_process = self.process_index == 0
         self.num_devices, self.mixed_precision, self.fsdp = jax.device_count(), mixed_precision, fsdp
-        self.mesh, self.local_mesh = (Mesh(np.array(devices), ("devices",))
-                                      for devices in (jax.devices(), jax.local_devices()))
-        self.whole = NamedSharding(self.mesh, PartitionSpec())  # of what every device has a copy of
+        self.mesh = Mesh(np.array(jax.devices()), ("devices",))
+        self.whole = NamedSharding(self.mesh, PartitionSpec())  # a copy on every device
         self.trackers: list[TensorBoardTracker | WandbTracker] = []
 
     def wait_for_everyone(self) -> None:
-        """Return when every process has come here."""
+        """Wait until all processes are here."""
         if self.num_processes > 1:
             multihost_utils.sync_global_devices("wait_for_everyone")
 
     @contextlib.contextmanager
     def main_process_first(self):
-        """Let the main process do what is inside first, and then the others, which find it done."""
+        """Run the body on the main process first, then on the others, which find its caches."""
         if not self.is_main_process:
             self.wait_for_everyone()
         yield
         if self.is_main_process:
             self.wait_for_everyone()
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        """Send numbers to the trackers."""
-        log_rows(self, [(step, numbers)])
 
     def end_training(self) -> None:
         """Close the trackers."""
@@ -1678,16 +1645,15 @@ class Accelerator:
 
     def place(self, arrays: dict[str, np.ndarray],
               places: dict[str, NamedSharding] | None = None) -> dict[str, Tensor]:
-        """Return host arrays, which every process has whole, on the devices: in their places, or whole on each."""
+        """Put host arrays, which every process has, on the devices: sharded by `places`, else a copy on each."""
         return {name: jax.make_array_from_callback(
             array.shape, self.whole if places is None else places[name], array.__getitem__)
             for name, array in arrays.items()}
 
     def choose_sharding(self, array) -> NamedSharding:
-        """Return how an array of the state lies on the devices: whole on each, or with --fsdp cut along one axis.
+        """Return the sharding of an array of the state: a copy on each device, or with --fsdp cut along one axis.
 
-        That is the longest axis whose length is a multiple of the number of devices. Biases and the scales of norms
-        are too small to be worth it.
+        That is the longest axis that the number of devices divides. Biases and norms are too small to be cut.
         """
         sizes = [size if size % self.num_devices == 0 else 0 for size in array.shape]
         if not self.fsdp or array.ndim < 2 or not any(sizes):
@@ -1696,9 +1662,9 @@ class Accelerator:
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "devices"))
 
     def gather_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights whole on each device for one pass, which --fsdp has divided; for compiled programs.
+        """Return the weights in full on each device, for one pass inside a compiled function; see --fsdp.
 
-        So each device computes what is its own of the batch. Matrices come in the format they are multiplied in.
+        Kernels are gathered in the number format of the forward pass.
         """
         if not self.fsdp:
             return weights
@@ -1707,12 +1673,12 @@ class Accelerator:
                 for name, array in weights.items()}
 
     def divide_gradients(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return gradients that lie on the devices as their weights do; for compiled programs."""
+        """Shard gradients as their weights are, inside a compiled function."""
         return {name: jax.lax.with_sharding_constraint(array, self.choose_sharding(array))
                 for name, array in gradients.items()}
 
     def place_batch(self, batch: dict[str, np.ndarray], axis: int) -> dict[str, Tensor]:
-        """Return a batch, of which each process has its part, cut along an axis; scalars are whole on each device."""
+        """Put a batch, of which each process has a part, on the devices, cut along an axis; scalars go to each."""
         split = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "devices"))
         return {name: jax.make_array_from_process_local_data(
             split if np.ndim(array) > axis else self.whole, np.asarray(array)) for name, array in batch.items()}
@@ -1888,10 +1854,18 @@ BLOCK_TYPES = {"unet": ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock
 IDLE_SETTINGS = frozenset(
     "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_factor initializer_range "
     "projection_dim transformers_version split_head_dim use_memory_efficient_attention".split())
+# Settings of schedulers: of the noise, which is honored, and of samplers, of which pictures here take those of DDIM.
+SCHEDULER_SETTINGS = frozenset(
+    "algorithm_type beta_end beta_schedule beta_start clip_sample clip_sample_range disable_corrector "
+    "dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift interpolation_type lambda_min_clipped "
+    "lower_order_final num_train_timesteps original_inference_steps predict_x0 prediction_type rescale_betas_zero_snr "
+    "sample_max_value set_alpha_to_one skip_prk_steps solver_order solver_p solver_type steps_offset thresholding "
+    "time_shift_type timestep_scaling timestep_spacing timestep_type trained_betas use_beta_sigmas "
+    "use_exponential_sigmas use_karras_sigmas use_lu_lambdas variance_type".split())
 
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
-    """Return the settings of all parts, refusing before any weights are read what cannot work."""
+    """Return the settings of all parts; refuse a model that cannot be trained before its weights are read."""
     if Path(args.pretrained_model_name_or_path).is_file():
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is one file; this "
                          "script reads folders in diffusers format. Convert it, where torch is installed: python -c "
@@ -1922,7 +1896,14 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
     check_model_configs(args, configs)
     for part in SETTINGS:
         configs[part] = check_settings(locate_part(args, part)[0], part, configs[part])
-    configs["text_encoder"]["num_hidden_layers"] -= args.clip_skip or 0  # the others are not even loaded
+    num_layers = configs["text_encoder"]["num_hidden_layers"]
+    if (args.clip_skip or 0) >= num_layers:
+        raise ValueError(f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the text encoder.")
+    configs["text_encoder"]["num_hidden_layers"] -= args.clip_skip or 0  # later layers are not loaded
+    unknown = {name: value for name, value in configs["scheduler"].items()
+               if value and name not in SCHEDULER_SETTINGS and name[0] != "_"}
+    if unknown:
+        logger.warning(f"unknown settings of the scheduler are ignored: {unknown}")
     scheduler_class = configs["scheduler"].get("_class_name", "PNDMScheduler")
     configs["scheduler"]["_class_name"] = scheduler_class.removeprefix("Flax")
     make_ddim_steps(configs["scheduler"], args.validation_inference_steps)
@@ -2007,7 +1988,7 @@ def explained_load(args: Namespace):
 
 
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
-    """Load the networks: what is to be trained in float32, what is frozen in the run's precision."""
+    """Load the networks: trainable ones in float32, frozen ones in the number format of --mixed_precision."""
     dtype = get_dtype(accelerator.mixed_precision)
     trained = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
     networks, frozen, initial, files = {}, {}, {}, find_copied_files(args)
@@ -2020,13 +2001,13 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
                                f"the {part} of {locate_part(args, part)[0]}")
         (initial if part in trained else frozen).update(weights)
         if part in trained:
-            frozen |= skipped  # to be exported with the others
+            frozen |= skipped  # for the export
         else:
             files |= {f"{part}/{name}": file for name, file in found.items()}
     tokenizer = CLIPTokenizer.from_pretrained(
         args.pretrained_model_name_or_path, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
     size, most = len(tokenizer), configs["text_encoder"]["vocab_size"]
-    if not 512 < size <= most:  # each byte has an entry of its own, and one at the end of a word
+    if not 512 < size <= most:  # two entries for each byte, at least
         raise OSError(f"its tokenizer has a vocabulary of {size}, where more than 512 and at most the {most} of its "
                       "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are not there or "
                       "another model's.")
@@ -2037,7 +2018,7 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
 
 
 def take_skipped_layers(args: Namespace, config: dict, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Take from the arrays of the text encoder those of the layers that --clip_skip leaves out, and return them."""
+    """Remove from the text encoder's arrays those of the layers that --clip_skip leaves out, and return them."""
     numbers = range(config["num_hidden_layers"], config["num_hidden_layers"] + (args.clip_skip or 0))
     prefixes = tuple(f"encoder.layers.{number}." for number in numbers)
     names = [name for name in arrays if name.startswith(prefixes)]
@@ -2062,7 +2043,7 @@ def find_file(args: Namespace, part: str, name: str) -> Path | None:
 
 
 def check_settings(where: str, part: str, config: dict) -> dict:
-    """Return a network's settings, complete, refusing by name those that this script has not implemented."""
+    """Return a network's settings with defaults filled in; refuse, by name, those that are not implemented."""
     odd = [f"{name} {value!r}" for name, value in config.items()
            if not (name in SETTINGS[part] or name in IDLE_SETTINGS or name.startswith("_"))
            and value not in (FIXED_SETTINGS[part].get(name, False), None)]
@@ -2074,8 +2055,9 @@ def check_settings(where: str, part: str, config: dict) -> dict:
     if config.get("hidden_act", "gelu") not in ("gelu", "quick_gelu"):
         odd.append(f"hidden_act {config['hidden_act']}")
     if part == "unet":
-        heads = config["num_attention_heads"] or config["attention_head_dim"]
-        if not isinstance(heads, int) and len(heads) != len(config["block_out_channels"]):
+        heads = config["num_attention_heads"] or config["attention_head_dim"]  # which is a number of heads, misnamed
+        config["heads"] = [heads] * len(config["block_out_channels"]) if isinstance(heads, int) else heads
+        if len(config["heads"]) != len(config["block_out_channels"]):
             odd.append(f"attention_head_dim {heads}")
     if odd:
         raise ValueError(f"{part}/config.json of {where} has {', '.join(odd)}, which this script has not implemented. "
@@ -2084,7 +2066,7 @@ def check_settings(where: str, part: str, config: dict) -> dict:
 
 
 def get_dtype(mixed_precision: str) -> type:
-    """Return the number format of computations, and of the frozen parts."""
+    """Return the number format of the forward pass and of frozen networks."""
     return {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[mixed_precision]
 
 
@@ -2161,29 +2143,28 @@ def select_part(weights: dict, part: str) -> dict:
 
 
 def find_copied_files(args: Namespace) -> dict[str, Path]:
-    """Return what is copied from the base model at the end, by its place; nothing has to be fetched then.
+    """Return the base model's files that the export copies: settings, safety checker and feature extractor.
 
-    It is the settings of its networks, and its safety checker and feature extractor if it has them to give.
+    They are fetched now, so that the end of the run needs no network.
     """
     files = {f"{part}/config.json": find_file(args, part, "config.json") for part in SETTINGS}
     settings = {"safety_checker": "config.json", "feature_extractor": "preprocessor_config.json"}
     try:
         index = find_file(args, "", RESULT)
         parts = json.loads(index.read_text()) if index is not None else {}
-        if all((parts.get(part) or [None])[0] is not None for part in settings):  # one alone is of no use
+        if all((parts.get(part) or [None])[0] is not None for part in settings):  # one needs the other
             more = {f"{part}/{name}": find_file(args, part, name) for part, name in settings.items()}
+            if None in more.values():
+                raise OSError("its settings are missing")
             more |= {f"safety_checker/{name}": file for name, file in find_weights(args, "safety_checker").items()}
-            missing = [name for name, file in more.items() if file is None]
-            if missing:
-                raise OSError(f"it has no {', '.join(missing)}")
             files |= {**more, RESULT: index}
-    except (OSError, ValueError) as error:  # offline, a partial download: neither may cost the model
+    except (OSError, ValueError) as error:  # offline, or a partial download
         logger.warning(f"exporting without a safety checker: that of the base model did not load ({error})")
     return files
 
 
 def load_first_averages(args: Namespace, models: Models) -> dict[str, np.ndarray]:
-    """Return what the averages of --use_ema begin with: the weights at --revision, where others are trained."""
+    """Return the first EMA weights: the trainable ones, with --non_ema_revision the UNet at --revision."""
     if args.non_ema_revision == args.revision:
         return models.initial
     arrays = read_arrays(find_weights(Namespace(**{**vars(args), "non_ema_revision": args.revision}), "unet"))
@@ -2193,37 +2174,37 @@ def load_first_averages(args: Namespace, models: Models) -> dict[str, np.ndarray
 
 
 def compute_ema_decay(num_updates: Tensor, decay: float, min_decay: float) -> Tensor:
-    """Return the share of the old average that the n-th update keeps: 0 for n = 1, then n / (9 + n) up to `decay`.
+    """Return the EMA decay at update n, the ramp of diffusers' EMAModel: 0 for n = 1, then n / (9 + n) up to `decay`.
 
-    That is the ramp of diffusers' EMAModel. `min_decay` is a floor, for averages that come with a model.
+    `min_decay` is a floor, for EMA weights that come with a model.
     """
     ramp = jnp.where(num_updates <= 1, 0.0, num_updates / (9.0 + num_updates))
     return jnp.maximum(min_decay, jnp.minimum(decay, ramp))
 
 
 def place_frozen(accelerator: Accelerator, models: Models, parts: list[str]) -> dict[str, Tensor]:
-    """Return the frozen weights of some parts on the devices; those that are there are not copied."""
-    chosen = {name: array for name, array in models.frozen.items() if name.split(".")[0] in parts}
-    missing = {name: array for name, array in chosen.items() if name not in models.placed}
-    return {**{name: models.placed[name] for name in chosen if name in models.placed}, **accelerator.place(missing)}
+    """Return the frozen weights of some parts on the devices; those already there are not copied."""
+    missing = {name: array for name, array in models.frozen.items()
+               if name.split(".")[0] in parts and name not in models.placed}
+    return {**models.placed, **accelerator.place(missing)}
 
 
 class LocalEncoder:
-    """A frozen network on this process's devices, whatever the other processes do, compiled for one size of batch.
+    """Encodes with a frozen network on this process's own devices, in batches of one size, so that it compiles once.
 
-    `encode` is given the models and a batch; `batch_size` is for each device.
+    `encode` takes the models and a batch; `batch_size` is per device.
     """
 
-    def __init__(self, accelerator: Accelerator, models: Models, part: str, encode, batch_size: int) -> None:
+    def __init__(self, models: Models, part: str, encode, batch_size: int) -> None:
         self.batch_size = batch_size * jax.local_device_count()
-        self.split, self.whole = (NamedSharding(accelerator.local_mesh, PartitionSpec(*axes))
-                                  for axes in (["devices"], []))
+        mesh = Mesh(np.array(jax.local_devices()), ("devices",))
+        self.split, self.whole = NamedSharding(mesh, PartitionSpec("devices")), NamedSharding(mesh, PartitionSpec())
         self.weights = {name: array for name, array in models.frozen.items() if name.startswith(f"{part}.")}
         self.encode = jax.jit(lambda weights, inputs: encode(with_weights(models, weights), inputs))
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        """Return what [n, ...] are encoded to, for any n."""
-        self.weights, results = jax.device_put(self.weights, self.whole), []  # with the first batch that there is
+        """Return the encodings of [n, ...], for any n."""
+        self.weights, results = jax.device_put(self.weights, self.whole), []  # at the first batch
         for start in range(0, len(inputs), self.batch_size):
             part = inputs[start : start + self.batch_size]
             padded = np.concatenate([part, np.repeat(part[:1], self.batch_size - len(part), axis=0)])
@@ -2263,7 +2244,7 @@ def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, sam
     rows = EncodedRows(folder / f"images-{key}", row, len(samples), samples.count_variants())
     batch_size = min(max(1, ENCODED_PIXELS // args.resolution**2),
                      math.ceil(rows.rows_per_file / jax.local_device_count()))
-    encoder = LocalEncoder(accelerator, models, "vae", lambda models, images: jnp.concatenate(
+    encoder = LocalEncoder(models, "vae", lambda models, images: jnp.concatenate(
         encode_images(models.vae, images), axis=-1), batch_size)
     rows.fill(accelerator, partial(encode_variants, encoder, samples))
     return rows
@@ -2295,7 +2276,7 @@ def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples
     vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
                     for tokenizer in list_tokenizers(models)]
     key = make_key("flax", digests.tobytes(), vocabularies, digest_network(models, "text_encoder"), dtype)
-    encoder = LocalEncoder(accelerator, models, "text_encoder", lambda models, input_ids: encode_captions(
+    encoder = LocalEncoder(models, "text_encoder", lambda models, input_ids: encode_captions(
         models, {"input_ids": input_ids})["encoder_hidden_states"].astype(jnp.float32), 16)
 
     def encode(rows: np.ndarray, first: int) -> None:
@@ -2431,7 +2412,7 @@ def digest_network(models: Models, part: str) -> str:
 
 def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
                      num_samples: int) -> None:
-    """Put weights, moments and averages on the devices, and make the programs that use them."""
+    """Put the training state on the devices and prepare the functions to compile."""
     recipe = make_recipe(args, compute_last_step(args, num_samples, accelerator.num_devices), accelerator.num_devices)
     with explained_load(args):
         averages = load_first_averages(args, models) if args.use_ema else None
@@ -2478,11 +2459,11 @@ def load_weights(part: str, config: dict, arrays: dict[str, np.ndarray], dtype: 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `train_step` does with a loss, apart from the loss itself."""
+    """Optimizer, schedule and EMA settings."""
 
-    optimizer: optax.GradientTransformation  # what AdamW moves weights by, before the rate
+    optimizer: optax.GradientTransformation  # AdamW without the learning rate
     lr_factor: optax.Schedule  # of the updates so far
-    rates: dict[str, float]  # peak rate of each part
+    rates: dict[str, float]  # peak learning rate of each network
     max_grad_norm: float
     ema_decay: float
     min_ema_decay: float
@@ -2498,7 +2479,7 @@ def make_state(recipe: Recipe, mixed_precision: str, weights: dict[str, Tensor],
 
 def make_programs(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, recipe: Recipe,
                   places: TrainState) -> Programs:
-    """Return what is compiled when it is first called: nothing is, as long as shapes do not change, a second time."""
+    """Return the functions, each compiled at its first call; shapes never change."""
     plain = dataclasses.replace(objective, args=Namespace(dream_training=False, snr_gamma=None))
 
     steps = make_ddim_steps(models.scheduler_config, args.validation_inference_steps)
@@ -2521,21 +2502,21 @@ def make_programs(args: Namespace, accelerator: Accelerator, models: Models, obj
 
 
 def make_recipe(args: Namespace, last_step: int, num_devices: int) -> Recipe:
-    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with a schedule, as the flags ask for."""
+    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), its schedule and EMA settings from the flags."""
     optimizer = optax.chain(optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon),
                             optax.add_decayed_weights(args.adam_weight_decay))
     rates = {"unet": args.learning_rate,
              "text_encoder": args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr}
     rates = {part: compute_learning_rate(args, rate, num_devices) for part, rate in rates.items()}
-    own_averages = args.non_ema_revision == args.revision  # others come with the model: the ramp would forget them
+    own_averages = args.non_ema_revision == args.revision  # the ramp would forget those of a model
     return Recipe(optimizer, make_lr_factor(args, rates["unet"], last_step), rates, args.max_grad_norm,
                   args.ema_decay, 0.0 if own_averages else args.ema_decay)
 
 
 def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedule:
-    """Return what the peak rate is multiplied by, from the number of updates so far."""
+    """Return the schedule: the factor of the peak learning rate after n updates."""
     warmup = args.lr_warmup_steps
-    length = max(last_step, warmup + 1) - warmup  # a decay of no length at all would divide by 0
+    length = max(last_step, warmup + 1) - warmup  # a decay of length 0 would divide by 0
 
     def restart(count: Tensor) -> Tensor:
         progress = count / length
@@ -2621,7 +2602,7 @@ def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
     if checkpoint is None:
         return
     if not (checkpoint / TRAINED).is_dir():
-        raise ValueError(f"{checkpoint} has no {TRAINED}: another script made it, or it is damaged. Name another "
+        raise ValueError(f"{checkpoint} has no {TRAINED}: it is of another script, or damaged. Name another "
                          "checkpoint.")
     if (checkpoint / EMA_FOLDER).is_dir() and not args.use_ema:
         raise ValueError(f"{checkpoint} holds EMA weights, and there is no --use_ema: add the flag, or remove "
@@ -2652,13 +2633,13 @@ def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
 
 
 def load_state(state: TrainState, folder: Path) -> TrainState:
-    """Return the state that `save_state` has written, laid out as `state`, whose arrays are given up for it."""
+    """Return a saved state, sharded as `state`, whose arrays are freed for it."""
     parts = split_state(state)
     for name in parts:
         if (folder / name).is_dir():
             places = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype,
                                                                      sharding=array.sharding), parts[name])
-            jax.tree.map(lambda array: array.delete(), parts[name])  # a device need not hold both
+            jax.tree.map(lambda array: array.delete(), parts[name])  # a device need not hold two states
             with ocp.StandardCheckpointer() as checkpointer:
                 parts[name] = checkpointer.restore(folder / name, places)
         elif name == EMA_FOLDER:
@@ -2809,7 +2790,7 @@ def is_validation_due(args: Namespace, progress: Progress, step: MicroStep) -> b
 
 def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
              progress: Progress) -> list[Image.Image]:
-    """Draw the prompts and measure the held-out loss, with averaged weights if there are any; return the pictures."""
+    """Draw the prompts and compute the held-out loss, with the EMA weights if there are any; return the pictures."""
     prompts, images = get_validation_prompts(args), []
     if not prompts and data.held_out is None:
         return images
@@ -2818,7 +2799,7 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Da
         images = draw_images(args, accelerator, models, frozen, prompts, data.train.seed)
     if data.held_out is not None:
         loss = compute_held_out_loss(args, accelerator, models, frozen, data.held_out)
-        accelerator.log({"validation_loss": loss}, step=progress.global_step)
+        log_rows(accelerator, [(progress.global_step, {"validation_loss": loss})])
         logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
     if images and accelerator.is_main_process:
         with log_failure("saving the validation pictures"):
@@ -2828,7 +2809,7 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Da
 
 
 def get_best_weights(models: Models) -> dict[str, Tensor]:
-    """Return the averaged weights if the run keeps any, else the trained ones."""
+    """Return the EMA weights if there are any, else the trained ones."""
     return models.state.weights if models.state.averages is None else models.state.averages
 
 
@@ -2836,16 +2817,15 @@ def make_ddim_steps(config: dict, num_steps: int) -> tuple[np.ndarray, ...]:
     """Return timesteps [n], and alpha^2 there and after each step [n] of it, as diffusers' DDIMScheduler has them."""
     alphas_cumprod, spacing = compute_alphas_cumprod(config), config.get("timestep_spacing", "leading")
     count = len(alphas_cumprod)
-    if spacing not in ("leading", "trailing", "linspace"):
-        raise ValueError(f"the scheduler's timestep_spacing {spacing} is not implemented here: it knows leading, "
-                         "trailing and linspace. Use train_text_to_image.py.")
     if num_steps > count:
         raise ValueError(f"--validation_inference_steps {num_steps} is more than the {count} timesteps of the model.")
-    timesteps = {
-        "leading": lambda: np.arange(num_steps)[::-1] * (count // num_steps) + config.get("steps_offset", 0),
-        "trailing": lambda: np.round(np.arange(count, 0, -count / num_steps))[:num_steps] - 1,
-        "linspace": lambda: np.linspace(0, count - 1, num_steps).round()[::-1],
-    }[spacing]().astype(np.int32).clip(0, count - 1)
+    timesteps = {"leading": np.arange(num_steps)[::-1] * (count // num_steps) + config.get("steps_offset", 0),
+                 "trailing": np.round(np.arange(count, 0, -count / num_steps))[:num_steps] - 1,
+                 "linspace": np.linspace(0, count - 1, num_steps).round()[::-1]}
+    if spacing not in timesteps:
+        raise ValueError(f"the scheduler's timestep_spacing {spacing} is not implemented here: choose from "
+                         f"{', '.join(timesteps)}, or use train_text_to_image.py.")
+    timesteps = timesteps[spacing].astype(np.int32).clip(0, count - 1)
     after = timesteps - count // num_steps
     last = 1.0 if config.get("set_alpha_to_one", True) else alphas_cumprod[0]
     return timesteps, alphas_cumprod[timesteps], np.where(after < 0, last, alphas_cumprod[after]).astype(np.float32)
@@ -2888,25 +2868,23 @@ def take_ddim_step(latents: Tensor, model_pred: Tensor, variance: Tensor, next_v
 
 def draw_images(args: Namespace, accelerator: Accelerator, models: Models, frozen: dict[str, Tensor],
                 prompts: list[str], seed: int) -> list[Image.Image]:
-    """Return one picture per prompt on every process, from the same noise at every call; none where drawing failed.
+    """Return a picture per prompt, from the same noise at every call; none where drawing failed.
 
     Each device draws one picture at a time.
     """
     drawn, side = [], args.resolution // compute_vae_factor(models.configs["vae"])
-    shape = (models.configs["vae"]["latent_channels"], side, side)
+    shape, count = (models.configs["vae"]["latent_channels"], side, side), accelerator.num_devices
+    local = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
     with log_failure("drawing validation pictures"):
-        for start in range(0, len(prompts), accelerator.num_devices):
-            chunk = prompts[start : start + accelerator.num_devices]
-            rows = [start + min(row, len(chunk) - 1) for row in range(accelerator.num_devices)]
+        for start in range(0, len(prompts), count):
+            rows = [min(start + device, len(prompts) - 1) for device in range(count)]
             noise = np.stack([make_rng(seed, "validation", row).standard_normal(shape, np.float32) for row in rows])
             captions = [{"caption": caption} for row in rows for caption in ("", prompts[row])]
-            input_ids = collate(captions, list_tokenizers(models))["input_ids"].reshape(len(rows), 2, -1)
-            local = np.array_split(np.arange(len(rows)), accelerator.num_processes)[accelerator.process_index]
+            input_ids = collate(captions, list_tokenizers(models))["input_ids"].reshape(count, 2, -1)
             batch = accelerator.place_batch({"latents": np.moveaxis(noise, 1, -1)[local],
                                              "input_ids": input_ids[local]}, axis=0)
-            images = models.programs.draw(get_best_weights(models), frozen, **batch)
-            drawn += list(np.asarray(images)[: len(chunk)])
-    return [Image.fromarray(image) for image in drawn] if len(drawn) == len(prompts) else []
+            drawn += list(np.asarray(models.programs.draw(get_best_weights(models), frozen, **batch)))
+    return [Image.fromarray(image) for image in drawn[: len(prompts)]] if len(drawn) >= len(prompts) else []
 
 
 def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, frozen: dict[str, Tensor],
@@ -2954,7 +2932,7 @@ def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Ima
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
     """Write the pipeline to --output_dir, aside first, so that a failure leaves what was there before.
 
-    What was not trained is a copy of the base model's files.
+    Frozen parts are copies of the base model's files, Flax weights converted.
     """
     weights = multihost_utils.process_allgather(get_best_weights(models), tiled=True)
     if not accelerator.is_main_process:
@@ -2990,7 +2968,7 @@ def save_network(arrays: dict[str, np.ndarray], part: str, folder: Path) -> None
 
 
 def write_pipeline_files(models: Models, folder: Path) -> None:
-    """Write the scheduler's settings, and the index that says which class each part of the pipeline is of."""
+    """Write the scheduler's settings and model_index.json."""
     config, place = models.scheduler_config, folder / "scheduler" / "scheduler_config.json"
     place.parent.mkdir(exist_ok=True)
     place.write_text(json.dumps(config, indent=2) + "\n")
@@ -3061,7 +3039,7 @@ def push_to_hub(args: Namespace) -> None:
 
 
 class Meter:
-    """Keeps each update's numbers where they are computed and reads them late, when they have long been there.
+    """Keeps metrics on the devices and reads them late, so that the devices never wait.
 
     Logs `train_loss`, `lr`, `grad_norm` and `epoch` of every update with its own step; with every --logging_steps
     updates `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and counts
@@ -3084,7 +3062,7 @@ class Meter:
             self.bar.close()
 
     def restart_clock(self) -> None:
-        """Begin to measure speed: after a pause that is not training, such as drawing pictures."""
+        """Restart the measurement of speed, after something that is not training."""
         self.started, self.waited = time.perf_counter(), 0.0
 
     def iterate(self, updates):
@@ -3098,9 +3076,9 @@ class Meter:
             yield update
 
     def end_update(self, global_step: int, step: MicroStep, metrics: dict[str, Tensor]) -> None:
-        """Take an update's numbers; wait for the update before, so that the devices have this one to compute.
+        """Take an update's metrics; wait for the update before it, so that the devices stay busy with this one.
 
-        Those of --logging_steps updates are read at once, when one more has begun.
+        They are read --logging_steps updates at a time, once one more has begun.
         """
         self.updates.append((global_step, step, metrics))
         if len(self.updates) > 1:
@@ -3159,18 +3137,7 @@ def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]])
     """Send the numbers of several updates to the trackers, each with its own step."""
     for tracker in accelerator.trackers:
         with log_failure(f"sending numbers to {tracker.name}"):
-            send_rows(tracker, rows)
-
-
-def send_rows(tracker, rows: list[tuple[int, dict[str, float]]]) -> None:
-    """Send the numbers of several updates to one tracker."""
-    if tracker.name != "tensorboard":
-        for step, numbers in rows:
-            tracker.log(numbers, step=step)
-        return
-    for step, name, number in ((step, *item) for step, numbers in rows for item in numbers.items()):
-        tracker.writer.add_scalar(name, number, step)
-    tracker.writer.flush()  # once: the tracker's own `log` does so at every row
+            tracker.log(rows)
 
 
 @contextlib.contextmanager
@@ -3183,20 +3150,9 @@ def log_failure(what: str):
 
 
 def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
-    """Send pictures to every tracker that shows pictures."""
+    """Send pictures to every tracker."""
     for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_images(tag, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
-            tracker.log({tag: captioned}, step=step)
-        elif tracker.name == "comet_ml":
-            for i, image in enumerate(images):
-                tracker.writer.log_image(image, name=f"{tag}-{i}: {prompts[i]}", step=step)
-        else:
-            logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
+        tracker.log_images(tag, images, prompts, step)
 
 
 def get_peak_memory() -> dict[str, float]:
@@ -3213,7 +3169,7 @@ def get_peak_memory() -> dict[str, float]:
 
 
 def make_tracker(name: str, args: Namespace):
-    """Return a tracker that has been told the flags of the run."""
+    """Start a tracker with the flags of the run."""
     config = {key: value if isinstance(value, bool | int | float) else str(value)
               for key, value in get_public_args(args).items()}
     if name == "wandb":
@@ -3222,42 +3178,41 @@ def make_tracker(name: str, args: Namespace):
 
 
 class TensorBoardTracker:
-    """Writes numbers, pictures and texts for TensorBoard, as torch's SummaryWriter does, without torch."""
+    """Writes TensorBoard's event files, as torch's SummaryWriter does, without torch."""
 
     name = "tensorboard"
 
     def __init__(self, folder: Path, config: dict) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self.writer, self.file = self, EventFileWriter(str(folder))  # accelerate's trackers have a `writer`
-        text = "\n".join(f"    {key}: {value}" for key, value in sorted(config.items()))
-        self.add(0, "flags/text_summary", metadata={"plugin_data": {"plugin_name": "text"}},
-                 tensor={"dtype": "DT_STRING", "string_val": [text.encode()], "tensor_shape": {"dim": [{"size": 1}]}})
+        self.file = EventFileWriter(str(folder))
+        text = "\n".join(f"    {key}: {value}" for key, value in sorted(config.items())).encode()
+        self.write(0, [{"tag": "flags/text_summary", "metadata": {"plugin_data": {"plugin_name": "text"}}, "tensor": {
+            "dtype": "DT_STRING", "string_val": [text], "tensor_shape": {"dim": [{"size": 1}]}}}])
 
-    def add(self, step: int, tag: str, **content) -> None:
-        """Write one value of a summary."""
+    def write(self, step: int, values: list[dict]) -> None:
+        """Write the values of one summary."""
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self.file.add_event(Event(wall_time=time.time(), step=step, summary={"value": [{"tag": tag, **content}]}))
+        self.file.add_event(Event(wall_time=time.time(), step=step, summary={"value": values}))
 
-    def add_scalar(self, tag: str, number: float, step: int) -> None:
-        """Write a number."""
-        self.add(step, tag, simple_value=number)
-
-    def add_images(self, tag: str, images: np.ndarray, step: int, dataformats: str) -> None:
-        """Write uint8 pictures [n, h, w, 3], in the one format NHWC that is asked for here."""
-        for index, array in enumerate(images):
-            stream = io.BytesIO()
-            Image.fromarray(array).save(stream, format="PNG")
-            self.add(step, f"{tag}/{index}", image={"height": array.shape[0], "width": array.shape[1],
-                                                    "colorspace": 3, "encoded_image_string": stream.getvalue()})
-
-    def flush(self) -> None:
-        """Write what has gathered."""
+    def log(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        """Write the numbers of several updates."""
+        for step, numbers in rows:
+            self.write(step, [{"tag": name, "simple_value": number} for name, number in numbers.items()])
         self.file.flush()
 
+    def log_images(self, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+        """Write pictures."""
+        for index, image in enumerate(images):
+            stream = io.BytesIO()
+            image.save(stream, format="PNG")
+            content = {"height": image.height, "width": image.width, "colorspace": 3,
+                       "encoded_image_string": stream.getvalue()}
+            self.write(step, [{"tag": f"{tag}/{index}", "image": content}])
+
     def finish(self) -> None:
-        """Write what has gathered and close the file."""
+        """Close the file."""
         self.file.close()
 
 
@@ -3269,11 +3224,17 @@ class WandbTracker:
     def __init__(self, project: str, folder: str, config: dict) -> None:
         import wandb
 
-        self.run = wandb.init(project=project, dir=folder, config=config)
+        self.run, self.make_image = wandb.init(project=project, dir=folder, config=config), wandb.Image
 
-    def log(self, numbers: dict, step: int) -> None:
-        """Send numbers or pictures."""
-        self.run.log(numbers, step=step)
+    def log(self, rows: list[tuple[int, dict[str, float]]]) -> None:
+        """Send the numbers of several updates."""
+        for step, numbers in rows:
+            self.run.log(numbers, step=step)
+
+    def log_images(self, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+        """Send pictures."""
+        captioned = [self.make_image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
+        self.run.log({tag: captioned}, step=step)
 
     def finish(self) -> None:
         """End the run there."""

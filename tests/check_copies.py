@@ -56,8 +56,8 @@ OWN_OF = {
         "check_checkpoint check_memory_args collate compute_held_out_loss compute_loss compute_snr_weights "
         "compute_target digest_network draw_images encode_captions encode_images encode_variants "
         "finish get_peak_memory list_cached load_model_configs load_weights "
-        "log_run_header logger make_accelerator make_dataloader make_objective make_run_record prepare_training "
-        "resume save_state start_loader_process start_run train train_step validate".split()
+        "log_images log_rows log_run_header logger make_accelerator make_dataloader make_objective make_run_record "
+        "prepare_training resume save_state start_loader_process start_run train train_step validate".split()
     )
 }
 BANNER = re.compile(r"# -+ .+ -+")

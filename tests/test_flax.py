@@ -119,7 +119,7 @@ def models_of(flax, sd, tiny_model, image_folder, tmp_path_factory):
         theirs = SimpleNamespace(
             unet=UNet2DConditionModel.from_pretrained(base / "unet"), vae=AutoencoderKL.from_pretrained(base / "vae"),
             text_encoder=CLIPTextModel.from_pretrained(base / "text_encoder"), trained=("unet", "text_encoder"),
-            scheduler_config=models.scheduler_config)
+            clip_skip=None, scheduler_config=models.scheduler_config)
         theirs.vae.requires_grad_(False)
         loaded[shape] = models, theirs
     return loaded
@@ -437,6 +437,16 @@ def test_settings_that_are_not_implemented_are_refused(flax, tiny_model, image_f
     with pytest.raises(ValueError, match="not implemented|not\n?.*implemented") as error:
         load(flax, base, image_folder, tmp_path / "out")
     assert str(value[-1] if isinstance(value, list) else value) in str(error.value)
+
+
+def test_unknown_settings_of_the_scheduler_are_named(flax, tiny_model, image_folder, tmp_path, caplog):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    path = base / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "snr_shift_scale": 3.0}))
+    args = flax.parse_args(make_args(base, image_folder, tmp_path / "out"))
+    with caplog.at_level("WARNING"):
+        flax.load_model_configs(args)
+    assert "unknown settings of the scheduler are ignored: {'snr_shift_scale': 3.0}" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
@@ -858,7 +868,7 @@ def test_without_torch_a_stopped_run_saves_and_goes_on(full_run, tiny_model, odd
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_signals_ask_for_a_stop_once(flax, name):
-    """SLURM warns with SIGUSR1; after the first signal the handler is what it was before."""
+    """SLURM warns with SIGUSR1; a second one ends the process."""
     number = getattr(signal, name)
     before = signal.signal(number, signal.SIG_IGN)
     try:
