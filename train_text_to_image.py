@@ -733,8 +733,9 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             meter.add_losses(train_step(accelerator, models, objective, batch, step), batch, step)
             if not step.ends_update:
                 continue
-            grad_norm = (None if args.optimizer_in_backward
-                         else accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
+            grad_norm = None
+            if parameters[0].grad is not None:  # as --optimizer_in_backward leaves it
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             numbers = {"epoch": step.epoch, **get_learning_rates(models)}
             models.optimizer.step()
             models.lr_scheduler.step()
@@ -1182,10 +1183,6 @@ def make_accelerator(args: Namespace) -> Accelerator:
     if accelerator.mixed_precision != "no" and not accelerator.native_amp:
         raise ValueError(f"precision {accelerator.mixed_precision}, from --mixed_precision or accelerate's "
                          f"configuration, does not work on {accelerator.device.type}: use --mixed_precision no.")
-    if args.optimizer_in_backward and (accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16"):
-        raise ValueError("--optimizer_in_backward updates before gradients are averaged or unscaled: it needs one "
-                         f"process and --mixed_precision bf16 or no, got {accelerator.num_processes} processes and "
-                         f"{accelerator.mixed_precision}.")
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity(logging.WARNING if accelerator.is_main_process else logging.ERROR)
         if library is not datasets or not accelerator.is_local_main_process:
@@ -1795,10 +1792,8 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
     for part in models.trained:
         setattr(models, part, accelerator.prepare(getattr(models, part)))
     models.optimizer, models.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
-    if args.optimizer_in_backward:
-        update_in_backward(models.optimizer.optimizer)
     if args.use_ema:  # only now: wrapping has made the weights the same on all processes
-        models.ema = EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay, offload=args.offload_ema)
+        models.ema = make_ema(args, accelerator, models)
     # `save_state` and `resume` take care of the networks, accelerate of all else
     accelerator.register_save_state_pre_hook(lambda networks, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda networks, folder: networks.clear())
@@ -1831,11 +1826,21 @@ def make_optimizer(args: Namespace, groups: list[dict]):
     return torch.optim.AdamW(groups, **settings, fused=device in ("cuda", "cpu", "xpu", "mps"))
 
 
-def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
-    """Have each parameter updated when its gradient is complete, and the gradient freed: all in the backward pass.
+def check_update_in_backward(args: Namespace, accelerator: Accelerator) -> None:
+    """Refuse --optimizer_in_backward where gradients must be averaged or unscaled before the update."""
+    if args.optimizer_in_backward and (accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16"):
+        raise ValueError("--optimizer_in_backward updates before gradients are averaged or unscaled: it needs one "
+                         f"process and --mixed_precision bf16 or no, got {accelerator.num_processes} processes and "
+                         f"{accelerator.mixed_precision}.")
 
-    To the optimizer it is a step with one parameter at a time; its states, rates and files are what they always are.
+
+def update_in_backward(args: Namespace, models: Models) -> None:
+    """With --optimizer_in_backward, update each parameter when its gradient is complete, then free the gradient.
+
+    It is an ordinary step on one parameter; checkpoints are unchanged.
     """
+    optimizer = models.optimizer.optimizer
+
     def update(number: int, parameter: torch.nn.Parameter) -> None:
         groups = optimizer.param_groups
         optimizer.param_groups = [{**groups[number], "params": [parameter]}]
@@ -1843,7 +1848,7 @@ def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
         optimizer.param_groups = groups
         parameter.grad = None
 
-    for number, group in enumerate(optimizer.param_groups):
+    for number, group in enumerate(optimizer.param_groups if args.optimizer_in_backward else []):
         for parameter in group["params"]:
             parameter.register_post_accumulate_grad_hook(partial(update, number))
 
@@ -1882,38 +1887,28 @@ class EmaWeights:
     """Exponential moving average of the trained weights, in float32: ema += (1 - decay_n) (weights - ema).
 
     decay_n is 0 at the first update, then n / (9 + n), at most `decay`: the ramp of diffusers' EMAModel, which reads
-    these files. `min_decay` is a floor, for EMA weights that come with a model. With `offload` the EMA weights are in
-    host memory, and go to the device one tensor at a time.
+    these files. `min_decay` is a floor, for EMA weights that come with a model.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, offload: bool = False) -> None:
-        self.parameters, self.offload = parameters, offload
-        self.decay, self.min_decay, self.num_updates = decay, 0.0, 0
-        self.averages = {name: self.place(parameter.detach().clone()) for name, parameter in parameters.items()}
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """Return a new EMA weight where it is kept."""
-        if not self.offload:
-            return tensor.float()
-        tensor = tensor.float().cpu()
-        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay, self.min_decay, self.num_updates = parameters, decay, 0.0, 0
+        self.averages = {name: parameter.detach().to(torch.float32, copy=True)
+                         for name, parameter in parameters.items()}
 
     def compute_decay(self) -> float:
         """Return the decay of the current update."""
         ramp = 0.0 if self.num_updates <= 1 else self.num_updates / (9 + self.num_updates)
         return max(self.min_decay, min(self.decay, ramp))
 
-    @torch.no_grad()
     def step(self) -> None:
         """Average in the weights of this update."""
         self.num_updates += 1
-        share = 1 - self.compute_decay()
-        if not self.offload:
-            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
-            return
-        for name, parameter in self.parameters.items():
-            average = self.averages[name].to(parameter.device, non_blocking=True, copy=True)
-            self.averages[name].copy_(average.lerp_(parameter, share), non_blocking=True)
+        self.average(1 - self.compute_decay())
+
+    @torch.no_grad()
+    def average(self, share: float) -> None:
+        """Move the EMA weights towards the trained weights."""
+        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -1937,6 +1932,22 @@ class EmaWeights:
         self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
 
 
+class OffloadedEma(EmaWeights):
+    """EMA weights in host memory, which go to the device one tensor at a time."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
+        super().__init__(parameters, decay)
+        for name, average in self.averages.items():
+            self.averages[name] = average.cpu().pin_memory() if torch.cuda.is_available() else average.cpu()
+
+    @torch.no_grad()
+    def average(self, share: float) -> None:
+        """Move the EMA weights towards the trained weights."""
+        for name, parameter in self.parameters.items():
+            average = self.averages[name].to(parameter.device, non_blocking=True, copy=True)
+            self.averages[name].copy_(average.lerp_(parameter, share), non_blocking=True)
+
+
 @contextlib.contextmanager
 def averaged_weights(models: Models):
     """Put the EMA weights, if there are any, into the networks for a while."""
@@ -1950,17 +1961,20 @@ def averaged_weights(models: Models):
         models.ema.swap()
 
 
-def start_averages(args: Namespace, models: Models) -> None:
-    """Begin the averages of --use_ema with the weights at --revision where others are trained, and keep them."""
-    if models.ema is None or args.non_ema_revision == args.revision:
-        return
-    source = UNet2DConditionModel.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32, revision=args.revision,
-        variant=args.variant, cache_dir=args.cache_dir)
-    averages = {name: average for name, average in models.ema.averages.items() if name.startswith("unet.")}
-    copy_weights(averages, {f"unet.{name}": tensor for name, tensor in source.state_dict().items()},
-                 f"the UNet at --revision {args.revision}")
-    models.ema.min_decay = models.ema.decay  # the ramp would forget them
+def make_ema(args: Namespace, accelerator: Accelerator, models: Models) -> EmaWeights:
+    """Return EMA weights: the trained weights or, with --non_ema_revision, those at --revision."""
+    make = OffloadedEma if args.offload_ema else EmaWeights
+    ema = make(name_trained_parameters(accelerator, models), args.ema_decay)
+    if args.non_ema_revision != args.revision:
+        with explained_load(args):
+            source = UNet2DConditionModel.from_pretrained(
+                args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32,
+                revision=args.revision, variant=args.variant, cache_dir=args.cache_dir)
+        averages = {name: average for name, average in ema.averages.items() if name.startswith("unet.")}
+        copy_weights(averages, {f"unet.{name}": tensor for name, tensor in source.state_dict().items()},
+                     f"the UNet at --revision {args.revision}")
+        ema.min_decay = ema.decay  # the ramp would forget them
+    return ema
 
 
 @torch.no_grad()
@@ -2191,7 +2205,8 @@ def load_networks(accelerator: Accelerator, models: Models, checkpoint: Path) ->
         models.ema.load(load_trained(models, checkpoint, averaged=True), averages / "config.json")
     elif models.ema is not None:
         logger.warning(f"{checkpoint} has no EMA weights: the average starts from the trained weights.")
-        models.ema = EmaWeights(parameters, models.ema.decay, offload=models.ema.offload)
+        copy_weights(models.ema.averages, parameters, str(checkpoint))
+        models.ema.min_decay = 0.0
 
 
 def adapt_moments(args: Namespace, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
@@ -2616,6 +2631,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train, from the command line or from `argv`."""
     args = parse_args(argv)
     accelerator = make_accelerator(args)
+    check_update_in_backward(args, accelerator)
     configs = load_model_configs(args)
     lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
@@ -2632,8 +2648,7 @@ def main(argv: list[str] | None = None) -> None:
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))
-    with explained_load(args):
-        start_averages(args, models)
+    update_in_backward(args, models)
     record = make_run_record(args, accelerator, seed, data.train)
     progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
 

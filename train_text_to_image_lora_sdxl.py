@@ -747,8 +747,9 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             meter.add_losses(train_step(accelerator, models, objective, batch, step), batch, step)
             if not step.ends_update:
                 continue
-            grad_norm = (None if args.optimizer_in_backward
-                         else accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
+            grad_norm = None
+            if parameters[0].grad is not None:  # as --optimizer_in_backward leaves it
+                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             numbers = {"epoch": step.epoch, **get_learning_rates(models)}
             models.optimizer.step()
             models.lr_scheduler.step()
@@ -1037,10 +1038,6 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group.add_argument("--use_adafactor", action="store_true",
                        help="Use Adafactor (arXiv:1804.04235), which keeps far less per weight than AdamW. Uses "
                        "--learning_rate and --adam_weight_decay; ignores Adam's betas and epsilon.")
-    group.add_argument("--optimizer_in_backward", action="store_true",
-                       help="Update each weight as soon as its gradient is complete, then free the gradient, which "
-                       "saves the memory of all gradients. On one device, without accumulation and clipping.")
-    group.add_argument("--offload_ema", action="store_true", help="Keep the EMA weights in host memory.")
     group.add_argument("--foreach_ema", action="store_true",
                        help="Accepted for old commands: EMA weights are always updated in one call.")
     group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true",
@@ -1185,13 +1182,6 @@ def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
     refuse(
         parser,
         (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one of them."),
-        (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
-        (args.optimizer_in_backward and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0),
-         "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: add --max_grad_norm 0 "
-         f"and --gradient_accumulation_steps 1, got {args.max_grad_norm} and {args.gradient_accumulation_steps}."),
-        (args.optimizer_in_backward and args.torch_compile,
-         "--optimizer_in_backward and --torch_compile exclude each other, since a compiled backward pass returns all "
-         "gradients at once: drop one of them."),
         (args.mixed_precision == "fp16" and not torch.accelerator.is_available(),
          "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
     )
@@ -1225,10 +1215,6 @@ def make_accelerator(args: Namespace) -> Accelerator:
     if accelerator.mixed_precision != "no" and not accelerator.native_amp:
         raise ValueError(f"precision {accelerator.mixed_precision}, from --mixed_precision or accelerate's "
                          f"configuration, does not work on {accelerator.device.type}: use --mixed_precision no.")
-    if args.optimizer_in_backward and (accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16"):
-        raise ValueError("--optimizer_in_backward updates before gradients are averaged or unscaled: it needs one "
-                         f"process and --mixed_precision bf16 or no, got {accelerator.num_processes} processes and "
-                         f"{accelerator.mixed_precision}.")
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity(logging.WARNING if accelerator.is_main_process else logging.ERROR)
         if library is not datasets or not accelerator.is_local_main_process:
@@ -1929,10 +1915,8 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
     for part in models.trained:
         setattr(models, part, accelerator.prepare(getattr(models, part)))
     models.optimizer, models.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
-    if args.optimizer_in_backward:
-        update_in_backward(models.optimizer.optimizer)
     if args.use_ema:  # only now: wrapping has made the weights the same on all processes
-        models.ema = EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay, offload=args.offload_ema)
+        models.ema = make_ema(args, accelerator, models)
     # `save_state` and `resume` take care of the networks, accelerate of all else
     accelerator.register_save_state_pre_hook(lambda networks, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda networks, folder: networks.clear())
@@ -1970,23 +1954,6 @@ def make_optimizer(args: Namespace, groups: list[dict]):
     return torch.optim.AdamW(groups, **settings, fused=device in ("cuda", "cpu", "xpu", "mps"))
 
 
-def update_in_backward(optimizer: torch.optim.Optimizer) -> None:
-    """Have each parameter updated when its gradient is complete, and the gradient freed: all in the backward pass.
-
-    To the optimizer it is a step with one parameter at a time; its states, rates and files are what they always are.
-    """
-    def update(number: int, parameter: torch.nn.Parameter) -> None:
-        groups = optimizer.param_groups
-        optimizer.param_groups = [{**groups[number], "params": [parameter]}]
-        optimizer.step()
-        optimizer.param_groups = groups
-        parameter.grad = None
-
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            parameter.register_post_accumulate_grad_hook(partial(update, number))
-
-
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
     """Return the number of samples in a full update."""
     return args.train_batch_size * args.gradient_accumulation_steps * num_processes
@@ -2021,38 +1988,28 @@ class EmaWeights:
     """Exponential moving average of the trained weights, in float32: ema += (1 - decay_n) (weights - ema).
 
     decay_n is 0 at the first update, then n / (9 + n), at most `decay`: the ramp of diffusers' EMAModel, which reads
-    these files. `min_decay` is a floor, for EMA weights that come with a model. With `offload` the EMA weights are in
-    host memory, and go to the device one tensor at a time.
+    these files. `min_decay` is a floor, for EMA weights that come with a model.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, *, offload: bool = False) -> None:
-        self.parameters, self.offload = parameters, offload
-        self.decay, self.min_decay, self.num_updates = decay, 0.0, 0
-        self.averages = {name: self.place(parameter.detach().clone()) for name, parameter in parameters.items()}
-
-    def place(self, tensor: Tensor) -> Tensor:
-        """Return a new EMA weight where it is kept."""
-        if not self.offload:
-            return tensor.float()
-        tensor = tensor.float().cpu()
-        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay, self.min_decay, self.num_updates = parameters, decay, 0.0, 0
+        self.averages = {name: parameter.detach().to(torch.float32, copy=True)
+                         for name, parameter in parameters.items()}
 
     def compute_decay(self) -> float:
         """Return the decay of the current update."""
         ramp = 0.0 if self.num_updates <= 1 else self.num_updates / (9 + self.num_updates)
         return max(self.min_decay, min(self.decay, ramp))
 
-    @torch.no_grad()
     def step(self) -> None:
         """Average in the weights of this update."""
         self.num_updates += 1
-        share = 1 - self.compute_decay()
-        if not self.offload:
-            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
-            return
-        for name, parameter in self.parameters.items():
-            average = self.averages[name].to(parameter.device, non_blocking=True, copy=True)
-            self.averages[name].copy_(average.lerp_(parameter, share), non_blocking=True)
+        self.average(1 - self.compute_decay())
+
+    @torch.no_grad()
+    def average(self, share: float) -> None:
+        """Move the EMA weights towards the trained weights."""
+        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -2074,6 +2031,11 @@ class EmaWeights:
         copy_weights(self.averages, weights, str(config.parent))
         state = json.loads(config.read_text())
         self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
+
+
+def make_ema(args: Namespace, accelerator: Accelerator, models: Models) -> EmaWeights:
+    """Return EMA weights of the adapter."""
+    return EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay)
 
 
 @contextlib.contextmanager
@@ -2355,7 +2317,8 @@ def load_networks(accelerator: Accelerator, models: Models, checkpoint: Path) ->
         models.ema.load(load_trained(models, checkpoint, averaged=True), averages / "config.json")
     elif models.ema is not None:
         logger.warning(f"{checkpoint} has no EMA weights: the average starts from the trained weights.")
-        models.ema = EmaWeights(parameters, models.ema.decay, offload=models.ema.offload)
+        copy_weights(models.ema.averages, parameters, str(checkpoint))
+        models.ema.min_decay = 0.0
 
 
 def adapt_moments(args: Namespace, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:

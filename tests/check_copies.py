@@ -36,6 +36,7 @@ OWN = {
     "TOKENIZERS",
     "TRAINED",
     "add_flags",
+    "check_memory_args",
     "describe_model",
     "encode_batch",
     "encode_captions",
@@ -43,6 +44,7 @@ OWN = {
     "load_models",
     "load_trained",
     "main",
+    "make_ema",
     "make_kohya_facts",
     "make_kohya_name",
     "make_parameter_groups",
@@ -53,7 +55,7 @@ OWN = {
 OWN_OF = {
     "train_text_to_image_flax.py": set(
         "--allow_tf32 --mixed_precision Meter StopRequest TRACKERS cache_encodings cache_latents cache_text_states "
-        "check_checkpoint check_memory_args collate compute_held_out_loss compute_loss compute_snr_weights "
+        "check_checkpoint collate compute_held_out_loss compute_loss compute_snr_weights "
         "compute_target digest_network draw_images encode_captions encode_images encode_variants "
         "finish get_peak_memory list_cached load_model_configs load_weights "
         "log_images log_rows log_run_header logger make_accelerator make_dataloader make_objective make_run_record "

@@ -23,9 +23,9 @@ def make_network(seed: int = 0) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.LayerNorm(5), torch.nn.Conv1d(5, 2, 1))
 
 
-def make_averages(script, network: torch.nn.Module, decay: float, **options):
+def make_averages(script, network: torch.nn.Module, decay: float, kind: str = "EmaWeights"):
     """Return a script's averages of all weights of a network."""
-    return script.EmaWeights(dict(network.named_parameters()), decay, **options)
+    return getattr(script, kind)(dict(network.named_parameters()), decay)
 
 
 def walk(network: torch.nn.Module, *steps) -> None:
@@ -53,12 +53,11 @@ def assert_close(first: dict, second: dict) -> None:
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("decay", [0, 0.5, 0.9999, 1])
-def test_averages_follow_the_recursion(script, decay, offload):
+def test_averages_follow_the_recursion(script, decay):
     """After n updates average = d average + (1 - d) weights with d = 0 for n = 1, else min(decay, n / (9 + n))."""
     network = make_network()
-    averages = make_averages(script, network, decay, offload=offload)
+    averages = make_averages(script, network, decay)
     expected = [tensor.double() for tensor in copy_of(network.parameters())]
     for number in range(1, 41):
         walk(network, averages.step)
@@ -82,10 +81,10 @@ def test_averages_are_those_of_diffusers(script, decay):
     torch.testing.assert_close(list(averages.averages.values()), reference.shadow_params, rtol=1e-5, atol=1e-6)
 
 
-def test_offloaded_averages_are_the_same(script):
+def test_offloaded_averages_are_the_same(full_script):
     """--offload_ema changes where averages live, and nothing else."""
     network = make_network()
-    plain, offloaded = make_averages(script, network, 0.99), make_averages(script, network, 0.99, offload=True)
+    plain, offloaded = (make_averages(full_script, network, 0.99, kind) for kind in ("EmaWeights", "OffloadedEma"))
     for _ in range(20):
         walk(network, plain.step, offloaded.step)
     assert {average.device.type for average in offloaded.averages.values()} == {"cpu"}
@@ -96,17 +95,17 @@ def test_offloaded_averages_are_the_same(script):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("offload", [False, True])
-def test_swapping_in_restores_everything(script, offload, fails):
+@pytest.mark.parametrize("kind", ["EmaWeights", "OffloadedEma"])
+def test_swapping_in_restores_everything(full_script, kind, fails):
     """Inside, the network holds the averages; afterwards weights and averages are what they were, to the last bit."""
     network = make_network()
-    averages = make_averages(script, network, 0.9, offload=offload)
+    averages = make_averages(full_script, network, 0.9, kind)
     for _ in range(5):
         walk(network, averages.step)
     kept = copy_of(averages.averages.values())
     weights, buffers = copy_of(network.parameters()), [parameter.data_ptr() for parameter in network.parameters()]
     try:
-        with script.averaged_weights(SimpleNamespace(ema=averages)):
+        with full_script.averaged_weights(SimpleNamespace(ema=averages)):
             assert_equal(network.parameters(), kept)
             if fails:
                 raise KeyError("in the middle of a validation")
@@ -183,10 +182,10 @@ def test_a_run_exports_averages_and_keeps_both(script, tiny_model, image_folder,
         "decay": 0.25, "min_decay": 0, "optimization_step": 4, "update_after_step": 0}
 
 
-def test_offloading_and_foreach_change_no_file(script, tiny_model, image_folder, tmp_path):
+def test_offloading_and_foreach_change_no_file(full_script, tiny_model, image_folder, tmp_path):
     """A run with --offload_ema or --foreach_ema leaves what it would have left without."""
     for name, flags in (("plain", {}), ("other", {"offload_ema": True, "foreach_ema": True})):
-        run(script, make_args(tiny_model, image_folder, tmp_path / name, use_ema=True, **flags))
+        run(full_script, make_args(tiny_model, image_folder, tmp_path / name, use_ema=True, **flags))
     assert_same_files(tmp_path / "plain/checkpoint-2", tmp_path / "other/checkpoint-2")
     plain, other = (read_trained(tmp_path / name) for name in ("plain", "other"))
     assert plain.keys() == other.keys()

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import UNCACHED, list_adapter_flags, make_args, read_scalars
+from conftest import UNCACHED, make_args, read_scalars
 from runs import assert_same_checkpoint, read_trained, run, start_pair
 
 NO_8_BIT = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -12,9 +12,8 @@ OPTIMIZERS = [pytest.param({}, id="AdamW"), pytest.param({"use_adafactor": True}
               pytest.param({"use_8bit_adam": True}, id="8-bit AdamW", marks=NO_8_BIT)]
 
 
-@pytest.fixture
-def train(script, tiny_model, image_folder, tmp_path):
-    """Return a function that runs the script and returns its output folder."""
+def make_train(script, tiny_model, image_folder, tmp_path):
+    """Return a function that runs a script and returns its output folder."""
 
     def with_flags(name: str, **flags):
         run(script, make_args(tiny_model, image_folder, tmp_path / name, **flags))
@@ -23,32 +22,44 @@ def train(script, tiny_model, image_folder, tmp_path):
     return with_flags
 
 
+@pytest.fixture
+def train(script, tiny_model, image_folder, tmp_path):
+    """`make_train` of each script in turn."""
+    return make_train(script, tiny_model, image_folder, tmp_path)
+
+
+@pytest.fixture
+def train_full(full_script, tiny_model, image_folder, tmp_path):
+    """`make_train` of each script that trains whole networks, in turn."""
+    return make_train(full_script, tiny_model, image_folder, tmp_path)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_updates_in_the_backward_pass_are_those_after_it(script, train, optimizer):
-    """--optimizer_in_backward leaves the same files to the last bit: from the start, and resumed, with averages."""
+def test_updates_in_the_backward_pass_are_those_after_it(train_full, optimizer):
+    """--optimizer_in_backward leaves the same files to the last bit: from the start, and resumed, with EMA."""
     flags = {"max_grad_norm": 0, "use_ema": True, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1,
              "gradient_checkpointing": True, "train_text_encoder": True, "no_cache_text_embeddings": True,
-             **list_adapter_flags(script, rank=64), **optimizer}  # so that A and B are large enough for 8 bits
-    whole = train("whole", **flags, max_train_steps=4, checkpointing_steps=2)
-    part = train("part", **flags, max_train_steps=2, optimizer_in_backward=True)
+             **optimizer}
+    whole = train_full("whole", **flags, max_train_steps=4, checkpointing_steps=2)
+    part = train_full("part", **flags, max_train_steps=2, optimizer_in_backward=True)
     assert_same_checkpoint(part / "checkpoint-2", whole / "checkpoint-2")
-    train("part", **flags, max_train_steps=4, optimizer_in_backward=True, resume_from_checkpoint="latest")
+    train_full("part", **flags, max_train_steps=4, optimizer_in_backward=True, resume_from_checkpoint="latest")
     assert_same_checkpoint(part / "checkpoint-4", whole / "checkpoint-4")
 
 
-def test_gradients_are_freed_in_the_backward_pass(script, train, monkeypatch):
+def test_gradients_are_freed_in_the_backward_pass(full_script, train_full, monkeypatch):
     """After a pass none is left, where without --optimizer_in_backward each is; it is not measured either."""
-    left, original = [], script.train_step
+    left, original = [], full_script.train_step
 
     def train_step(accelerator, models, *given):
         losses = original(accelerator, models, *given)
         left.append(sum(parameter.grad is not None for parameter in models.unet.parameters()))
         return losses
 
-    monkeypatch.setattr(script, "train_step", train_step)
+    monkeypatch.setattr(full_script, "train_step", train_step)
     flags = {"max_grad_norm": 0, "report_to": "tensorboard", "max_train_steps": 1}
     for name, in_backward in (("after", False), ("within", True)):
-        out = train(name, **flags, optimizer_in_backward=in_backward)
+        out = train_full(name, **flags, optimizer_in_backward=in_backward)
         assert bool(read_scalars(out, "grad_norm")) == (not in_backward)
         assert read_scalars(out, "train_loss")
     assert left[0] > 10 and left[1] == 0
