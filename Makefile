@@ -1,18 +1,24 @@
 # The commands of the project. Nothing but Python is expected: each target makes the virtual environment it runs in and
-# installs what it needs there, once; again only when a requirements file has changed.
+# installs what it needs there, once; again only when requirements or constraints.txt have changed.
 #   make quickstart            train a tiny Stable Diffusion on the pictures in quickstart/, and look at what it draws
 #   make test                  all tests            make check   style, copies, structure: seconds
-#   make benchmark             speed and memory     make style   mend what ruff can mend
+#   make benchmark             speed and memory     make style   fix what ruff can fix
+#   make test NEWEST=1         all tests with the newest packages that requirements*.txt allow, in .venv-newest
+#   make constraints           the same, and if they pass, constraints.txt is what they passed with
 #   VENV=path                  another environment, for instance one that exists already
+#   CONSTRAINTS=               the versions in that environment that requirements*.txt allow, not the tested ones
 #   BASE_PYTHON=python3.12     another Python to make it with
 #   ARGS="..."                 more arguments, for quickstart, test and benchmark
 
-VENV ?= .venv
+VENV ?= $(if $(NEWEST),.venv-newest,.venv)
 BASE_PYTHON ?= python3
+CONSTRAINTS ?= $(if $(NEWEST),,constraints.txt)
 ARGS ?=
 
 PYTHON := $(VENV)/bin/python
-PIP := $(PYTHON) -m pip install --disable-pip-version-check --no-input
+# PIP_CONSTRAINT replaces a constraint in the user's pip configuration, which may clash with these versions.
+PIP := $(if $(CONSTRAINTS),PIP_CONSTRAINT=$(CONSTRAINTS)) $(PYTHON) -m pip install --disable-pip-version-check \
+       --no-input $(if $(NEWEST),--upgrade --upgrade-strategy eager)
 TRAIN_READY := $(VENV)/.installed-to-train
 CHECK_READY := $(VENV)/.installed-to-check
 TEST_READY := $(VENV)/.installed-to-test
@@ -21,7 +27,7 @@ TEST_READY := $(VENV)/.installed-to-test
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check style copies benchmark
+.PHONY: help quickstart test check style copies benchmark constraints newest
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -48,26 +54,34 @@ style: $(CHECK_READY)
 copies: $(PYTHON)
 	$(PYTHON) tests/check_copies.py $(if $(TAKE),--take-from $(TAKE))
 
+constraints:
+	$(MAKE) test NEWEST=1
+	{ grep '^#' constraints.txt; .venv-newest/bin/python -m pip freeze --all | \
+	  grep -Ev '^(nvidia-|cuda-|(triton|pip|wheel)==)'; } > .constraints.new
+	mv .constraints.new constraints.txt
+
 benchmark: $(TRAIN_READY)
 	$(PYTHON) benchmarks/run.py $(ARGS)
 
 $(PYTHON):
-	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "Python 3.10 or newer is needed, which $(BASE_PYTHON) is not." \
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, which $(BASE_PYTHON) is not." \
 	       "Install one and name it: make BASE_PYTHON=python3.12 ..." >&2; exit 1; }
 	$(BASE_PYTHON) -m venv $(VENV)
 
 # The import shows at once a torch and a torchvision that were not built for each other.
-$(TRAIN_READY): requirements.txt | $(PYTHON)
+$(TRAIN_READY): requirements.txt $(CONSTRAINTS) | $(PYTHON)
 	$(PIP) -r requirements.txt
 	@$(PYTHON) -c 'import torch, torchvision' || { \
 	  echo "torch and torchvision in $(VENV) do not fit together (see requirements.txt): take another VENV" >&2; exit 1; }
 	@touch $@
 
-$(CHECK_READY): tests/requirements.txt | $(PYTHON)
+$(CHECK_READY): tests/requirements.txt $(CONSTRAINTS) | $(PYTHON)
 	$(PIP) $$(grep -E '^(pytest$$|ruff)' tests/requirements.txt)
 	@touch $@
 
-$(TEST_READY): tests/requirements.txt $(TRAIN_READY) | $(PYTHON)
+$(TEST_READY): tests/requirements.txt requirements_flax.txt $(TRAIN_READY) $(if $(NEWEST),newest) | $(PYTHON)
 	$(PIP) -r tests/requirements.txt
 	@touch $@
+
+newest:  # never up to date: a release may be newer than the last installation
