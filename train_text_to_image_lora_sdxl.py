@@ -48,6 +48,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -90,7 +91,7 @@ from accelerate.utils import (
     set_seed,
 )
 from filelock import FileLock, Timeout
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -101,6 +102,7 @@ from transformers import CLIPTokenizer
 
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.optimization import get_scheduler
 
 # ---- Types ----------------------------------------------------------------------------------------------------------
@@ -898,6 +900,10 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
                        help="Train the text encoder (SDXL: both) together with the UNet.")
 
     group = parser.add_argument_group("adapter")
+    group.add_argument("--pretrained_lora_model_name_or_path", type=str,
+                       help="Adapter to start from: a folder or .safetensors file from this script, diffusers, PEFT "
+                       "or kohya's tools, or a name on the hub. --rank and layers must be its own. Not read on "
+                       "resume: the checkpoint has the adapter.")
     group.add_argument("--rank", type=positive_int, default=4,
                        help="Rank of the adapter: a higher rank means more capacity and a larger file.")
     group.add_argument("--lora_alpha", type=positive_float,
@@ -1355,9 +1361,13 @@ LORA_TARGETS = {
     "convolution": ("conv1", "conv2", "conv_shortcut", "conv", "time_emb_proj"),  # all of the residual blocks
 }
 TEXT_LORA_TARGETS = {"attention": ("q_proj", "k_proj", "v_proj", "out_proj"), "feed_forward": ("fc1", "fc2")}
-# Parts of names in LoRA files, ours and the reference's, and what PEFT calls them.
+# Parts of names in LoRA files, ours and those of several versions of diffusers, and what PEFT calls them.
 LORA_NAMES = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.",
-              ".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B."}
+              ".lora_linear_layer.down.": ".lora_A.", ".lora_linear_layer.up.": ".lora_B.",
+              ".base_model.model.": ".", ".text_model.": ".", "magnitude_vector.weight": "magnitude_vector",
+              ".processor.": ".", ".to_out_lora.": ".to_out.0_lora.",
+              "_lora.down.": ".lora_A.", "_lora.up.": ".lora_B.", ".self_attn.to_out.0.": ".self_attn.out_proj.",
+              **{f".self_attn.to_{name}.": f".self_attn.{name}_proj." for name in "qkv"}}
 # What Stability AI's own code calls layers of the UNet, and parts of its residual blocks.
 SGM_LAYERS = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
@@ -1462,19 +1472,26 @@ def get_vae_dtype(args: Namespace, vae_config: dict, weight_dtype: torch.dtype) 
     return torch.float32 if vae_config.get("force_upcast", not is_named) else weight_dtype
 
 
-def check_lora_target(args: Namespace, unet_config: dict) -> None:
-    """Refuse names in --lora_target that stand for no layer of this UNet that can be adapted."""
-    with torch.device("meta"):  # the names without the weights
-        unet = UNet2DConditionModel.from_config(unet_config)
+def list_lora_shapes(args: Namespace, configs: dict[str, dict]) -> dict[str, torch.Size]:
+    """Return names and shapes of the weights to train, without loading any; refuse --lora_target without a layer."""
+    with torch.device("meta"):
+        networks = {"unet": UNet2DConditionModel.from_config(configs["unet"])}
+        for part, accepted in TEXT_ENCODERS.items():
+            kind = getattr(transformers, (configs[part].get("architectures") or accepted)[0])
+            networks[part] = kind(kind.config_class.from_dict(configs[part]))
     can_adapt = {f".{name}": isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-                 for name, module in unet.named_modules()}
+                 for name, module in networks["unet"].named_modules()}
     for name in args.lora_target:
         matched = [can for layer, can in can_adapt.items() if layer.endswith(f".{name}")]
         if name not in LORA_TARGETS and not (matched and all(matched)):
             ends = sorted({re.sub(r".*\.(?=\D)", "", layer) for layer, can in can_adapt.items() if can})
-            raise ValueError(f"--lora_target {name} is no linear or convolution layer of the UNet, or not only such: "
-                             f"give some of {', '.join(LORA_TARGETS)}, with spaces, or ends of names such as "
+            raise ValueError(f"--lora_target {name} must select linear or convolution layers of the UNet: give some "
+                             f"of {', '.join(LORA_TARGETS)}, separated by spaces, or endings of layer names such as "
                              f"{', '.join(ends)}.")
+    with torch.device("meta"):
+        for part, config in make_lora_configs(args, networks).items():
+            inject_adapter_in_model(config, networks[part])
+    return {name: tensor.shape for name, tensor in name_lora_weights(networks).items()}
 
 
 def check_clip_skip(args: Namespace, configs: dict[str, dict]) -> None:
@@ -1505,12 +1522,30 @@ def get_weight_dtype(mixed_precision: str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
+REQUIREMENTS = "requirements.txt"
+# How the libraries say that a package is missing, or is of a version that does not fit.
+INSTALLATION_ERROR = re.compile(r"version of \w+ you are using|pip install|is required but|is not installed")
+
+
+def check_installation(error: Exception) -> None:
+    """Raise ImportError, with the versions found, for an error that is about missing or clashing packages."""
+    if not isinstance(error, ImportError) and not INSTALLATION_ERROR.search(str(error)):
+        return
+    found = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    names = "torch torchvision jax flax diffusers transformers accelerate peft".split()
+    versions = ", ".join(f"{name} {found.get(name, 'missing')}" for name in names)
+    raise ImportError(f"a package is missing, or packages do not fit together: {error} Found: {versions}. Install the "
+                      f"versions that were tested together: pip install -r {REQUIREMENTS} -c constraints.txt"
+                      ) from error
+
+
 @contextlib.contextmanager
 def explained_load(args: Namespace):
-    """Say of files that cannot be loaded which flag has named them."""
+    """Say which flag has named files that cannot be loaded; an installation at fault is reported as such."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError) as error:
+    except (ImportError, OSError, SafetensorError, ValueError) as error:
+        check_installation(error)
         vae = args.pretrained_vae_model_name_or_path
         hint = ""
         if vae:
@@ -1532,11 +1567,7 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
         where, **locate_part(args, "unet")[1], variant=args.variant, torch_dtype=weight_dtype)
     for network in networks.values():
         network.requires_grad_(False).eval()
-    adapters = {"unet": make_lora_config(args, [
-        module for name in args.lora_target for module in LORA_TARGETS.get(name, (name,))])}
-    for part in TEXT_ENCODERS if args.train_text_encoder else ():
-        num_unused = 1 + (args.clip_skip or 0) if part == "text_encoder" else 0
-        adapters[part] = make_lora_config(args, list_text_targets(args, networks[part], num_unused))
+    adapters = make_lora_configs(args, networks)
     models = Models(**tokenizers, **networks, scheduler_config=make_scheduler_config(args, configs["scheduler"]),
                     force_zeros_for_empty_prompt=load_pipeline_config(args).get("force_zeros_for_empty_prompt", True),
                     clip_skip=args.clip_skip, trained=tuple(adapters), metadata=make_lora_metadata(args, adapters))
@@ -1568,11 +1599,16 @@ def load_text_encoder(args: Namespace, part: str, config: dict, dtype: torch.dty
     return network
 
 
-def make_lora_config(args: Namespace, target_modules: list[str]) -> LoraConfig:
-    """Return what PEFT is to add: A drawn with standard deviation 1 / rank, B 0."""
-    return LoraConfig(
-        r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=list(target_modules),
+def make_lora_configs(args: Namespace, networks: dict[str, torch.nn.Module]) -> dict[str, LoraConfig]:
+    """Return the adapter of each trained network: A is drawn with standard deviation 1 / rank, B is 0."""
+    targets = {"unet": [module for name in args.lora_target for module in LORA_TARGETS.get(name, (name,))]}
+    for part in TEXT_ENCODERS if args.train_text_encoder else ():
+        num_unused = 1 + (args.clip_skip or 0) if part == "text_encoder" else 0
+        targets[part] = list_text_targets(args, networks[part], num_unused)
+    return {part: LoraConfig(
+        r=args.rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=modules,
         use_dora=args.use_dora, use_rslora=args.use_rslora, init_lora_weights="gaussian")
+        for part, modules in targets.items()}
 
 
 def make_lora_metadata(args: Namespace, configs: dict[str, LoraConfig]) -> dict[str, str]:
@@ -1589,7 +1625,7 @@ def make_lora_metadata(args: Namespace, configs: dict[str, LoraConfig]) -> dict[
 
 def add_adapter(network: torch.nn.Module, config: LoraConfig) -> None:
     """Add an adapter to a frozen network in place, in float32 whatever the network's own precision."""
-    network.add_adapter(config)
+    inject_adapter_in_model(config, network)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -1610,6 +1646,65 @@ def list_text_targets(args: Namespace, text_encoder: torch.nn.Module, num_unused
     return ["layers." + name.split("layers.", 1)[1] for name, _ in text_encoder.named_modules()
             if name.split(".")[-1] in (kinds or TEXT_LORA_TARGETS["attention"])
             and not any(layer in name for layer in unused)]
+
+
+def load_initial_adapter(args: Namespace, configs: dict[str, dict], shapes: dict[str, torch.Size],
+                         checkpoint: Path | None) -> dict[str, Tensor]:
+    """Return the weights of --pretrained_lora_model_name_or_path, which must have these names and shapes.
+
+    Empty without the flag, and on resume: the checkpoint holds the adapter. With another --lora_alpha than the file
+    has, B is rescaled, so that the adapter does the same.
+    """
+    if args.pretrained_lora_model_name_or_path is None or checkpoint is not None:
+        return {}
+    where = Path(args.pretrained_lora_model_name_or_path).expanduser()
+    flag = f"--pretrained_lora_model_name_or_path {where}"
+    try:
+        weights, alphas, facts = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            str(where), unet_config=Namespace(**configs["unet"]), cache_dir=args.cache_dir, return_lora_metadata=True)
+        if (where / "adapter_config.json").is_file():  # PEFT's own format, for a UNet
+            config = json.loads((where / "adapter_config.json").read_text())
+            facts = {f"unet.{name}": value for name, value in config.items()}
+    except Exception as error:  # of several libraries, about files that are missing, damaged or no LoRA
+        raise ValueError(f"{flag} cannot be read: {error} Give a folder with {LORA_FILE}, a .safetensors file, or a "
+                         "name on the hub.") from error
+    weights, alphas, facts = rename_lora_weights(weights), rename_lora_weights(alphas or {}), facts or {}
+    alphas = {name.removesuffix(".alpha").split(".lora_A.")[0]: alpha for name, alpha in alphas.items()}
+    if not alphas and not facts:
+        logger.warning(f"{flag} does not tell its alpha: its rank is assumed")
+    for name in [name for name in weights if ".lora_B." in name]:
+        layer, part, rank = name.split(".lora_B.")[0], name.split(".")[0], weights[name].shape[1]
+        alpha = alphas.get(layer, facts.get(f"{part}.lora_alpha", rank))
+        scale = compute_lora_scale(alpha, rank, facts.get(f"{part}.use_rslora", False))
+        if not weights[name].any() and name not in shapes:  # does nothing, such as an unused layer of a text encoder
+            weights = {other: tensor for other, tensor in weights.items() if not other.startswith(f"{layer}.lora_")}
+        else:
+            scale /= compute_lora_scale(args.lora_alpha, args.rank, args.use_rslora)
+            weights[name] = weights[name].float() * scale
+    odd = [name for name in sorted(weights.keys() | shapes.keys())
+           if name not in weights or name not in shapes or weights[name].shape != shapes[name]]
+    if odd:
+        found = {name: "missing" if name not in weights else "not trained here" if name not in shapes
+                 else tuple(weights[name].shape) for name in odd[:3]}
+        ranks = sorted({tensor.shape[0] for name, tensor in weights.items() if ".lora_A." in name})
+        raise ValueError(f"{flag} has rank {ranks} and does not fit --rank {args.rank}, the layers to train, or this "
+                         f"base model: {len(odd)} tensors differ, among them {found}. Give --rank, --lora_target, "
+                         "--use_dora and --train_text_encoder as it was trained with.")
+    return weights
+
+
+def compute_lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
+    """Return what B A is multiplied by."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def set_lora_weights(models: Models, weights: dict[str, Tensor]) -> None:
+    """Put weights by the names of `name_lora_weights` into the adapters, if there are any."""
+    for part in models.trained if weights else ():
+        network = getattr(models, part)
+        names = get_peft_model_state_dict(network, save_embedding_layers=False)
+        set_peft_model_state_dict(
+            network, {name: weights[f"{part}.{name.removeprefix('text_model.')}"] for name in names})
 
 
 def check_weights(models: Models) -> None:
@@ -2163,44 +2258,54 @@ def check_base_model(args: Namespace, checkpoint: Path | None) -> None:
 
 
 def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
-    """Write the adapter as a file that load_lora_weights reads, in lora_ema/ if these are averages."""
+    """Write the adapter, or its EMA in lora_ema/, as a file that load_lora_weights reads."""
     folder = folder / EMA_FOLDER if averaged else folder
     folder.mkdir(exist_ok=True)
-    weights = {make_lora_name(name): parameter.detach().contiguous()
-               for name, parameter in name_trained_parameters(accelerator, models).items()}
-    save_file(weights, folder / LORA_FILE, metadata=models.metadata)
+    weights = name_lora_weights(vars(unwrap_models(accelerator, models)))
+    save_file({make_lora_name(name): tensor for name, tensor in weights.items()}, folder / LORA_FILE,
+              metadata=models.metadata)
+
+
+def name_lora_weights(networks: dict[str, torch.nn.Module]) -> dict[str, Tensor]:
+    """Return the weights of all adapters by names such as unet.mid_block.attentions.0.proj_in.lora_A.weight.
+
+    Text encoders have no `text_model.` in their names, which comes and goes with the version of transformers.
+    """
+    return {f"{part}.{name.removeprefix('text_model.')}": tensor.contiguous() for part, network in networks.items()
+            if hasattr(network, "peft_config")
+            for name, tensor in get_peft_model_state_dict(network, save_embedding_layers=False).items()}
 
 
 def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
-    """Return what `save_trained`, or the reference in either of its namings, has written.
-
-    The names are those of `name_trained_parameters`.
-    """
-    path, weights = (folder / EMA_FOLDER if averaged else folder) / LORA_FILE, {}
+    """Return the weights in a checkpoint by the names of `name_trained_parameters`."""
+    path = (folder / EMA_FOLDER if averaged else folder) / LORA_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {LORA_FILE}, so it holds no adapter: name another checkpoint.")
-    for name, tensor in load_file(path).items():
-        part, _, rest = name.replace(".base_model.model.", ".").partition(".")
+    return {re.sub(r"(lora_A|lora_B|magnitude_vector)(\.weight)?$", r"\1.default.weight", name): tensor
+            for name, tensor in rename_lora_weights(load_file(path)).items()}
+
+
+def rename_lora_weights(weights: dict) -> dict:
+    """Return the values of a LoRA file, in any of the namings in LORA_NAMES, by the names of `name_lora_weights`."""
+    renamed = {}
+    for name, value in weights.items():
         for found, meant in LORA_NAMES.items():
-            rest = rest.replace(found, meant)
-        rest = rest.removeprefix("text_model.") + (".weight" if rest.endswith("magnitude_vector") else "")
-        stem, _, end = rest.rpartition(".")
-        weights[f"{part}.{stem}.default.{end}"] = tensor
-    return weights
+            name = name.replace(found, meant)
+        renamed[re.sub(r"^base_model\.model\.", "unet.", name)] = value
+    return renamed
 
 
 def make_lora_name(name: str) -> str:
-    """Return the name in a LoRA file of what PEFT calls `name`.
+    """Return the name in a LoRA file of what `name_lora_weights` calls `name`.
 
     Text encoders keep an older form, with text_model in front, and their magnitudes the .weight at the end: diffusers
     loads them so.
     """
-    part, _, rest = name.replace(".default", "").partition(".")
+    part, _, rest = name.partition(".")
     if part == "unet":
-        rest = rest.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
-        return f"{part}.{rest.replace('magnitude_vector.weight', 'magnitude_vector')}"
+        return name.replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up.")
     rest = rest.replace(".lora_A.", ".lora_linear_layer.down.").replace(".lora_B.", ".lora_linear_layer.up.")
-    return f"{part}.text_model.{rest}"
+    return f"{part}.text_model.{rest.replace('magnitude_vector', 'magnitude_vector.weight')}"
 
 
 def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
@@ -2516,6 +2621,9 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
         replace_folder(file, Path(args.output_dir, file.name))
     aside.rmdir()
     logger.info(f"saved the adapter: pipeline.load_lora_weights({args.output_dir!r}) loads it")
+    if compute_lora_scale(args.lora_alpha, args.rank, args.use_rslora) != 1 and not args.save_kohya_format:
+        logger.warning(f"tools that read no metadata take {LORA_FILE} to have lora_alpha = rank, which is not so: for "
+                       "them, give the same command with --save_kohya_format --resume_from_checkpoint latest")
 
 
 def save_kohya_file(args: Namespace, accelerator: Accelerator, models: Models, path: Path) -> None:
@@ -2525,16 +2633,14 @@ def save_kohya_file(args: Namespace, accelerator: Accelerator, models: Models, p
     """
     alpha = args.lora_alpha * (math.sqrt(args.rank) if args.use_rslora else 1)
     unet_config, weights = unwrap_model(accelerator, models.unet).config, {}
-    for name, parameter in name_trained_parameters(accelerator, models).items():
-        part, _, rest = name.replace(".default", "").partition(".")
+    for name, tensor in name_lora_weights(vars(unwrap_models(accelerator, models))).items():
+        part, _, rest = name.partition(".")
         layer, _, kind = rest.partition(".lora_")
         layer = make_kohya_name(part, layer, unet_config)
         kind = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(kind, "dora_scale")
-        weights[f"{layer}.{kind}"] = parameter.detach().contiguous()
-        weights[f"{layer}.alpha"] = torch.tensor(float(alpha))
         if kind == "dora_scale":  # one norm per output, as a column beside the weights of that output
-            dimensions = weights[f"{layer}.lora_down.weight"].ndim
-            weights[f"{layer}.{kind}"] = parameter.detach().reshape(-1, *[1] * (dimensions - 1)).contiguous()
+            tensor = tensor.reshape(-1, *[1] * (weights[f"{layer}.lora_down.weight"].ndim - 1))
+        weights[f"{layer}.{kind}"], weights[f"{layer}.alpha"] = tensor, torch.tensor(float(alpha))
     prediction_type = models.scheduler_config["prediction_type"].removesuffix("_prediction")  # as there: v
     save_file(weights, path, metadata={
         "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(args.rank),
@@ -2806,11 +2912,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     accelerator = make_accelerator(args)
     configs = load_model_configs(args)
-    check_lora_target(args, configs["unet"])
+    lora_shapes = list_lora_shapes(args, configs)
     lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     check_checkpoint(args, checkpoint)
     check_base_model(args, checkpoint)
+    initial_adapter = load_initial_adapter(args, configs, lora_shapes, checkpoint)
     with accelerator.main_process_first():
         images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
         held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
@@ -2820,6 +2927,7 @@ def main(argv: list[str] | None = None) -> None:
     with explained_load(args):
         models = load_models(args, accelerator, configs)
         check_weights(models)
+    set_lora_weights(models, initial_adapter)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))

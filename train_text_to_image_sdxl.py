@@ -45,6 +45,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -1461,12 +1462,30 @@ def get_weight_dtype(mixed_precision: str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
+REQUIREMENTS = "requirements.txt"
+# How the libraries say that a package is missing, or is of a version that does not fit.
+INSTALLATION_ERROR = re.compile(r"version of \w+ you are using|pip install|is required but|is not installed")
+
+
+def check_installation(error: Exception) -> None:
+    """Raise ImportError, with the versions found, for an error that is about missing or clashing packages."""
+    if not isinstance(error, ImportError) and not INSTALLATION_ERROR.search(str(error)):
+        return
+    found = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    names = "torch torchvision jax flax diffusers transformers accelerate peft".split()
+    versions = ", ".join(f"{name} {found.get(name, 'missing')}" for name in names)
+    raise ImportError(f"a package is missing, or packages do not fit together: {error} Found: {versions}. Install the "
+                      f"versions that were tested together: pip install -r {REQUIREMENTS} -c constraints.txt"
+                      ) from error
+
+
 @contextlib.contextmanager
 def explained_load(args: Namespace):
-    """Say of files that cannot be loaded which flag has named them."""
+    """Say which flag has named files that cannot be loaded; an installation at fault is reported as such."""
     try:
         yield
-    except (OSError, SafetensorError, ValueError) as error:
+    except (ImportError, OSError, SafetensorError, ValueError) as error:
+        check_installation(error)
         vae = args.pretrained_vae_model_name_or_path
         hint = ""
         if vae:

@@ -5,6 +5,7 @@ The text of --help is kept in tests/golden. Renew it after a change of a flag wi
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import itertools
 import json
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import SCRIPTS, TORCH_SCRIPTS, load_script, make_args, make_image_folder
 from runs import keep_configs_only
 from safetensors.torch import load_file, save_file
+
+import diffusers
 
 GOLDEN = Path(__file__).parent / "golden"
 CONTRACT = json.loads((Path(__file__).parent / "cli.json").read_text())
@@ -408,6 +412,23 @@ def test_a_model_with_holes_is_refused(script, tiny_model, image_folder, tmp_pat
     with pytest.raises(ValueError, match="--pretrained_model_name_or_path .*model cannot be loaded") as refusal:
         script.main(make_args(model, image_folder, tmp_path / "out"))
     assert [part for part in parts if part not in str(refusal.value)] == []
+
+
+def import_what_is_missing():
+    importlib.import_module("no_such_package")
+
+
+@pytest.mark.parametrize("fail", [
+    import_what_is_missing, functools.partial(transformers.utils.check_peft_version, "99.0"),
+    functools.partial(diffusers.utils.check_peft_version, "99.0")])
+def test_an_installation_at_fault_does_not_blame_the_model(each_script, tiny_model, image_folder, tmp_path, fail):
+    """A missing package, or one of a version that does not fit, is reported with the versions and how to install."""
+    args = each_script.parse_args(make_args(tiny_model, image_folder, tmp_path / "out"))
+    with pytest.raises(ImportError, match="pip install -r requirements.*-c constraints.txt") as told, \
+            each_script.explained_load(args):
+        fail()
+    assert f"transformers {transformers.__version__}" in str(told.value)
+    assert str(tiny_model) not in str(told.value)
 
 
 def test_data_is_checked_before_weights_are_read(script, tiny_model, image_folder, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS, load_script, make_args, read_scalars
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from runs import assert_same_checkpoint, read_file, run
 from safetensors import safe_open
@@ -322,6 +322,120 @@ def test_files_with_other_names_are_resumed(train, naming):
             save_file(weights, path, metadata=metadata)
         train(name, **{**flags, "max_train_steps": 3}, resume_from_checkpoint="latest")
     assert_same_checkpoint(out / "checkpoint-3", out.parent / "first" / "checkpoint-3")
+
+
+@pytest.fixture
+def read_start(script, tiny_model, image_folder, tmp_path):
+    """Return a function that returns the adapter that a run starts from, by the script's own functions."""
+
+    def with_flags(start: Path, **flags) -> dict[str, torch.Tensor]:
+        args = script.parse_args(make_args(tiny_model, image_folder, tmp_path / "new", **flags,
+                                           pretrained_lora_model_name_or_path=start))
+        accelerator, configs = script.make_accelerator(args), script.load_model_configs(args)
+        weights = script.load_initial_adapter(args, configs, script.list_lora_shapes(args, configs), None)
+        models = script.load_models(args, accelerator, configs)
+        script.set_lora_weights(models, weights)
+        return script.name_lora_weights(vars(models))
+
+    return with_flags
+
+
+STARTS = {
+    "plain": {}, "dora": {**EVERYTHING, "use_dora": True},
+    "rslora": {"use_rslora": True, "lora_alpha": 6, "rank": 9, "train_text_encoder": True},
+}
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_a_run_starts_from_a_finished_adapter(train, kind):
+    """A run with a learning rate of 0 that starts from an adapter ends with it, bit for bit."""
+    out = train(max_train_steps=2, **STARTS[kind])
+    new = train("new", max_train_steps=1, learning_rate=0, pretrained_lora_model_name_or_path=out, **STARTS[kind])
+    before, after = load_file(out / FILE), load_file(new / FILE)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+OLD_NAMES = ((".to_out.0.lora.", ".processor.to_out_lora."),
+             *((f".to_{kind}.lora.", f".processor.to_{kind}_lora.") for kind in "qkv"))
+
+
+@pytest.mark.parametrize("naming", ["old", *NAMINGS])
+def test_a_start_with_other_names_is_the_same(train, read_start, tmp_path, naming):
+    """Names of PEFT and of older versions of diffusers are read; without metadata lora_alpha is the rank."""
+    flags = {"train_text_encoder": naming != "old"}
+    out, start = train(max_train_steps=1, **flags), tmp_path / "renamed.safetensors"
+    weights = load_file(out / FILE)
+    for old, new in {**NAMINGS, "old": OLD_NAMES}[naming]:
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    assert weights.keys() != load_file(out / FILE).keys()
+    save_file(weights, start)
+    expected = read_start(out, **flags)
+    found = read_start(start, **flags)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("source", ["ours", "kohya", "peft"])
+@pytest.mark.parametrize(("flags", "scale"), [
+    ({"lora_alpha": 6}, 2), ({"lora_alpha": 2, "use_rslora": True}, 2 / 3**0.5)])
+def test_a_start_has_the_scale_of_its_file(train, read_start, tiny_model, tmp_path, source, flags, scale):
+    """Whatever --lora_alpha says, a layer starts with what the file adds to it, by the alpha in the file."""
+    trains_text = {"train_text_encoder": source != "peft"}
+    out = train(max_train_steps=2, rank=3, save_kohya_format=True, **flags, **trains_text)
+    start = {"ours": out, "kohya": out / KOHYA_FILE, "peft": tmp_path / "peft"}[source]
+    if source == "peft":
+        unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
+        wrapped = get_peft_model(unet, LoraConfig(r=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"], **flags))
+        weights = load_file(out / FILE)
+        for old, new in (("unet.", "base_model.model."), *NAMINGS["peft"]):
+            weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+        set_peft_model_state_dict(wrapped, weights)
+        wrapped.save_pretrained(start)
+    found = read_start(start, rank=3, lora_alpha=1.5, **trains_text)
+    expected = read_start(out, rank=3, **flags, **trains_text)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        factor = scale / 0.5 if ".lora_B." in name else 1
+        torch.testing.assert_close(found[name], factor * tensor, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("flags", "told"), [
+    ({"rank": 8}, r"has rank \[4\] and does not fit --rank 8"),
+    ({"lora_target": ["attention", "feed_forward"]}, "proj_in.*missing"),
+    ({"lora_target": ["attn1.to_q"]}, "attn1.to_k.*not trained here"),
+    ({"use_dora": True}, "magnitude.*missing"), ({"train_text_encoder": True}, "text_encoder.*missing")])
+def test_a_start_that_does_not_fit_is_refused(script, train, monkeypatch, flags, told):
+    """Another rank or other layers are named before any weights of the model are loaded."""
+    out = train(max_train_steps=1)
+    seen = get_models(script, monkeypatch)
+    with pytest.raises(ValueError, match=f"--pretrained_lora_model_name_or_path .*{told}"):
+        train("new", pretrained_lora_model_name_or_path=out, **flags)
+    assert seen == []
+
+
+def test_a_start_that_cannot_be_read_is_refused(train, tiny_model):
+    """What is no LoRA is refused by the flag's name."""
+    for start in (tiny_model / "unet", tiny_model / "nowhere"):
+        with pytest.raises(ValueError, match="--pretrained_lora_model_name_or_path .*(cannot be read|does not fit)"):
+            train(pretrained_lora_model_name_or_path=start)
+
+
+def test_a_resumed_run_goes_on_with_its_own_adapter(train):
+    """On resume the checkpoint wins over --pretrained_lora_model_name_or_path, which need not be there any more."""
+    flags = {"pretrained_lora_model_name_or_path": train("first", max_train_steps=1)}
+    whole = train("whole", max_train_steps=3, **flags)
+    train("part", max_train_steps=2, **flags)
+    flags["pretrained_lora_model_name_or_path"].rename(whole.parent / "moved")
+    part = train("part", max_train_steps=3, resume_from_checkpoint="latest", **flags)
+    assert read_file(whole / FILE) == read_file(part / FILE)
+
+
+def test_an_alpha_that_other_tools_overlook_is_told(train, caplog):
+    """Where lora_alpha is not the rank, tools without metadata need the file for kohya's."""
+    for flags, is_told in (({"lora_alpha": 8}, True), ({"lora_alpha": 8, "save_kohya_format": True}, False),
+                           ({}, False), ({"use_rslora": True}, True)):
+        caplog.clear()
+        train("-".join(flags) or "plain", max_train_steps=1, **flags)
+        assert any("--save_kohya_format" in message for message in caplog.messages) == is_told
 
 
 def test_every_option_resumes_exactly(train):

@@ -12,6 +12,7 @@ import torch
 from conftest import SDXL_SCRIPTS, UNCACHED, load_script, make_args, make_tiny_sdxl
 from PIL import Image
 from runs import LORA_FILE, assert_same_checkpoint, keep_configs_only, load_pipeline, prepare, run
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -380,6 +381,30 @@ def test_a_file_for_kohya_draws_the_same(lora_script, tiny_models, image_folder,
         pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_models["sdxl"])
         pipeline.load_lora_weights(out, weight_name=name)
         assert np.abs(draw(lora_script, pipeline) - drawn).max() <= 1, name
+
+
+def test_a_run_starts_from_a_finished_adapter(lora_script, tiny_models, image_folder, tmp_path):
+    """A run with a learning rate of 0 ends with the adapter it starts from, in diffusers' format or in kohya's.
+
+    Layers that are not trained here and add nothing are passed over: others have them in the first text encoder.
+    """
+    flags = {"lora_target": ["attention", "feed_forward", "convolution"], "train_text_encoder": True, "rank": 3,
+             "save_kohya_format": True}
+    out = tmp_path / "out"
+    run(lora_script, make_args(tiny_models["sdxl"], image_folder, out, **flags, max_train_steps=1, lora_alpha=6))
+    expected = load_file(out / LORA_FILE)
+    surplus = {name.replace("layers.0", "layers.2"): torch.zeros_like(tensor) for name, tensor in expected.items()
+               if name.startswith("text_encoder.") and "layers.0" in name}
+    with safe_open(out / LORA_FILE, framework="pt") as file:
+        save_file({**expected, **surplus}, tmp_path / "surplus.safetensors", metadata=file.metadata())
+    for number, start in enumerate((out / LORA_FILE, out / KOHYA_FILE, tmp_path / "surplus.safetensors")):
+        new = tmp_path / f"new-{number}"
+        run(lora_script, make_args(
+            tiny_models["sdxl"], image_folder, new, **flags, lora_alpha=6, max_train_steps=1, learning_rate=0,
+            pretrained_lora_model_name_or_path=start))
+        found = load_file(new / LORA_FILE)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected), start
 
 
 def test_names_in_lora_files(lora_script, tiny_models, image_folder, tmp_path):
