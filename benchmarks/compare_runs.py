@@ -128,8 +128,8 @@ def list_runs(patterns: list[str]) -> list[str]:
 # ---- Running --------------------------------------------------------------------------------------------------------
 
 
-def make_inputs(folder: Path) -> None:
-    """Write the models and the data that all runs share."""
+def make_inputs(folder: Path) -> str:
+    """Write the models and the data that all runs share; return their digest."""
     make_tiny_stable_diffusion(folder / "sd")
     make_tiny_sdxl(folder / "sdxl")
     for name, count in (("data", 10), ("held_out", 3), ("lists", 10)):
@@ -137,6 +137,7 @@ def make_inputs(folder: Path) -> None:
     rows = [{"file_name": f"{index:03d}.png", "texts": [f"{index} as {word}" for word in "abc"[:1 + index % 3]]}
             for index in range(10)]
     (folder / "lists" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return make_digest({str(path.relative_to(folder)): read_file(path) for path in sorted(folder.rglob("*.*"))})
 
 
 def copy_scripts(source: str | Path, folder: Path) -> None:
@@ -257,12 +258,12 @@ def make_digests(outputs: dict[str, dict]) -> dict[str, dict[str, str]]:
     return {path: {name: make_digest(value) for name, value in values.items()} for path, values in outputs.items()}
 
 
-def get_reference(name: str, work: Path) -> dict[str, dict[str, str]]:
+def get_reference(name: str, work: Path, inputs: str) -> dict[str, dict[str, str]]:
     """Return the digests of a run of the other commit's script: kept ones, unless anything that counts has changed."""
     script, row = name.split("/")
-    text = (work / "there" / SCRIPTS[script]).read_text() + (ROOT / "tests" / "conftest.py").read_text()
+    text = (work / "there" / SCRIPTS[script]).read_text()
     versions = [f"{library} {version(library)}" for library in LIBRARIES]
-    key = hashlib.sha256(repr((text, BASE, ROWS[row], ENVIRONMENT, versions, sys.version)).encode()).hexdigest()[:20]
+    key = hashlib.sha256(repr((text, inputs, BASE, ROWS[row], versions, sys.version)).encode()).hexdigest()[:20]
     path = CACHE / f"{script}-{row}-{key}.json"
     if not path.is_file():
         digests = make_digests(make_run(name, work / "there", work / "runs-there" / name.replace("/", "-")))
@@ -281,11 +282,11 @@ def describe_difference(first: object, second: object) -> str:
     return f"{str(first)[:100]} there, {str(second)[:100]} here"
 
 
-def compare(name: str, work: Path) -> list[str]:
+def compare(name: str, work: Path, inputs: str) -> list[str]:
     """Return the differences of a run between the two sides, a line per file."""
     folder = name.replace("/", "-")
     outputs = make_run(name, work / "here", work / "runs-here" / folder)
-    digests, reference = make_digests(outputs), get_reference(name, work)
+    digests, reference = make_digests(outputs), get_reference(name, work, inputs)
     failures = [f"{where} {line}" for side, where in ((reference, "there"), (digests, "here"))
                 for line in side.get(FAILED, {})]
     if failures:
@@ -335,11 +336,11 @@ def main(argv: list[str] | None = None) -> int:
     forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         work = Path(folder)
-        make_inputs(work / "inputs")
+        inputs = make_inputs(work / "inputs")
         copy_scripts(args.against, work / "there")
         copy_scripts(ROOT, work / "here")
         different = 0
-        for name, lines in zip(names, pool.map(lambda name: compare(name, work), names), strict=True):
+        for name, lines in zip(names, pool.map(lambda name: compare(name, work, inputs), names), strict=True):
             print(f"{name:30} {'DIFFERENT' if lines else 'same'}", *lines, sep="\n    ", flush=True)
             different += bool(lines)
     print(f"{len(names)} runs, {different} different")

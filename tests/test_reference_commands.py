@@ -1,0 +1,94 @@
+"""The training commands of the reference's README.md and README_sdxl.md run as they stand there.
+
+They are those of examples/text_to_image in huggingface/diffusers in August 2026. Only what a test cannot have is
+replaced: the model, the VAE and the data set by tiny local ones, the resolution, and the lengths of the runs. Left out
+are --push_to_hub, --enable_xformers_memory_efficient_attention (not installed), DeepSpeed's configuration (needs a
+GPU), and on machines without a GPU fp16 in the torch scripts.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_image_folder
+from runs import LORA_FILE, load_pipeline, read_record, read_trained
+from safetensors.torch import load_file
+
+FULL = """--use_ema --resolution=512 --center_crop --random_flip --train_batch_size=1 --gradient_accumulation_steps=4
+    --gradient_checkpointing --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1
+    --lr_scheduler="constant" --lr_warmup_steps=0 --output_dir="sd-naruto-model" """
+JAX = """--resolution=512 --center_crop --random_flip --train_batch_size=1 --mixed_precision="fp16"
+    --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1 --output_dir="sd-naruto-model" """
+MODEL, NAME, FOLDER = (
+    "--pretrained_model_name_or_path=$MODEL_NAME", "--dataset_name=$DATASET_NAME", "--train_data_dir=$TRAIN_DIR")
+COMMANDS = {
+    "full": f'accelerate launch --mixed_precision="fp16"  train_text_to_image.py {MODEL} {NAME} {FULL}',
+    "full, own folder": f'accelerate launch --mixed_precision="fp16" train_text_to_image.py {MODEL} {FOLDER} {FULL}',
+    "full, several GPUs":
+        f'accelerate launch --mixed_precision="fp16" --multi_gpu  train_text_to_image.py {MODEL} {NAME} {FULL}',
+    "LoRA": f"""accelerate launch --mixed_precision="fp16" train_text_to_image_lora.py {MODEL} {NAME}
+        --caption_column="text" --resolution=512 --random_flip --train_batch_size=1 --num_train_epochs=100
+        --checkpointing_steps=5000 --learning_rate=1e-04 --lr_scheduler="constant" --lr_warmup_steps=0 --seed=42
+        --output_dir="sd-naruto-model-lora" --validation_prompt="cute dragon creature" --report_to="wandb" """,
+    "JAX": f"python train_text_to_image_flax.py {MODEL} {NAME} {JAX}",
+    "JAX, own folder": f"python train_text_to_image_flax.py {MODEL} {FOLDER} {JAX}",
+}
+SHORTER = {"--resolution": 32, "--max_train_steps": 2, "--num_train_epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four captioned pictures: one update of the full commands, four of the LoRA ones, is an epoch."""
+    return make_image_folder(tmp_path_factory.mktemp("few") / "images", count=4)
+
+
+def make_command(text: str, model: Path, data: Path, on_cpu: bool) -> list[str]:
+    """Return a command of the README with local and smaller things in it."""
+    local = {"MODEL_NAME": model, "VAE_NAME": model / "vae", "DATASET_NAME": data, "TRAIN_DIR": data}
+    for name, value in local.items():
+        text = text.replace(f"${name}", str(value))
+    for flag, value in SHORTER.items():
+        text = re.sub(rf"{flag}=\d+", f"{flag}={value}", text)
+    if on_cpu:
+        text = text.replace("--multi_gpu", "--multi_gpu --num_processes=2")
+        text = text if "flax" in text else text.replace('--mixed_precision="fp16"', "")
+    words = [str(ROOT / word) if word.startswith("train_") else word for word in shlex.split(text)]
+    program = {"accelerate": ["-m", "accelerate.commands.accelerate_cli"], "python": []}[words[0]]
+    return [sys.executable, *program, *words[1:]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_of_the_reference_runs(name, tiny_models, data, tmp_path):
+    text, processes = COMMANDS[name], 2 if "several" in name else 1
+    model, on_cpu = tiny_models["sdxl" if "SDXL" in name else "sd"], torch.cuda.device_count() < processes
+    if "JAX" in name:
+        pytest.importorskip("jax")
+        model = shutil.copytree(ROOT / "tests" / "fixtures" / "flax_model", tmp_path / "model")
+        shutil.copytree(tiny_models["sd"] / "tokenizer", model / "tokenizer")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": str(on_cpu).lower(), "WANDB_MODE": "offline",
+                   "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=1",
+                   "JAX_COMPILATION_CACHE_DIR": str(data.parent / "jax-cache")}
+    done = subprocess.run(make_command(text, model, data, on_cpu), cwd=tmp_path, env=environment, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    out = tmp_path / re.search(r'--output_dir="(.*?)"', text)[1]
+    trained = read_trained(out)
+    if "lora" in text:
+        assert any(tensor.abs().max() > 0 for key, tensor in trained.items() if "lora_B" in key or "lora.up" in key)
+        assert ("--train_text_encoder" in text) == any(key.startswith("text_encoder") for key in trained)
+    elif "JAX" not in name:
+        before = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+        assert trained.keys() == before.keys() and any((trained[key] != before[key]).any() for key in before)
+    load_pipeline(out, model)
+    assert (LORA_FILE if "lora" in text else "model_index.json") in {path.name for path in out.iterdir()}
+    checkpoint = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert read_record(checkpoint)["num_processes"] == processes
+    assert len(list(tmp_path.rglob("offline-run-*"))) == ("wandb" in text)
+    assert len(list(out.glob("validation/*/grid.png"))) >= ("--validation_prompt" in text)
