@@ -41,9 +41,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -72,6 +72,7 @@ import accelerate
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 import transformers
@@ -89,10 +90,12 @@ from accelerate.utils import (
 )
 from filelock import FileLock, Timeout
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as TVF
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import CLIPTokenizer
@@ -268,23 +271,26 @@ def make_objective(args: Namespace, scheduler_config: dict, device: torch.device
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
-                       for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
-MOST_ASPECT = 100  # of the sides of an image: resizing a thinner one by its shorter side takes gigabytes
+UNREADABLE_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow identifies these files and cannot decode them
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
+                  if name in Image.OPEN and name not in UNREADABLE_FORMATS}
+INTERPOLATION_MODES = {mode.name.lower(): mode for mode in InterpolationMode}
+MOST_ASPECT = 100  # longer side over shorter: resizing a thinner strip by its shorter side would take gigabytes
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: ComfyUI writes a whole workflow as one chunk
 
 
 class CaptionedImages:
-    """Images with their captions: item i is a dict with `image` (RGB PIL picture) and `captions` (list of strings).
+    """Images with their captions. For data of your own, return a class like it from `make_captioned_images`.
 
-    To train on data of your own, return such items from a class of your own and make it in `make_captioned_images`.
-    It needs `select` for --max_train_samples, and for the caches and --debug_loss the three methods named read_...
-    Nothing random belongs here: crops, flips and the choice of a caption are drawn in `Samples`.
+    It needs a length and items. An item is a dict of `image`, a PIL picture or the `bytes` or `path` of a file as
+    here, and `captions`, a list of strings of which each use draws one. Two methods are optional: `read_captions`
+    spares the caches the images, and --max_train_samples needs `select`. Draw nothing at random here: crops, flips and
+    the choice of a caption are drawn in `Samples`.
     """
 
     def __init__(self, rows: datasets.Dataset, image_column: str, caption_column: str) -> None:
         self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self.captions = rows.select_columns([caption_column])  # to be read without the images
+        self.captions = rows.select_columns([caption_column])
         self.image_column, self.caption_column = image_column, caption_column
         self.captions_digest = hashlib.blake2b(
             json.dumps(list(rows[caption_column])).encode(), digest_size=8).hexdigest()
@@ -293,65 +299,58 @@ class CaptionedImages:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict:
-        stored = self.read_stored(index)
-        return {"image": decode_image(stored, make_row_name(index, stored)), "captions": self.read_captions(index)}
+        image = self.rows[index][self.image_column] or {"bytes": None, "path": None}
+        return {"image": image, "captions": self.read_captions(index)}
 
-    def read_stored(self, index: int) -> dict:
-        """Return an item's image as `datasets` stores it: `bytes`, or the `path` of its file."""
-        return self.rows[index][self.image_column] or {"bytes": None, "path": None}
+    def read_captions(self, index: int) -> list[str]:
+        """Return the captions of an item without reading its image."""
+        captions = self.captions[index][self.caption_column]
+        return [captions] if isinstance(captions, str) else list(captions)
 
     def select(self, indices: np.ndarray) -> CaptionedImages:
         """Return some of the items."""
         return CaptionedImages(self.rows.select(indices), self.image_column, self.caption_column)
 
-    def read_captions(self, index: int) -> list[str]:
-        """Return the captions of an item; --cache_latents and --cache_text_embeddings need no more at a visit."""
-        captions = self.captions[index][self.caption_column]
-        return [captions] if isinstance(captions, str) else list(captions)
-
-    def read_content(self, index: int) -> bytes:
-        """Return what tells an item's image from any other, without decoding it: for --cache_latents."""
-        stored = self.read_stored(index)
-        try:
-            return stored["bytes"] or Path(stored["path"] or "").read_bytes()
-        except OSError:  # reading the image will say so, or pass it over
-            return b""
-
 
 def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
     """Return the images of `folder`, or of --dataset_name where it is None."""
-    if args.image_column == args.caption_column:
-        raise ValueError(f"--image_column and --caption_column are both {args.image_column}: name two columns.")
+    columns, source = [args.image_column, args.caption_column], folder or args.dataset_name
+    if columns[0] == columns[1]:
+        raise ValueError(f"--image_column and --caption_column are both {columns[0]}: name two columns.")
     rows = load_image_folder(folder, args) if folder else load_rows(args)
-    source = folder or args.dataset_name
-    for flag, column in (("image", args.image_column), ("caption", args.caption_column)):
-        if column not in rows.column_names:
-            hint = " No captions were found: add metadata.jsonl with file_name and text, or a .txt beside each image."
-            raise ValueError(f"--{flag}_column {column} is not in {source}: its columns are "
-                             f"{', '.join(rows.column_names)}.{hint if folder and flag == 'caption' else ''}")
     if len(rows) == 0:
         raise ValueError(f"{source} has no images: a data set needs at least one.")
-    check_captions(rows[args.caption_column], source, args.caption_column)
+    names = list(dict.fromkeys(name for row in rows for name in row)) if isinstance(rows, list) else rows.column_names
+    for flag, column in zip(("image", "caption"), columns, strict=True):
+        if column not in names:
+            hint = " Add metadata.jsonl with file_name and text, or a .txt beside each image." if folder else ""
+            raise ValueError(f"--{flag}_column {column} is not in {source}: its columns are {', '.join(names)}.{hint}")
     try:
-        return CaptionedImages(rows.select_columns([args.image_column, args.caption_column]), args.image_column,
-                               args.caption_column)
+        if isinstance(rows, list):
+            rows = datasets.Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
+        images = CaptionedImages(rows.select_columns(columns), *columns)
     except (TypeError, ValueError, NotImplementedError) as error:  # of Arrow, about types
-        raise ValueError(f"--image_column {args.image_column} of {source} holds no images: {error}") from error
+        raise ValueError(f"--image_column {columns[0]} of {source} holds no images, or --caption_column {columns[1]} "
+                         f"not strings only or lists only: {error}") from error
+    for row, caption in enumerate(rows[args.caption_column]):
+        texts = caption if isinstance(caption, list) else [caption]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"row {row} of {source} has {caption!r} in --caption_column {args.caption_column}: a "
+                             "caption is a string or a list of at least one string. Fix or drop that row.")
+    return images
 
 
 def load_rows(args: Namespace) -> datasets.Dataset:
     """Return the `train` rows of --dataset_name: from the hub, or from a local folder."""
     name = args.dataset_name
-    if Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(name)
-    else:
-        try:
-            loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=args.cache_dir,
-                                           data_dir=args.train_data_dir)
-        except OSError as error:  # also what is not found, and a hub that is out of reach
-            raise ValueError(f"--dataset_name {name} is neither on the hub nor a local folder: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"--dataset_name {name} has no images that can be loaded: {error}") from error
+    is_saved = Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file()
+    try:
+        loaded = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(
+            name, args.dataset_config_name, cache_dir=args.cache_dir, data_dir=args.train_data_dir)
+    except Exception as error:  # `datasets` raises many kinds
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise ValueError(f"--dataset_name {name} cannot be loaded: {reason} (its cache, --cache_dir, is "
+                         f"{args.cache_dir or datasets.config.HF_DATASETS_CACHE})") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if "train" not in loaded:
@@ -359,100 +358,173 @@ def load_rows(args: Namespace) -> datasets.Dataset:
     return loaded["train"]
 
 
-def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
-    """Return the rows of a folder with a metadata file, or with a .txt beside each image."""
-    own = Path(args.output_dir).resolve()  # the run's own pictures are no training data
-    hides_own = own.is_relative_to(Path(folder).resolve())
-    paths = [path for path in sorted(Path(folder).rglob("*"))
-             if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-             and path.is_file() and not (hides_own and own in path.resolve().parents)]
-    images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-    has_archives = any(path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz") for path in paths)
-    if not images and not has_archives:
-        raise ValueError(f"{folder} has no images: looked for {', '.join(IMAGE_SUFFIXES)} in it and its subfolders.")
-    if has_archives or any(path.name in METADATA_NAMES for path in paths):
-        try:
-            rows = datasets.load_dataset("imagefolder", data_files={"train": f"{glob.escape(str(Path(folder)))}/**"},
-                                         split="train", cache_dir=args.cache_dir)
-        except Exception as error:  # of `datasets` or Arrow, which name no file
-            raise ValueError(f"the metadata in {folder} cannot be read: {error}. Each row needs file_name and "
-                             f"{args.caption_column}, in one file of UTF-8 per folder.") from error
-        if len(rows) < len(images):
-            logger.warning(f"{len(images) - len(rows)} images in {folder} are not in its metadata and are left out")
-        return rows
+def load_image_folder(folder: str, args: Namespace) -> list[dict]:
+    """Return the rows of a folder: images named in metadata files, or each with a .txt beside it."""
+    files = list_files(folder, args.output_dir)
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    metadata = [path for path in files if path.name in METADATA_NAMES]
+    archives = [path for path in files if path.suffix.lower() in (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")]
+    hint = f"unpack {archives[0]}" if archives else "put them there"
+    if metadata:
+        rows = [row for path in metadata for row in read_metadata(path, args.image_column)]
+        check_files([row[args.image_column] for row in rows if args.image_column in row], folder, hint, args)
+        used = {*metadata, *(Path(row.get(args.image_column, "")) for row in rows)}
+    else:
+        rows = read_caption_files(images, folder, args)
+        used = {*images, *(path.with_suffix(".txt") for path in images)}
+    unused = [str(path) for path in files if path not in used]
+    if unused:
+        logger.warning(f"{len(unused)} files in {folder} are not used, being neither images that Pillow reads nor "
+                       f"their captions, or not in the metadata: {', '.join(unused[:5])}{', ...' * (len(unused) > 5)}")
+    if not rows:
+        raise ValueError(f"{folder} has no images that Pillow reads: {hint}; what `datasets` loads goes to "
+                         "--dataset_name.")
+    return rows
+
+
+def list_files(folder: str, output_dir: str) -> list[Path]:
+    """Return the files in a folder and its subfolders, also linked ones, but for hidden folders and --output_dir."""
+    files, seen = [], {os.path.realpath(output_dir)}
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:  # links may lead around in a circle
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        files += [Path(parent, name) for name in names]
+    return sorted(files)
+
+
+def read_metadata(path: Path, image_column: str) -> list[dict]:
+    """Return the rows of a metadata file. As in `datasets`, file_name is the column image, NAME_file_name NAME."""
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".parquet":
+                rows = pyarrow.parquet.read_table(path).to_pylist()
+            elif path.suffix == ".jsonl":
+                rows.extend(dict(json.loads(line)) for line in file if line.strip())
+            else:
+                header, *lines = csv.reader(file, strict=True)
+                rows.extend(dict(zip(header, [text or None for text in line], strict=True)) for line in lines if line)
+    except (OSError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"the metadata in {path.parent} cannot be read: {error} after row {len(rows)} of {path.name}."
+                         " It needs file_name and captions, in UTF-8; in .csv double quotes around commas.") from error
+    rows = [{"image" if name == "file_name" else name.removesuffix("_file_name"): value
+             for name, value in row.items()} for row in rows]
+    for row in rows:
+        if image_column in row:
+            row[image_column] = str(path.parent / str(row[image_column]).replace("\\", "/"))
+    return rows
+
+
+def check_files(names: list[str], folder: str, hint: str, args: Namespace) -> None:
+    """Refuse metadata that names files that are not there, or with --skip_broken_images warn of them."""
+    missing = [name for name in names if not Path(name).is_file()]
+    if missing:
+        message = (f"{len(missing)} of {len(names)} images that the metadata in {folder} names are missing: the first "
+                   f"was looked for at {missing[0]}. Fix file_name, {hint}, or drop these rows.")
+        if not args.skip_broken_images:
+            raise ValueError(message)
+        logger.warning(message)
+
+
+def read_caption_files(images: list[Path], folder: str, args: Namespace) -> list[dict]:
+    """Return a row for each image: its path, and the text of the .txt beside it or, of several lines, their list."""
     missing = [path for path in images if not path.with_suffix(".txt").is_file()]
     if missing:
         raise ValueError(f"{folder} has no metadata file, and {len(missing)} of its {len(images)} images have no "
                          f"caption: {missing[0]} needs {missing[0].with_suffix('.txt').name} beside it, or the folder "
                          f"a metadata.jsonl with file_name and {args.caption_column}.")
-    captions = [read_caption(path.with_suffix(".txt")) for path in images]
-    return datasets.Dataset.from_dict({args.image_column: list(map(str, images)), args.caption_column: captions})
+    captions = []
+    for path in (image.with_suffix(".txt") for image in images):
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+        captions.append(lines or [""])
+    several = sum(len(lines) > 1 for lines in captions)
+    if several:
+        logger.info(f"{several} of {len(images)} caption files in {folder} have several lines: each is a caption, "
+                    "and each use of an image draws one of its captions")
+    else:
+        captions = [lines[0] for lines in captions]
+    return [{args.image_column: str(path), args.caption_column: caption}
+            for path, caption in zip(images, captions, strict=True)]
 
 
-def read_caption(path: Path) -> str:
-    """Return the text of a caption file."""
+def decode_image(image: Image.Image | dict, name: str) -> Image.Image:
+    """Return an image as RGB, as viewers show it: upright as its EXIF says, in sRGB, transparency over white."""
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
-
-
-def check_captions(captions: list, source: str, column: str) -> None:
-    """Refuse captions that are neither a string nor a list with at least one string."""
-    for row, caption in enumerate(captions):
-        texts = [caption] if isinstance(caption, str) else caption
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"row {row} of {source} has {caption!r} in --caption_column {column}: a caption is a "
-                             "string or a list of at least one string. Mend or drop that row.")
-
-
-def decode_image(stored: dict, name: str) -> Image.Image:
-    """Return an image of a `datasets` row as RGB: upright as its EXIF says, transparency over white."""
-    try:
-        image = Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"])
-        image = ImageOps.exif_transpose(image)
+        if isinstance(image, dict):
+            image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
+        image.load()
+        with contextlib.suppress(Exception):  # a sound picture may have broken EXIF data
+            image = ImageOps.exif_transpose(image)
         if max(image.size) > MOST_ASPECT * min(image.size):
             raise ValueError(f"{image.width} x {image.height} pixels are too thin a strip to crop from")
-        low, high = image.getextrema() if image.mode in ("I", "F") else (0, 0)
-        if image.mode == "F" or low < 0 or high > 65535:
-            raise ValueError(f"its values of type {image.mode} are not 8 or 16 bits per pixel")
+        if image.mode == "F":
+            raise ValueError("its values are floating-point numbers, not 8 or 16 bits per pixel")
+        profile = image.info.get("icc_profile")
         if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
-            image = Image.fromarray((np.asarray(image) / 256).astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
             image = image.convert("RGBA")
+        elif image.mode not in ("L", "CMYK"):
+            image = image.convert("RGB")
+        to_srgb = make_srgb_transform(profile, image.mode) if profile else None
+        image = to_srgb.apply(image) if to_srgb else image
+        if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
-        message = f"{name} cannot be read as an image: {error}. Mend or remove it, or add --skip_broken_images."
+        message = f"{name} cannot be read as an image: {error}. Fix or remove it, or add --skip_broken_images."
         raise ValueError(message) from error
 
 
-def make_row_name(index: int, stored: dict) -> str:
+@functools.lru_cache(maxsize=16)
+def make_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the way from an ICC profile to sRGB, or None for a profile that is sRGB, broken or of another mode."""
+    target = mode if mode == "RGBA" else "RGB"
+    try:
+        transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, target,
+                                            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+                                            ImageCms.Flags.BLACKPOINTCOMPENSATION)
+    except ImageCms.PyCMSError:
+        return None
+    colors = Image.fromarray(np.indices((16, 16, 16), np.uint8).T.reshape(64, 64, 3) * 17).convert(mode)
+    change = np.asarray(transform.apply(colors), int) - np.asarray(colors.convert(target), int)
+    return None if np.abs(change).max() <= 2 else transform  # the many forms of sRGB differ by rounding
+
+
+def make_row_name(index: int, item: dict) -> str:
     """Return what to call an item of the data in a message."""
-    return f"row {index} of the data ({stored['path'] or 'no file of its own'})"
+    path = item["image"].get("path") if isinstance(item["image"], dict) else None
+    return f"row {index} of the data ({path or 'no file of its own'})"
 
 
-def make_file_name(index: int, stored: dict) -> str:
+def make_file_name(index: int, item: dict) -> str:
     """Return what to call an item of the data in a log."""
-    return Path(stored["path"]).name if stored["path"] else f"row-{index}"
+    path = item["image"].get("path") if isinstance(item["image"], dict) else None
+    return Path(path).name if path else f"row-{index}"
 
 
-def transform_image(image: Image.Image, resolution: int, interpolation: str, corner: tuple[float, float] | None,
-                    flip: bool) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return the image as uint8 [3, resolution, resolution]: resized by its shorter side, mirrored, cropped.
+def transform_image(image: Image.Image, args: Namespace, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
+    """Return `images` uint8 [3, resolution, resolution], resized by the shorter side, mirrored, cropped; `time_ids`.
 
-    With it come the crop's top and left, in pixels of the resized and mirrored image.
-
-    `corner` is the crop's top left as fractions of the free way down and across; None crops the centre.
+    `corner` is the crop's top left, as fractions of the pixels that it can move down and across. SDXL is conditioned
+    on `time_ids` [6]: original height and width, top and left of the crop, and the crop's height and width (Podell et
+    al. 2023, arXiv:2307.01952, section 2.2).
     """
-    shorter = min(image.size)
-    image = image.resize([resolution * side // shorter for side in image.size], INTERPOLATION_MODES[interpolation])
-    image = ImageOps.mirror(image) if flip else image
-    down, across = image.height - resolution, image.width - resolution
-    top, left = ((round(down / 2), round(across / 2)) if corner is None
+    size = args.resolution
+    resized = TVF.resize(image, size, INTERPOLATION_MODES[args.image_interpolation_mode])
+    resized = TVF.horizontal_flip(resized) if flip else resized
+    down, across = resized.height - size, resized.width - size
+    top, left = ((round(down / 2), round(across / 2)) if args.center_crop
                  else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)), (top, left)
+    cropped = TVF.crop(resized, top, left, size, size)
+    return {"images": np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1)),
+            "time_ids": np.array([image.height, image.width, top, left, size, size], np.float32)}
 
 
 def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
@@ -476,111 +548,90 @@ class Samples:
         self.text_states: EncodedRows | None = None  # with --cache_text_embeddings, in the order of these:
         self.caption_digests: np.ndarray | None = None
         self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape, **extra_noises}
-        self.threads, self.is_loader_process = None, False
+        self.num_threads = count_cores_per_process()  # 1 in a loader process
+        self.num_crops = args.cache_crops or (1 if args.center_crop else 4)  # of each image in the cache
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getstate__(self) -> dict:
-        return {**vars(self), "threads": None}  # which cannot be sent to a loader process
-
     def __getitems__(self, visits: list[Visit]) -> list[dict]:
-        """Return several samples, read side by side in threads unless this is one of several loader processes."""
-        if self.is_loader_process:
-            return [self[visit] for visit in visits]
+        """Return several samples."""
         return self.map_in_threads(self.__getitem__, visits)
 
     def map_in_threads(self, function, things) -> list:
         """Return the results of a function for several things at once."""
-        if self.threads is None:
-            self.threads = ThreadPoolExecutor(max_workers=count_cores_per_process())
-        return list(self.threads.map(function, things))
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            return list(pool.map(function, things))
 
     def __getitem__(self, visit: Visit) -> dict:
         """Return one sample: image and caption, or what is cached of them, `timesteps` and noises."""
         rng, where = partial(make_rng, self.seed), (visit.epoch, visit.index)
         corner, flip = rng("crop", *where).random(2), rng("flip", *where).random() < 0.5
-        image, captions, num_skipped = self.get_image(visit.index, corner, self.args.random_flip and flip)
+        image, captions, source = self.get_image(visit.index, corner, self.args.random_flip and flip)
         caption = captions[rng("caption", *where).integers(len(captions))]
         if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
             caption = ""
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes.items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        index = {"indices": np.int64((visit.index + num_skipped) % len(self))} if self.args.debug_loss else {}
-        return {**image, **self.get_text(caption), **index, "timesteps": np.int64(timestep),
-                "weights": np.float32(visit.weight), "num_skipped": np.int64(num_skipped), **noises}
+        index = {"indices": np.int64(source)} if self.args.debug_loss else {}
+        return {**image, **self.get_text(caption), **index, **noises, "timesteps": np.int64(timestep),
+                "weights": np.float32(visit.weight), "num_skipped": np.int64((source - visit.index) % len(self))}
 
     def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
-        """Return an image, its captions, and how many broken ones were passed over to find it.
+        """Return an image, its captions and its index: `index`, or that of the readable one found in its place.
 
-        It is `images` uint8 [3, resolution, resolution] or, cached, the `moments` [2c, h, w] of the crop that `corner`
-        stands for; either way with its `time_ids` [6].
+        It is `images` uint8 [3, resolution, resolution] or, with --cache_latents, the `moments` [2c, h, w] of one of
+        its cached crops; either way with `time_ids` [6].
         """
         if self.latents is None:
-            item, num_skipped = self.read(index)
-            return self.transform(item["image"], corner, flip), item["captions"], num_skipped
-        crop = int(corner[0] * self.count_crops())
-        variant = 2 * crop + flip if self.args.random_flip else crop
-        cached = self.latents.read(index * self.count_variants() + variant)
-        source = int(cached["sources"])
+            image, captions, source = self.read(index)
+            return transform_image(image, self.args, corner, flip), captions, source
+        crop = int(corner[0] * self.num_crops)
+        cached = self.latents.read(index * self.count_variants() + crop * (1 + self.args.random_flip) + flip)
+        source = int(cached.pop("sources"))
         if source != index and not self.args.skip_broken_images:
-            self.read(index)  # which says what is wrong with it
-        image = {"moments": cached["moments"], "time_ids": cached["time_ids"]}
-        return image, self.images.read_captions(source), (source - index) % len(self)
+            self.read(index)  # raises an error that names the image
+        return cached, self.read_captions(source), source
+
+    def read_captions(self, index: int) -> list[str]:
+        """Return the captions of an item."""
+        read = getattr(self.images, "read_captions", None)
+        return read(index) if read else self.images[index]["captions"]
 
     def get_text(self, caption: str) -> dict:
-        """Return the caption, or what is cached of it."""
+        """Return the caption, or its cached text states."""
         if self.text_states is None:
             return {"caption": caption}
         digest = np.uint64(digest_caption(caption))
         row = int(np.searchsorted(self.caption_digests, digest))
         if row == len(self.caption_digests) or self.caption_digests[row] != digest:
-            raise ValueError(f"caption {caption!r} was not there when captions were encoded: `read_captions` must "
-                             "return what `__getitem__` does, each time.")
+            raise ValueError(f"caption {caption!r} was not there when captions were encoded: the data set must return "
+                             "the same captions each time.")
         return self.text_states.read(row)
 
-    def transform(self, image: Image.Image, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
-        """Return `images`, the image as the flags ask for, and its `time_ids`, which SDXL is conditioned on.
-
-        They are original height and width, top and left of the crop, and the crop's height and width (Podell et al.
-        2023, arXiv:2307.01952, section 2.2).
-        """
-        resolution = self.args.resolution
-        images, place = transform_image(image, resolution, self.args.image_interpolation_mode,
-                                        None if self.args.center_crop else tuple(corner), flip)
-        return {"images": images,
-                "time_ids": np.array([image.height, image.width, *place, resolution, resolution], np.float32)}
-
-    def count_crops(self) -> int:
-        """Return how many crops of an image are cached."""
-        return self.args.cache_crops or (1 if self.args.center_crop else 4)
-
     def count_variants(self) -> int:
-        """Return how many rows an image has in the cache: its crops, each perhaps mirrored as well."""
-        return self.count_crops() * (2 if self.args.random_flip else 1)
+        """Return how many rows an image has in the cache: its crops, with --random_flip each mirrored as well."""
+        return self.num_crops * (1 + self.args.random_flip)
 
     def make_variants(self, index: int) -> list[dict[str, np.ndarray]]:
-        """Return the variants of an image that are cached, each with `sources`: the item that it was found in.
+        """Return the crops of an image that are cached, the same for any seed; `sources` is the index of the image."""
+        image, _, source = self.read(index)
+        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
+        return [{**transform_image(image, self.args, corner, flip), "sources": np.int64(source)}
+                for corner in corners for flip in range(1 + self.args.random_flip)]
 
-        The crops are the same whatever the seed of the run.
-        """
-        (item, num_skipped), flips = self.read(index), (False, True) if self.args.random_flip else (False,)
-        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.count_crops())]
-        source = np.int64((index + num_skipped) % len(self))
-        return [{**self.transform(item["image"], corner, flip), "sources": source}
-                for corner in corners for flip in flips]
-
-    def read(self, index: int) -> tuple[dict, int]:
-        """Return item `index` and 0, or with --skip_broken_images the next readable one and how many were skipped."""
-        for num_skipped in range(len(self.images)):
+    def read(self, index: int) -> tuple[Image.Image, list[str], int]:
+        """Return image, captions and index of an item, with --skip_broken_images of the next one that can be read."""
+        for source in (*range(index, len(self)), *range(index)):
             try:
-                return self.images[(index + num_skipped) % len(self.images)], num_skipped
+                item = self.images[source]
+                return decode_image(item["image"], make_row_name(source, item)), item["captions"], source
             except ValueError as error:
                 if not self.args.skip_broken_images:
                     raise
                 logging.getLogger(__name__).warning(f"skipped: {error}")
-        raise ValueError(f"none of the {len(self.images)} images can be read.")
+        raise ValueError(f"none of the {len(self)} images can be read.")
 
 
 def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
@@ -676,7 +727,7 @@ def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, a
 
 def start_loader_process(worker_id: int) -> None:
     """Ignore the signals that reach a whole process group: the training process ends its loaders by itself."""
-    torch.utils.data.get_worker_info().dataset.is_loader_process = True
+    torch.utils.data.get_worker_info().dataset.num_threads = 1
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1799,14 +1850,14 @@ def encode_variants(vae: AutoencoderKL, samples: Samples, rows: np.ndarray, firs
             filled[name] = [variant[name] for variant in variants]
         done += len(variants)
     names = [int(source) for source in rows["sources"]]
-    check_finite(rows["moments"], lambda row: make_row_name(names[row], samples.images.read_stored(names[row])))
+    check_finite(rows["moments"], lambda row: make_row_name(names[row], samples.images[names[row]]))
 
 
 def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
                       dtype: type) -> EncodedRows:
     """Return the text states of the empty caption and every distinct one, in the order of `caption_digests`."""
     captions = {digest_caption(caption): caption for index in range(len(samples))
-                for caption in ["", *samples.images.read_captions(index)]}
+                for caption in ["", *samples.read_captions(index)]}
     digests = samples.caption_digests = np.array(sorted(captions), np.uint64)
     empty = encode_texts(models, [""])  # which SDXL may want to be zeros
     vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
@@ -1926,10 +1977,20 @@ def digest_caption(caption: str) -> int:
     return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
 
 
+def read_content(image: Image.Image | dict) -> bytes:
+    """Return what tells an image from any other, without decoding a file."""
+    if isinstance(image, Image.Image):
+        return repr((image.mode, image.size)).encode() + image.tobytes()
+    try:
+        return image.get("bytes") or Path(image["path"] or "").read_bytes()
+    except OSError:  # reading the image will say so, or skip it
+        return b""
+
+
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
-        return hashlib.blake2b(samples.images.read_content(index)).digest()
+        return hashlib.blake2b(read_content(samples.images[index]["image"])).digest()
 
     whole, count = hashlib.blake2b(digest_size=12), len(samples)
     if accelerator.is_main_process:
@@ -2780,7 +2841,7 @@ class Meter:
         everyone = gather_object([mine]) if self.debug_loss and self.accelerator.num_processes > 1 else [mine]
         if not self.accelerator.trackers:
             return [{} for _ in mine]
-        return [{f"loss_for_{make_file_name(index, self.images.read_stored(index))}": loss
+        return [{f"loss_for_{make_file_name(index, self.images[index])}": loss
                  for one in everyone for index, loss in one[number]} for number in range(len(mine))]
 
 

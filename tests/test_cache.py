@@ -178,8 +178,8 @@ def test_what_matters_makes_another_cache(script, train, tmp_path, monkeypatch):
     original, before = script.transform_image, count_caches(tmp_path)
 
     def transform_image(*given):
-        image, place = original(*given)
-        return 255 - image, place
+        made = original(*given)
+        return {**made, "images": 255 - made["images"]}
 
     monkeypatch.setattr(script, "transform_image", transform_image)
     train("edited", **CACHED, max_train_steps=1)

@@ -13,8 +13,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import UNCACHED, make_args, make_image, make_image_folder, make_namespace, read_scalars
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin, features
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 CAPTIONS = [f"picture number {index}" for index in range(5)]
@@ -29,6 +30,7 @@ def script(first_script):
 def load_images(script, folder, **flags):
     """Return the captioned images that a command line with this folder, or with --dataset_name, stands for."""
     args = make_namespace(script, make_args("model", folder, "no-such-output", **flags))
+    PartialState(cpu=True)  # for the logger
     return script.make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
 
 
@@ -75,13 +77,19 @@ def encode(image: Image.Image, kind: str = "png", **options) -> dict:
     return {"bytes": stream.getvalue(), "path": None}
 
 
-def assert_same_data(images, indices=range(5)) -> None:
+def read_image(script, images, index: int = 0) -> Image.Image:
+    """Return an item's picture, or raise the error that names it."""
+    return script.decode_image(images[index]["image"], script.make_row_name(index, images[index]))
+
+
+def assert_same_data(script, images, indices=range(5)) -> None:
     """Check that the images are those of make_image in any order, each with its own caption."""
-    items = sorted((images[index] for index in range(len(images))), key=lambda item: item["captions"])
-    assert [item["captions"] for item in items] == [[CAPTIONS[index]] for index in indices]
-    for index, item in zip(indices, items, strict=True):
-        assert item["image"].mode == "RGB"
-        np.testing.assert_array_equal(np.asarray(item["image"]), np.asarray(make_image(index)))
+    order = sorted(range(len(images)), key=lambda index: images[index]["captions"])
+    assert [images[place]["captions"] for place in order] == [[CAPTIONS[index]] for index in indices]
+    for index, place in zip(indices, order, strict=True):
+        image = read_image(script, images, place)
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(make_image(index)))
 
 
 def equal(first: dict, second: dict) -> bool:
@@ -99,7 +107,7 @@ def test_folder_with_metadata(script, tmp_path, kind, column):
     names = write_images(tmp_path / "images")
     rows = [{"file_name": name, column: text} for name, text in zip(names, CAPTIONS, strict=True)]
     write_metadata(tmp_path / "images", kind, rows)
-    assert_same_data(load_images(script, f"{tmp_path}/images/", caption_column=column))
+    assert_same_data(script, load_images(script, f"{tmp_path}/images/", caption_column=column))
 
 
 @pytest.mark.parametrize("name", ["with space", "[brackets] and *", "ünïcode", "a.b.c"])
@@ -113,7 +121,7 @@ def test_folders_of_any_name(script, tmp_path, kind, name):
     else:
         for file, caption in zip(names, CAPTIONS, strict=False):
             (folder / file).with_suffix(".txt").write_text(caption)
-    assert_same_data(load_images(script, folder), range(2))
+    assert_same_data(script, load_images(script, folder), range(2))
 
 
 def test_text_files_beside_images(script, tmp_path):
@@ -124,8 +132,8 @@ def test_text_files_beside_images(script, tmp_path):
     (tmp_path / "notes.md").write_text("no image")
     assert len(load_images(script, tmp_path)) == 6
     (tmp_path / "4.JPEG").unlink()
-    assert_same_data(load_images(script, tmp_path))
-    assert_same_data(load_images(script, tmp_path, image_column="picture", caption_column="story"))
+    assert_same_data(script, load_images(script, tmp_path))
+    assert_same_data(script, load_images(script, tmp_path, image_column="picture", caption_column="story"))
 
 
 def test_text_files_are_utf8(script, tmp_path):
@@ -160,20 +168,21 @@ def test_dataset_name_is_a_local_folder(script, tmp_path, kind):
         datasets.DatasetDict(train=make_table(), test=make_table(1)).save_to_disk(tmp_path)
     else:
         make_table().to_parquet(tmp_path / "train-00000-of-00001.parquet")
-    assert_same_data(load_images(script, None, dataset_name=tmp_path))
+    assert_same_data(script, load_images(script, None, dataset_name=tmp_path))
 
 
 def test_train_data_dir_is_the_data_dir_of_a_dataset(script, tmp_path):
     """With --dataset_name, --train_data_dir goes to its builder: here that of image folders."""
     names = write_images(tmp_path)
     write_metadata(tmp_path, "jsonl", [{"file_name": name, "text": CAPTIONS[i]} for i, name in enumerate(names)])
-    assert_same_data(load_images(script, tmp_path, dataset_name="imagefolder"))
+    assert_same_data(script, load_images(script, tmp_path, dataset_name="imagefolder"))
 
 
 def test_columns_of_a_table_may_have_any_name(script, tmp_path):
     """--image_column and --caption_column choose among the columns of a data set."""
     make_table(image_column="picture", caption_column="story").to_parquet(tmp_path / "train.parquet")
-    assert_same_data(load_images(script, None, dataset_name=tmp_path, image_column="picture", caption_column="story"))
+    images = load_images(script, None, dataset_name=tmp_path, image_column="picture", caption_column="story")
+    assert_same_data(script, images)
 
 
 def test_paths_and_bytes_are_images(script, tmp_path):
@@ -182,7 +191,7 @@ def test_paths_and_bytes_are_images(script, tmp_path):
     for images in (paths, [Path(path).read_bytes() for path in paths]):
         folder = tmp_path / type(images[0]).__name__
         datasets.Dataset.from_dict({"image": images, "text": CAPTIONS}).save_to_disk(folder)
-        assert_same_data(load_images(script, None, dataset_name=folder))
+        assert_same_data(script, load_images(script, None, dataset_name=folder))
 
 
 def test_data_set_without_a_train_split_is_refused(script, tmp_path):
@@ -194,7 +203,7 @@ def test_data_set_without_a_train_split_is_refused(script, tmp_path):
 
 def test_data_set_that_does_not_exist_is_refused(script, tmp_path):
     """Neither a folder nor, as far as can be seen, a name on the hub."""
-    with pytest.raises(ValueError, match=f"--dataset_name {tmp_path}/none is neither"):
+    with pytest.raises(ValueError, match=f"--dataset_name {tmp_path}/none cannot be loaded: .*find any data"):
         load_images(script, None, dataset_name=tmp_path / "none")
 
 
@@ -230,7 +239,7 @@ def test_data_without_images_is_refused(script, tmp_path, content):
     elif content == "an empty table":
         make_table(1).select([]).to_parquet(tmp_path / "train.parquet")
         flags = {"dataset_name": tmp_path}
-    with pytest.raises(ValueError, match=f"{tmp_path} has no images"):
+    with pytest.raises(ValueError, match=f"{tmp_path} (has no images|cannot be loaded: .* no data)"):
         load_images(script, None if flags else tmp_path, **flags)
 
 
@@ -372,7 +381,7 @@ def test_files_that_are_no_images_are_named(script, tmp_path, content):
     make_image_folder(tmp_path, 1)
     (tmp_path / "000.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"row 0 of the data \(.*000\.png\) cannot be read as an image"):
-        load_images(script, tmp_path)[0]
+        read_image(script, load_images(script, tmp_path))
 
 
 def test_a_missing_image_is_named(script, tmp_path):
@@ -381,7 +390,7 @@ def test_a_missing_image_is_named(script, tmp_path):
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match="row 1 of the data"):
-        load_images(script, None, dataset_name=tmp_path / "data")[1]
+        read_image(script, load_images(script, None, dataset_name=tmp_path / "data"), 1)
 
 
 def test_a_broken_image_is_replaced_by_its_neighbour(script, broken_folder):
@@ -429,7 +438,9 @@ def test_resizing_agrees_with_torchvision(script, mode, size):
     """Resize of the shorter side, then the centre: as torchvision's transforms of these names, in every mode."""
     image = make_image(7, size)
     expected = CenterCrop(32)(Resize(32, InterpolationMode(mode.replace("_", "-")))(image))
-    found, (top, left) = script.transform_image(image, 32, mode, None, False)
+    args = SimpleNamespace(resolution=32, image_interpolation_mode=mode, center_crop=True)
+    result = script.transform_image(image, args, None, False)
+    found, (top, left) = result["images"], result["time_ids"][2:4]
     assert (top == 0 or left == 0) and top + left >= 0
     assert (found.dtype, found.shape, found.flags.c_contiguous) == (np.uint8, (3, 32, 32), True)
     np.testing.assert_array_equal(found, np.asarray(expected).transpose(2, 0, 1))
@@ -687,7 +698,8 @@ def test_batches_hold_what_the_objective_reads(make_loader):
 def test_captions_stay_with_their_images(script, make_loader, tiny_model):
     """A batch's token ids are those of the captions of its images, cut at the tokenizer's length."""
     tokenizer = script.CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer")
-    expected = {script.transform_image(make_image(index), 32, "lanczos", None, False)[0].tobytes():
+    args = SimpleNamespace(resolution=32, image_interpolation_mode="lanczos", center_crop=True)
+    expected = {script.transform_image(make_image(index), args, None, False)["images"].tobytes():
                 f"picture number {index}" for index in range(10)}
     for batch in make_loader(5, center_crop=True):
         for pixels, ids in zip(batch["images"], batch["input_ids"], strict=True):
@@ -864,7 +876,7 @@ def test_images_of_other_numbers_are_refused(script, tmp_path, values):
     Image.fromarray(np.array(values, dtype=np.float32)).save(tmp_path / "a.tiff")
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match=r"a\.tiff\) cannot be read as an image"):
-        load_images(script, tmp_path)[0]
+        read_image(script, load_images(script, tmp_path))
 
 
 def test_a_thin_strip_is_refused(script, tmp_path):
@@ -872,7 +884,7 @@ def test_a_thin_strip_is_refused(script, tmp_path):
     Image.new("RGB", (2, 2000)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(ValueError, match="2 x 2000 pixels"):
-        load_images(script, tmp_path)[0]
+        read_image(script, load_images(script, tmp_path))
 
 
 def test_a_caption_file_of_another_encoding_is_named(script, tmp_path):
@@ -889,3 +901,169 @@ def test_broken_metadata_names_its_folder(script, tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text"\n')
     with pytest.raises(ValueError, match=f"metadata in {tmp_path} cannot be read"):
         load_images(script, tmp_path)
+
+
+# ---- Files and folders from the field -------------------------------------------------------------------------------
+
+
+def write_captioned(folder: Path, *names: str) -> None:
+    """Write pictures under any names, with captions beside them."""
+    for index, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_image(index).save(path)
+        path.with_suffix(".txt").write_text(CAPTIONS[index])
+
+
+def test_every_file_that_pillow_opens_is_an_image(script, tmp_path, caplog):
+    """Rare and uppercase suffixes count; what is passed over is named in one line, but for hidden folders."""
+    write_captioned(tmp_path, *["a.avif"] * features.check("avif"), "b.JPE", "c.tga", "d.jp2", "e.apng")
+    for name in ("f.heic", "notes.md", "clip.mpg", ".hidden/g.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"?")
+    (tmp_path / "folder.png").mkdir()
+    images = load_images(script, tmp_path)
+    assert len(images) == 4 + features.check("avif")
+    assert [read_image(script, images, index).mode for index in range(len(images))] == ["RGB"] * len(images)
+    lines = [line for line in caplog.messages if "not used" in line]
+    assert len(lines) == 1 and "3 files" in lines[0] and "f.heic" in lines[0] and "g.png" not in lines[0]
+
+
+def test_links_to_folders_are_followed(script, tmp_path):
+    """A linked folder is part of the data; one that leads around in a circle is read once."""
+    write_captioned(tmp_path / "elsewhere", "0.png", "sub/1.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    assert_same_data(script, load_images(script, tmp_path / "data"), range(2))
+    write_metadata(tmp_path / "elsewhere", "jsonl", [
+        {"file_name": name, "text": text} for name, text in zip(("0.png", "sub/1.png"), CAPTIONS, strict=False)])
+    assert_same_data(script, load_images(script, tmp_path / "data"), range(2))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_files_that_metadata_promises_are_missing(script, tmp_path, caplog, kind, zipped):
+    """One error says how many of how many, the first place that was looked at, and what to do."""
+    names = write_images(tmp_path)
+    write_metadata(tmp_path, kind, [{"file_name": name, "text": CAPTIONS[i]} for i, name in enumerate(names)])
+    for name in names[3:]:
+        (tmp_path / name).unlink()
+    if zipped:
+        (tmp_path / "images.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=f"2 of 5 images that the metadata .*{names[3]}") as refusal:
+        load_images(script, tmp_path)
+    assert (f"unpack {tmp_path / 'images.zip'}" in str(refusal.value)) == zipped
+    assert len(load_images(script, tmp_path, skip_broken_images=True)) == 5
+    assert "2 of 5 images" in caplog.text
+
+
+def test_an_archive_alone_is_to_be_unpacked(script, tmp_path):
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=f"{tmp_path} has no images.*unpack {tmp_path / 'images.zip'}"):
+        load_images(script, tmp_path)
+
+
+def test_several_lines_are_several_captions(script, tmp_path, caplog):
+    """Each line that is not blank is a caption; a line of the log counts the files; single lines stay strings."""
+    caplog.set_level("INFO")
+    write_captioned(tmp_path, "0.png", "1.png", "2.png")
+    (tmp_path / "1.txt").write_text(" one \r\n\n two\nthree\n")
+    (tmp_path / "2.txt").write_text("")
+    images = load_images(script, tmp_path)
+    assert [images[index]["captions"] for index in range(3)] == [[CAPTIONS[0]], ["one", "two", "three"], [""]]
+    assert len([line for line in caplog.messages if "1 of 3 caption files" in line]) == 1
+    (tmp_path / "1.txt").write_text("one")
+    assert list(load_images(script, tmp_path).rows["text"]) == [CAPTIONS[0], "one", ""]
+
+
+@pytest.mark.parametrize(("name", "content", "expected"), [
+    ("metadata.csv", b'\xef\xbb\xbffile_name,text\n0.png,"a, b ""c"""\n', 'a, b "c"'),
+    ("metadata.csv", b"file_name,text,n\r\n0.png,007,\r\n", "007"),
+    ("metadata.jsonl", b'\xef\xbb\xbf{"file_name": "./0.png", "text": "a", "n": 1}\n\n', "a"),
+    ("metadata.jsonl", b'{"file_name": "sub/../0.png", "text": "a"}', "a"),
+    ("metadata.jsonl", b'{"file_name": "sub\\\\..\\\\0.png", "text": "a"}', "a"),
+    ("metadata.jsonl", b'{"file_name": "FOLDER/0.png", "text": "a"}', "a"),
+    ("metadata.csv", b"file_name,text\n0.png,a, b\n", ValueError),
+    ("metadata.csv", "file_name,text\n0.png,Käse\n".encode("latin-1"), ValueError),
+    ("metadata.jsonl", '{"file_name": "0.png", "text": "a"}\n'.encode("utf-16"), ValueError),
+    ("metadata.jsonl", b'{"file_name": "0.png", "text": "a"}\n["0.png", "b"]\n', ValueError),
+    ("metadata.parquet", b"PAR1", ValueError),
+])
+def test_metadata_as_tools_write_it(script, tmp_path, name, content, expected):
+    """Byte order marks, quotes, spreadsheets and paths; what cannot be read names its folder."""
+    write_captioned(tmp_path, "0.png", "sub/1.png")
+    (tmp_path / name).write_bytes(content.replace(b"FOLDER", str(tmp_path).encode()))
+    if expected is ValueError:
+        with pytest.raises(ValueError, match=f"metadata in {tmp_path} cannot be read: .* of {name}"):
+            load_images(script, tmp_path)
+    else:
+        images = load_images(script, tmp_path)
+        assert images[0]["captions"] == [expected]
+        np.testing.assert_array_equal(np.asarray(read_image(script, images)), np.asarray(make_image(0)))
+
+
+# ---- Pictures from the field ----------------------------------------------------------------------------------------
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SWAPPED = SRGB.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)  # red is green
+
+
+def test_colors_become_srgb(script):
+    """An ICC profile decides what the numbers mean; alpha stays, and palettes have their colors converted as well."""
+    for mode in ("RGB", "P"):
+        image = Image.new("RGB", (2, 2), (255, 0, 0)).convert(mode)
+        found = script.decode_image(encode(image, icc_profile=SWAPPED), "it").getpixel((0, 0))
+        np.testing.assert_allclose(found, (0, 255, 0), atol=3)
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    found = np.asarray(script.decode_image(encode(image, icc_profile=SWAPPED), "it"))
+    np.testing.assert_allclose(found, [[(0, 255, 0), (255, 255, 255)]], atol=3)
+
+
+@pytest.mark.parametrize("profile", [SRGB, b"broken", SRGB[:200], b"\0" * 500])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "CMYK", "I;16"])
+def test_other_profiles_change_nothing(script, mode, profile):
+    """A profile that is sRGB, broken or of another mode leaves every value as it is without one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), np.uint8)
+    image = (Image.fromarray(pixels[..., :2].copy().view(np.uint16)[..., 0]) if mode == "I;16"
+             else Image.fromarray(pixels, "RGBA").convert(mode))
+    kind = "tiff" if mode == "CMYK" else "png"
+    found = script.decode_image(encode(image, kind, icc_profile=profile), "it")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(script.decode_image(encode(image, kind), "it")))
+
+
+def test_odd_chunks_do_no_harm(script):
+    """A text as long as a workflow of ComfyUI, and EXIF data that are broken: the picture is sound."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 3_000_000, zip=True)
+    for options in ({"pnginfo": text}, {"exif": b"Exif\0\0nonsense"}):
+        image = script.decode_image(encode(make_image(0), **options), "it")
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(make_image(0)))
+
+
+@pytest.mark.parametrize("case", ["a script", "a cache that is a file", "a config that is not there"])
+def test_failures_of_the_library_name_their_cause(script, tmp_path, case):
+    """One line names the flag or the folder at fault."""
+    make_table().to_parquet(tmp_path / "train.parquet")
+    flags, part = {}, f"--dataset_name {tmp_path} cannot be loaded"
+    if case == "a script":
+        (tmp_path / f"{tmp_path.name}.py").write_text("import datasets")
+    elif case == "a cache that is a file":
+        (tmp_path / "file").write_text("")
+        flags, part = {"cache_dir": tmp_path / "file"}, f"{tmp_path / 'file'}"
+    else:
+        flags = {"dataset_config_name": "none"}
+    with pytest.raises(ValueError, match="cannot be loaded") as refusal:
+        load_images(script, None, dataset_name=tmp_path, **flags)
+    assert part in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_an_item_needs_an_image_and_captions_only(script):
+    """Pictures, files and bytes are images of a data set of one's own, which needs no other method."""
+    items = [{"image": make_image(0), "captions": ["a"]}, {"image": {"bytes": encode(make_image(0))["bytes"]},
+                                                           "captions": ["a"]}]
+    first, second = (make_samples(script, [item])[script.Visit(0, 0)] for item in items)
+    assert equal(first, second)
+    assert make_samples(script, items).read_captions(1) == ["a"]
+    assert script.read_content(items[0]["image"]) != script.read_content(make_image(1)) != b""
