@@ -1868,6 +1868,7 @@ class StopRequest:
 # ---- Models ---------------------------------------------------------------------------------------------------------
 
 ADDITION_EMBED_TYPE = None  # of the UNet: what tells this kind of model from the other
+VAE_SCALE = 0.18215  # the scaling_factor that the UNets of this kind were trained with
 TOKENIZERS = ("tokenizer",)
 TEXT_ENCODERS = {"text_encoder": ("CLIPTextModel",)}  # with the classes that each may be of
 WEIGHT_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
@@ -1918,11 +1919,6 @@ SCHEDULER_SETTINGS = frozenset(
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
     """Return the settings of all parts; refuse a model that cannot be trained before its weights are read."""
-    if Path(args.pretrained_model_name_or_path).is_file():
-        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is one file; this "
-                         "script reads folders in diffusers format. Convert it, where torch is installed: python -c "
-                         "\"from diffusers import StableDiffusionPipeline as P; "
-                         "P.from_single_file('FILE').save_pretrained('FOLDER')\"")
     configs, names = {}, {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
     for part in (*SETTINGS, *names):
         name, (where, files) = names.get(part, "config.json"), locate_part(args, part)
@@ -1962,18 +1958,28 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
     return configs
 
 
+def locate_model(args: Namespace) -> str:
+    """Return the folder, or name on the hub, of the base model; ValueError for a model in one file."""
+    where = args.pretrained_model_name_or_path
+    if Path(where).is_file():
+        raise ValueError(f"--pretrained_model_name_or_path {where} is one file; this script reads folders in "
+                         "diffusers format. Convert it, where torch is installed: python -c \"from diffusers import "
+                         f"StableDiffusionPipeline as P; P.from_single_file('{where}').save_pretrained('FOLDER')\"")
+    return where
+
+
 def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
     """Return the folder, or name on the hub, that a part of the model is loaded from, and where in it."""
     if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
         return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
     revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
-    return args.pretrained_model_name_or_path, {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
+    return locate_model(args), {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
 
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
-    where, unet, factor = args.pretrained_model_name_or_path, configs["unet"], compute_vae_factor(configs["vae"])
-    latent_channels = configs["vae"]["latent_channels"]
+    where, unet, vae = args.pretrained_model_name_or_path, configs["unet"], configs["vae"]
+    factor, latent_channels = compute_vae_factor(vae), vae.get("latent_channels", 4)
     prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
     num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
     sampler = str(configs["scheduler"].get("_class_name"))
@@ -1984,12 +1990,9 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
         (args.resolution % factor,
          f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
          f"try {max(1, args.resolution // factor) * factor}."),
-        (unet["in_channels"] != latent_channels,
+        (unet.get("in_channels", 4) != latent_channels,
          f"the UNet of {where} takes {unet['in_channels']} channels and the VAE of {locate_part(args, 'vae')[0]} "
          f"makes {latent_channels}: inpainting models cannot be trained here, nor with a VAE of another kind."),
-        (configs["vae"].get("shift_factor"),
-         f"the VAE of {locate_part(args, 'vae')[0]} shifts its latents (shift_factor), which no {MODEL_KIND} pipeline "
-         "undoes: take the model's own."),
         (args.dream_training and prediction_type != "epsilon",
          f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
@@ -2000,6 +2003,11 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     for is_wrong, message in refusals:
         if is_wrong:
             raise ValueError(message)
+    scale = vae.get("scaling_factor", 0.18215)
+    if scale != VAE_SCALE and scale in (0.18215, 0.13025):
+        logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, which is not that of "
+                       f"{MODEL_KIND}: set it to {VAE_SCALE} in the VAE's config.json if it is for such models, or "
+                       "name another with --pretrained_vae_model_name_or_path.")
     for part, accepted in TEXT_ENCODERS.items():
         found = (configs[part].get("architectures") or accepted)[0]
         if found not in accepted:
@@ -2040,21 +2048,17 @@ def check_installation(error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def explained_load(args: Namespace):
+def explained_load(args: Namespace, part: str = ""):
     """Say which flag has named files that cannot be loaded; an installation at fault is reported as such."""
     try:
         yield
     except (ImportError, OSError, SafetensorError, ValueError) as error:
         check_installation(error)
         vae = args.pretrained_vae_model_name_or_path
-        hint = ""
-        if vae:
-            hint = " --variant is for the model: a VAE of its own needs weights named without one."
-        elif isinstance(error, OSError) and not args.variant:
-            hint = " If its weights are named *.fp16.safetensors, add --variant fp16."
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                         f"{error}{hint}") from error
+                         f"{part and f'its {part}: '}{error} Give a folder in diffusers format with model_index.json, "
+                         "unet/, vae/ ..., or a name on the hub (`hf auth login` for a gated one).") from error
 
 
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
@@ -2096,7 +2100,7 @@ def take_skipped_layers(args: Namespace, config: dict, arrays: dict[str, np.ndar
 
 
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
-    """Return the tokenizers, of which SDXL has two."""
+    """Return the tokenizers: SDXL has two."""
     return [getattr(models, name) for name in TOKENIZERS]
 
 

@@ -91,7 +91,7 @@ from accelerate.utils import (
 from filelock import FileLock, Timeout
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -830,11 +830,7 @@ def encode_batch(models: Models, batch: dict) -> tuple[Tensor, dict]:
         mean, std = batch["moments"].float().chunk(2, dim=1)
     else:
         mean, std = encode_images(models.vae, batch["images"])
-    config, latents = models.vae.config, mean + std * batch["posterior_noise"]
-    if config.get("latents_mean") is not None:  # of VAEs whose channels are far from zero mean and unit variance
-        mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-        latents = (latents - mean) / std
-    latents = latents * config.scaling_factor
+    latents = (mean + std * batch["posterior_noise"]) * models.vae.config.scaling_factor
     if "encoder_hidden_states" in batch:
         return latents, {"encoder_hidden_states": batch["encoder_hidden_states"].float()}
     return latents, encode_captions(models, batch)
@@ -927,6 +923,9 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
     group.add_argument("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
     group.add_argument("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
+    group.add_argument("--single_file_config", type=str,
+                       help="If --pretrained_model_name_or_path is one .safetensors file: a model folder, or name on "
+                       "the hub, with its configurations and tokenizers. If not given: diffusers' own choice.")
     group.add_argument("--clip_skip", type=positive_int,
                        help="Use the text states of this many layers before the last, as diffusers' pipelines count; "
                        "1 for models trained on the penultimate layer.")
@@ -1382,7 +1381,10 @@ class StopRequest:
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
 
+PIPELINE = StableDiffusionPipeline
+EXTRA_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # of the pipeline: not trained with
 ADDITION_EMBED_TYPE = None  # of the UNet: what tells this kind of model from the other
+VAE_SCALE = 0.18215  # the scaling_factor that the UNets of this kind were trained with
 TOKENIZERS = ("tokenizer",)
 TEXT_ENCODERS = {"text_encoder": ("CLIPTextModel",)}  # with the classes that each may be of
 # What the names that --lora_target knows stand for in the UNet, and in a text encoder: ends of the names of layers.
@@ -1400,36 +1402,91 @@ LORA_NAMES = {".lora.down.": ".lora_A.", ".lora.up.": ".lora_B.",
               "_lora.down.": ".lora_A.", "_lora.up.": ".lora_B.", ".self_attn.to_out.0.": ".self_attn.out_proj.",
               **{f".self_attn.to_{name}.": f".self_attn.{name}_proj." for name in "qkv"}}
 VAE_TILE = 512  # pixels on a side, with --vae_tiling
+# Settings that need other inputs than training has, or that no pipeline undoes, with the value that does nothing.
+NEUTRAL_SETTINGS = {"attention_type": "default", **dict.fromkeys(
+    "class_embed_type num_class_embeds encoder_hid_dim encoder_hid_dim_type time_cond_proj_dim shift_factor "
+    "latents_mean latents_std snr_shift_scale use_flow_sigmas quantization_config".split())}
+SINGLE_FILE_KINDS = {  # by the start of a tensor's name
+    "conditioner.embedders.1.": "Stable Diffusion XL", "cond_stage_model.": "Stable Diffusion 1.x or 2.x",
+    "conditioner.embedders.0.": "Stable Diffusion XL refiner",
+}
 
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
-    """Return the configuration of each part of the model, refusing before any weights are read what cannot work."""
-    configs = {}
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
-    for part in (*kinds, *TEXT_ENCODERS, *TOKENIZERS):
-        where, files = locate_part(args, part)
-        try:
-            if part in kinds:
-                configs[part] = kinds[part].load_config(where, **files)
-            else:
-                name = "tokenizer_config.json" if part in TOKENIZERS else "config.json"
-                path = transformers.utils.cached_file(where, name, **files) or Path(where, part, name)
-                configs[part] = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            flag = f"pretrained_{'' if 'subfolder' in files else 'vae_'}model_name_or_path"
-            layout = f"{part}/ and the others in diffusers layout" if "subfolder" in files else "its config.json"
-            raise ValueError(f"--{flag} {where} has no {part} to load: give a folder with {layout}, or a name on the "
-                             f"hub; for a gated one, run `hf auth login` first. {error}") from error
-        if part == "unet" and configs[part].get("addition_embed_type") != ADDITION_EMBED_TYPE:
-            raise ValueError(f"--pretrained_model_name_or_path {where} is no {MODEL_KIND} model: its UNet has "
-                             f"addition_embed_type {configs[part].get('addition_embed_type')}. The scripts for SDXL "
-                             "have sdxl in their names, those for Stable Diffusion have not.")
-        if part == "vae" and not {"latent_channels", "block_out_channels"} <= configs[part].keys():
-            raise ValueError(f"the vae at {where} is a {configs[part].get('_class_name')}, no AutoencoderKL: name the "
-                             "folder of a VAE itself, such as MODEL/vae.")
+    """Return the configuration of each network and of the noise schedule, and the tokenizers.
+
+    Whatever cannot be trained is refused here, before any weights are read.
+    """
+    configs, kinds = {}, {"unet": UNet2DConditionModel, "scheduler": DDPMScheduler}
+    for part in ("unet", "vae", "scheduler", *TEXT_ENCODERS):
+        with explained_load(args, part):
+            where, files = locate_part(args, part)
+            configs[part] = kinds.get(part, AutoencoderKL).load_config(where, **files)  # reads any config.json
+            kind, added = configs[part].get("_class_name", "AutoencoderKL"), configs[part].get("addition_embed_type")
+            if part == "unet" and added != ADDITION_EMBED_TYPE:
+                raise ValueError(f"its addition_embed_type {added} is not that of {MODEL_KIND}. The scripts for SDXL "
+                                 "have sdxl in their names, those for Stable Diffusion have not.")
+            if part == "vae" and kind != "AutoencoderKL":
+                raise ValueError(f"it is a {kind}, no AutoencoderKL: name the folder of a VAE itself, such as "
+                                 "MODEL/vae.")
+    for part, text_encoder in zip(TOKENIZERS, TEXT_ENCODERS, strict=True):
+        with explained_load(args, part):
+            configs[part] = load_tokenizer(args, part, configs[text_encoder])
     check_model_configs(args, configs)
-    check_clip_skip(args, configs)
+    check_settings_are_known(args, configs)
     return configs
+
+
+def load_tokenizer(args: Namespace, part: str, text_config: dict) -> CLIPTokenizer:
+    """Return a tokenizer that knows the longest text of its text encoder, which not every tool saves."""
+    where, files = locate_part(args, part)
+    tokenizer = CLIPTokenizer.from_pretrained(where, **files)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.get("max_position_embeddings", 77))
+    if not 512 < len(tokenizer) <= text_config["vocab_size"]:  # 256 bytes, each also at the end of a word
+        raise OSError(f"it has a vocabulary of {len(tokenizer)}, where more than 512 and at most the "
+                      f"{text_config['vocab_size']} of its text encoder are possible: tokenizer.json, or vocab.json "
+                      "and merges.txt, are missing or belong to another model.")
+    return tokenizer
+
+
+def locate_model(args: Namespace) -> str:
+    """Return the folder, or name on the hub, of the base model; a single file is converted once, into the cache."""
+    file = Path(args.pretrained_model_name_or_path)
+    if not file.is_file():
+        return args.pretrained_model_name_or_path
+    key = make_key(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns, args.single_file_config)
+    folder = Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "converted", f"{file.stem}-{key}")
+    if not folder.is_dir():
+        convert_single_file(args, file, folder)
+    return str(folder)
+
+
+def convert_single_file(args: Namespace, file: Path, folder: Path) -> None:
+    """Write a model in one file as a folder in diffusers layout; ValueError where it is of another kind."""
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} is no .safetensors file, and others may run code when they are read: take the model "
+                         "as .safetensors, or convert it where you trust it")
+    with safe_open(file, framework="pt") as weights:
+        names = list(weights.keys())
+    kind = next((kind for start, kind in SINGLE_FILE_KINDS.items() if any(name.startswith(start) for name in names)),
+                "unknown (no UNet with its text encoders)")
+    if kind != MODEL_KIND:
+        raise ValueError(f"{file} is a model of the kind {kind}, and this script trains {MODEL_KIND}")
+    logger.info(f"converting {file} to {folder}, once")
+    config = args.single_file_config and os.path.expanduser(args.single_file_config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as aside:
+        try:
+            pipeline = PIPELINE.from_single_file(str(file), config=config, cache_dir=args.cache_dir)
+            if "v_pred" in names:  # how files say it that hold no configuration
+                pipeline.scheduler.register_to_config(prediction_type="v_prediction",
+                                                      rescale_betas_zero_snr="ztsnr" in names)
+            pipeline.save_pretrained(Path(aside, "model"))
+        except Exception as error:  # of several libraries
+            raise ValueError(f"{error} The configurations and tokenizers that a single file lacks come from the hub, "
+                             "or from the model folder that --single_file_config names.") from error
+        with contextlib.suppress(OSError):  # another run was faster
+            Path(aside, "model").rename(folder)
 
 
 def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
@@ -1437,13 +1494,30 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
     if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
         return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
     revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
-    return args.pretrained_model_name_or_path, {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
+    return locate_model(args), {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
+
+
+def check_settings_are_known(args: Namespace, configs: dict[str, dict]) -> None:
+    """Refuse settings that training cannot honor, and warn of those that are not known."""
+    for part in ("unet", "vae", "scheduler", *TEXT_ENCODERS):
+        for name in configs[part].keys() & NEUTRAL_SETTINGS.keys():
+            if configs[part][name] and configs[part][name] != NEUTRAL_SETTINGS[name]:
+                raise ValueError(f"the {part} of {locate_part(args, part)[0]} has {name} = {configs[part][name]!r}, "
+                                 f"which this script cannot train with: take a {MODEL_KIND} model without it.")
+    known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
+    for part in TEXT_ENCODERS:
+        unknown = {name: value for name, value in configs[part].items() if value and name not in known}
+        if unknown:  # diffusers says so itself of the other parts
+            logger.warning(f"unknown settings of the {part} are ignored: {unknown}")
+        if (args.clip_skip or 0) >= configs[part]["num_hidden_layers"]:
+            raise ValueError(f"--clip_skip {args.clip_skip} must be below {configs[part]['num_hidden_layers']}, the "
+                             f"layers of the {part}.")
 
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
-    where, unet, factor = args.pretrained_model_name_or_path, configs["unet"], compute_vae_factor(configs["vae"])
-    latent_channels = configs["vae"]["latent_channels"]
+    where, unet, vae = args.pretrained_model_name_or_path, configs["unet"], configs["vae"]
+    factor, latent_channels = compute_vae_factor(vae), vae.get("latent_channels", 4)
     prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
     num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
     sampler = str(configs["scheduler"].get("_class_name"))
@@ -1454,12 +1528,9 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
         (args.resolution % factor,
          f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
          f"try {max(1, args.resolution // factor) * factor}."),
-        (unet["in_channels"] != latent_channels,
+        (unet.get("in_channels", 4) != latent_channels,
          f"the UNet of {where} takes {unet['in_channels']} channels and the VAE of {locate_part(args, 'vae')[0]} "
          f"makes {latent_channels}: inpainting models cannot be trained here, nor with a VAE of another kind."),
-        (configs["vae"].get("shift_factor"),
-         f"the VAE of {locate_part(args, 'vae')[0]} shifts its latents (shift_factor), which no {MODEL_KIND} pipeline "
-         "undoes: take the model's own."),
         (args.dream_training and prediction_type != "epsilon",
          f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
@@ -1470,6 +1541,11 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     for is_wrong, message in refusals:
         if is_wrong:
             raise ValueError(message)
+    scale = vae.get("scaling_factor", 0.18215)
+    if scale != VAE_SCALE and scale in (0.18215, 0.13025):
+        logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, which is not that of "
+                       f"{MODEL_KIND}: set it to {VAE_SCALE} in the VAE's config.json if it is for such models, or "
+                       "name another with --pretrained_vae_model_name_or_path.")
     for part, accepted in TEXT_ENCODERS.items():
         found = (configs[part].get("architectures") or accepted)[0]
         if found not in accepted:
@@ -1499,14 +1575,6 @@ def list_lora_shapes(args: Namespace, configs: dict[str, dict]) -> dict[str, tor
     return {name: tensor.shape for name, tensor in name_lora_weights(networks).items()}
 
 
-def check_clip_skip(args: Namespace, configs: dict[str, dict]) -> None:
-    """Refuse a --clip_skip that leaves no layer of a text encoder."""
-    for part in TEXT_ENCODERS:
-        num_layers = configs[part].get("num_hidden_layers", 12)
-        if (args.clip_skip or 0) >= num_layers:
-            raise ValueError(f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the {part}.")
-
-
 def compute_vae_factor(vae_config: dict) -> int:
     """Return how many pixels one latent value spans in each direction."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
@@ -1523,7 +1591,7 @@ def make_scheduler_config(args: Namespace, config: dict) -> dict:
 
 
 def get_weight_dtype(mixed_precision: str) -> torch.dtype:
-    """Return the number format of the frozen parts."""
+    """Return the number format of the frozen networks."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
@@ -1545,62 +1613,61 @@ def check_installation(error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def explained_load(args: Namespace):
+def explained_load(args: Namespace, part: str = ""):
     """Say which flag has named files that cannot be loaded; an installation at fault is reported as such."""
     try:
         yield
     except (ImportError, OSError, SafetensorError, ValueError) as error:
         check_installation(error)
         vae = args.pretrained_vae_model_name_or_path
-        hint = ""
-        if vae:
-            hint = " --variant is for the model: a VAE of its own needs weights named without one."
-        elif isinstance(error, OSError) and not args.variant:
-            hint = " If its weights are named *.fp16.safetensors, add --variant fp16."
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                         f"{error}{hint}") from error
+                         f"{part and f'its {part}: '}{error} Give a folder in diffusers format with model_index.json, "
+                         "unet/, vae/ ..., or a name on the hub (`hf auth login` for a gated one).") from error
+
+
+def load_pretrained(kind: type, where: str, **options):
+    """Load a pipeline or network; if it only has weights named *.fp16.*, load those without --variant, too."""
+    try:
+        return kind.from_pretrained(where, **options)
+    except OSError:
+        if options.get("variant") or not list(Path(where).rglob("*.fp16.*")):
+            raise
+        logger.info(f"{where} has weights named *.fp16.* only, which are loaded as with --variant fp16")
+        return kind.from_pretrained(where, **{**options, "variant": "fp16"})
+
+
+def load_pipeline(args: Namespace, configs: dict[str, dict], dtypes: dict[str, torch.dtype]):
+    """Return the base model's pipeline, its networks frozen and in the number formats `dtypes`."""
+    parts = {**{part: configs[part] for part in TOKENIZERS}, **dict.fromkeys(EXTRA_PARTS)}
+    for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
+        where, files = locate_part(args, part)
+        if files.get("revision") != args.revision or "subfolder" not in files:  # not the pipeline's own
+            parts[part] = load_pretrained(kind, where, **files, dtype=dtypes.get(part, dtypes["default"]),
+                                          variant=args.variant if "subfolder" in files else None)
+    pipeline = load_pretrained(PIPELINE, where, revision=args.revision, cache_dir=args.cache_dir, variant=args.variant,
+                               dtype=dtypes, **parts)
+    check_weights(pipeline)
+    for part in ("unet", "vae", *TEXT_ENCODERS):
+        getattr(pipeline, part).requires_grad_(False).eval()
+    if args.vae_tiling:
+        vae = pipeline.vae
+        vae.enable_tiling()
+        vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
+        vae.tile_latent_min_size = vae.tile_sample_min_size // compute_vae_factor(vae.config)
+    return pipeline
 
 
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
     """Load the networks, all frozen and in the run's precision, and give adapters to those that are trained."""
-    where, weight_dtype = args.pretrained_model_name_or_path, get_weight_dtype(accelerator.mixed_precision)
-    files = {part: locate_part(args, part)[1] for part in ("unet", "tokenizer")}
-    text_encoder = load_text_encoder(args, "text_encoder", configs["text_encoder"], weight_dtype)
-    vae = load_vae(args, weight_dtype)
-    unet = UNet2DConditionModel.from_pretrained(where, **files["unet"], variant=args.variant, torch_dtype=weight_dtype)
-    tokenizer = CLIPTokenizer.from_pretrained(where, **files["tokenizer"])
-    for network in (vae, text_encoder, unet):
-        network.requires_grad_(False).eval()
-    adapters = make_lora_configs(args, {"unet": unet, "text_encoder": text_encoder})
-    models = Models(tokenizer, text_encoder, vae, unet, make_scheduler_config(args, configs["scheduler"]),
+    pipeline = load_pipeline(args, configs, {"default": get_weight_dtype(accelerator.mixed_precision)})
+    adapters = make_lora_configs(args, pipeline.components)
+    models = Models(pipeline.tokenizer, pipeline.text_encoder, pipeline.vae, pipeline.unet,
+                    make_scheduler_config(args, configs["scheduler"]),
                     tuple(adapters), make_lora_metadata(args, adapters), args.clip_skip)
     for part, config in adapters.items():
         add_adapter(getattr(models, part), config)
     return models
-
-
-def load_vae(args: Namespace, dtype: torch.dtype) -> AutoencoderKL:
-    """Load the VAE in a number format."""
-    where, files = locate_part(args, "vae")
-    vae = AutoencoderKL.from_pretrained(where, **files, torch_dtype=dtype,
-                                        variant=args.variant if "subfolder" in files else None)
-    if args.vae_tiling:
-        vae.enable_tiling()
-        vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
-        vae.tile_latent_min_size = vae.tile_sample_min_size // compute_vae_factor(vae.config)
-    return vae
-
-
-def load_text_encoder(args: Namespace, part: str, config: dict, dtype: torch.dtype) -> torch.nn.Module:
-    """Load a text encoder as the class that its configuration declares; OSError where its files lack weights."""
-    where, files = locate_part(args, part)
-    kind = getattr(transformers, (config.get("architectures") or TEXT_ENCODERS[part])[0])
-    network, report = kind.from_pretrained(where, **files, variant=args.variant, dtype=dtype, output_loading_info=True)
-    if report["missing_keys"]:  # which transformers would draw at random
-        lacking = sorted(report["missing_keys"])
-        raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in all).")
-    return network
 
 
 def make_lora_configs(args: Namespace, networks: dict[str, torch.nn.Module]) -> dict[str, LoraConfig]:
@@ -1700,22 +1767,20 @@ def set_lora_weights(models: Models, weights: dict[str, Tensor]) -> None:
             network, {name: weights[f"{part}.{name.removeprefix('text_model.')}"] for name in names})
 
 
-def check_weights(models: Models) -> None:
-    """Raise OSError where files lack weights, which diffusers leaves without values, or a tokenizer its vocabulary."""
-    for part, text_encoder in zip(TOKENIZERS, list_text_encoders(models), strict=True):
-        size, most = len(getattr(models, part)), text_encoder.config.vocab_size
-        if not 512 < size <= most:  # each byte has an entry of its own, and one at the end of a word
-            raise OSError(f"its {part} has a vocabulary of {size}, where more than 512 and at most the {most} of its "
-                          "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are not there or "
-                          "another model's.")
-    for part in ("unet", "vae", *TEXT_ENCODERS):
-        lacking = [name for name, tensor in getattr(models, part).state_dict().items() if tensor.is_meta]
-        if lacking:
-            raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in all).")
+def check_weights(pipeline) -> None:
+    """Raise OSError if files lack weights: diffusers gives them no values, transformers random ones."""
+    for part, network in pipeline.components.items():
+        if isinstance(network, torch.nn.Module):
+            is_drawn = isinstance(network, transformers.PreTrainedModel)
+            lacking = [name for name, tensor in network.state_dict(keep_vars=True).items()
+                       if tensor.is_meta or is_drawn and not getattr(tensor, "_is_hf_initialized", False)]
+            if lacking:
+                raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in "
+                              "all).")
 
 
 def set_up_networks(args: Namespace, models: Models) -> None:
-    """Apply the flags that trade memory and speed to what is trained, in place."""
+    """Apply the flags for memory and speed to the trainable networks, in place."""
     for network in list_trained(models):
         network.train()
         if args.gradient_checkpointing and isinstance(network, UNet2DConditionModel):
@@ -1734,24 +1799,24 @@ def set_up_networks(args: Namespace, models: Models) -> None:
 
 
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
-    """Return the tokenizers, of which SDXL has two."""
+    """Return the tokenizers: SDXL has two."""
     return [getattr(models, name) for name in TOKENIZERS]
 
 
 def list_text_encoders(models: Models) -> list[torch.nn.Module]:
-    """Return the text encoders, of which SDXL has two."""
+    """Return the text encoders: SDXL has two."""
     return [getattr(models, name) for name in TEXT_ENCODERS]
 
 
 def list_trained(models: Models) -> list[torch.nn.Module]:
-    """Return the networks that are trained, as accelerate has wrapped them."""
+    """Return the trainable networks, as accelerate has wrapped them."""
     return [getattr(models, part) for part in models.trained]
 
 
 def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[str, torch.nn.Parameter]:
-    """Return what the optimizer moves by names such as unet.conv_in.weight.
+    """Return the trainable parameters by names such as unet.conv_in.weight.
 
-    Those of text encoders have no `text_model.` in front, which comes and goes with the version of transformers.
+    Names in text encoders have no `text_model.` in front, which not every version of transformers has.
     """
     return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
             for name, parameter in unwrap_model(accelerator, getattr(models, part)).named_parameters()
@@ -1759,19 +1824,19 @@ def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[st
 
 
 def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """Return the plain network inside what accelerate and torch.compile made of it."""
+    """Return the network without the wrappers of accelerate and torch.compile."""
     return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
-    """Return the models with the plain networks in place of the wrapped ones."""
+    """Return the models with their networks unwrapped."""
     return dataclasses.replace(
         models, **{part: unwrap_model(accelerator, getattr(models, part)) for part in models.trained})
 
 
 @contextlib.contextmanager
 def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
-    """Bring the networks whose results are cached back to the device for a while: to draw, or to measure."""
+    """Move the networks whose output is cached to the device for drawing or measuring, and back."""
     try:
         for network in list_cached(args, models):
             network.to(accelerator.device)
@@ -2575,10 +2640,7 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
     """Return the picture of latents [1, c, h, w], decoded in the VAE's own number format: autocast may overflow."""
-    config, latents = vae.config, latents.float() / vae.config.scaling_factor
-    if config.get("latents_mean") is not None:
-        mean, std = (latents.new_tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-        latents = latents * std + mean
+    latents = latents.float() / vae.config.scaling_factor
     pixel_values = vae.decode(latents.to(vae.dtype), return_dict=False)[0][0].float()  # [3, H, W] in [-1, 1]
     pixels = ((pixel_values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
@@ -2691,13 +2753,14 @@ def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     if args.rescale_betas_zero_snr:
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     base = [repr(args.pretrained_model_name_or_path)]
+    load = "from_single_file" if Path(args.pretrained_model_name_or_path).is_file() else "from_pretrained"
     base += [f"{name}={getattr(args, name)!r}" for name in ("revision", "variant") if getattr(args, name)]
     names = "DDIMScheduler, StableDiffusionPipeline" if schedule else "StableDiffusionPipeline"
     if args.pretrained_vae_model_name_or_path:
         names = f"AutoencoderKL, {names}"
         base.append(f"vae=AutoencoderKL.from_pretrained({args.pretrained_vae_model_name_or_path!r})")
     lines = [f"from diffusers import {names}", "",
-             f"pipeline = StableDiffusionPipeline.from_pretrained({', '.join(base)})",
+             f"pipeline = StableDiffusionPipeline.{load}({', '.join(base)})",
              f"pipeline.load_lora_weights({args.hub_model_id or args.output_dir!r})"]
     if schedule:  # an adapter brings none along
         arguments = ", ".join(f"{name}={value!r}" for name, value in {**schedule, "clip_sample": False}.items())
@@ -2908,7 +2971,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train, from the command line or from `argv`."""
     args = parse_args(argv)
     accelerator = make_accelerator(args)
-    configs = load_model_configs(args)
+    with accelerator.local_main_process_first():
+        configs = load_model_configs(args)
     lora_shapes = list_lora_shapes(args, configs)
     lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
@@ -2923,7 +2987,6 @@ def main(argv: list[str] | None = None) -> None:
 
     with explained_load(args):
         models = load_models(args, accelerator, configs)
-        check_weights(models)
     set_lora_weights(models, initial_adapter)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)

@@ -27,15 +27,18 @@ from dataclasses import dataclass
 OWN = {
     "ADDITION_EMBED_TYPE",
     "EMA_FOLDER",
+    "EXTRA_PARTS",
     "FIXED_FLAGS",
     "MODEL_KIND",
     "MODEL_LICENSE",
     "Models",
+    "PIPELINE",
     "REQUIREMENTS",
     "RESULT",
     "TEXT_ENCODERS",
     "TOKENIZERS",
     "TRAINED",
+    "VAE_SCALE",
     "add_flags",
     "check_memory_args",
     "describe_model",
@@ -60,7 +63,7 @@ OWN_OF = {
         "cache_text_states "
         "check_checkpoint collate compute_held_out_loss compute_loss compute_snr_weights "
         "compute_target digest_network draw_images encode_captions encode_images encode_variants "
-        "finish get_peak_memory list_cached load_model_configs load_weights "
+        "finish get_peak_memory list_cached load_model_configs load_weights locate_model "
         "log_images log_rows log_run_header logger make_accelerator make_dataloader make_objective make_run_record "
         "prepare_training resume save_state start_loader_process start_run train train_step transform_image "
         "validate".split()

@@ -377,7 +377,7 @@ def test_the_other_kind_of_model_is_refused(script, tiny_models, image_folder, t
     own, other = ("sdxl", "sd") if "sdxl" in script.__name__ else ("sd", "sdxl")
     model = keep_configs_only(tiny_models[other], tmp_path / "model")
     kinds = {"sd": "Stable Diffusion 1.x or 2.x", "sdxl": "Stable Diffusion XL"}
-    with pytest.raises(ValueError, match=f"model is no {kinds[own]} model: .*have sdxl in their names"):
+    with pytest.raises(ValueError, match=f"is not that of {kinds[own]}. .*have sdxl in their names"):
         script.main(make_args(model, image_folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -387,12 +387,12 @@ def test_a_model_folder_without_a_part_is_refused(script, tiny_model, image_fold
     """The message names the folder, the part that it lacks, and what a model folder holds."""
     model = keep_configs_only(tiny_model, tmp_path / "model")
     shutil.rmtree(model / part)
-    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .*model has no {part} to load.*{part}/"):
+    with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path .*model cannot be loaded: its {part}: "):
         script.main(make_args(model, image_folder, tmp_path / "out"))
 
 
 @pytest.mark.parametrize(("lost", "parts"), [
-    ("vocabulary", ["its tokenizer has a vocabulary of 2", "tokenizer.json"]),
+    ("vocabulary", ["its tokenizer: it has a vocabulary of 2", "tokenizer.json"]),
     ("weights of the text encoder", ["the weights of its text_encoder lack encoder.layers.0.mlp.fc1.bias"]),
     ("weights of the UNet", ["the weights of its unet lack conv_in.bias (1 tensors in all)"]),
 ])

@@ -123,16 +123,6 @@ def test_latents_are_scaled_samples_of_the_posterior(script, assemble, scaling_f
     torch.testing.assert_close(still, scaling_factor * mode, rtol=1e-5, atol=1e-6)
 
 
-def test_latents_are_normalised_where_the_vae_says_how(script, assemble):
-    """With latents_mean and latents_std in the VAE's configuration, each channel is moved and scaled by them first."""
-    parts = assemble()
-    plain = script.encode_batch(parts.models, parts.batch)[0] / parts.models.vae.config.scaling_factor
-    mean, std = [0.5, -1, 2, 0], [1, 2, 4, 0.5]
-    parts.models.vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=0.5)
-    expected = 0.5 * (plain - torch.tensor(mean).view(1, 4, 1, 1)) / torch.tensor(std).view(1, 4, 1, 1)
-    torch.testing.assert_close(script.encode_batch(parts.models, parts.batch)[0], expected, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_the_loss_is_that_of_the_scheduler(assemble, compute, prediction_type):
     """Noisy latents are those of add_noise, targets the noise, get_velocity or the latents; one loss per sample."""
@@ -487,8 +477,6 @@ def test_a_variant_is_loaded(script, tiny_model, image_folder, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(tiny_model, torch_dtype=torch.float16, safety_checker=None)
     pipeline.save_pretrained(model, variant="fp16")
     assert {path.name.split(".", 1)[1] for path in model.rglob("*.safetensors")} == {"fp16.safetensors"}
-    with pytest.raises(ValueError, match="cannot be loaded.*add --variant fp16"):
-        run(script, make_args(model, image_folder, tmp_path / "failed"))
     run(script, make_args(model, image_folder, tmp_path / "out", variant="fp16", max_train_steps=1))
     assert {weight.dtype for weight in read_trained(tmp_path / "out").values()} == {torch.float32}
     assert compute_step_sizes(tiny_model, tmp_path / "out", 1) == pytest.approx(1e-3, rel=0.1)
