@@ -545,12 +545,6 @@ def make_row_name(index: int, item: dict) -> str:
     return f"row {index} of the data ({path or 'no file of its own'})"
 
 
-def make_file_name(index: int, item: dict) -> str:
-    """Return what to call an item of the data in a log."""
-    path = item["image"].get("path") if isinstance(item["image"], dict) else None
-    return Path(path).name if path else f"row-{index}"
-
-
 def transform_image(image: Image.Image, args: Namespace, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
     """Return `images` uint8 [3, resolution, resolution], resized by the shorter side, mirrored, cropped; `time_ids`.
 
@@ -617,9 +611,9 @@ class Samples:
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes.items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        index = {"indices": np.int64(source)} if self.args.debug_loss else {}
-        return {**image, **self.get_text(caption), **index, **noises, "timesteps": np.int64(timestep),
-                "weights": np.float32(visit.weight), "num_skipped": np.int64((source - visit.index) % len(self))}
+        return {**image, **self.get_text(caption), **noises, "timesteps": np.int64(timestep),
+                "indices": np.int64(source), "num_skipped": np.int64((source - visit.index) % len(self)),
+                "weights": np.float32(visit.weight)}
 
     def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
         """Return an image, its captions and its index: `index`, or that of the readable one found in its place.
@@ -876,8 +870,6 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, r
                "lr": rates["unet"], "signal": batch["signal"].max(),
                "skipped_images": (batch["num_skipped"] * is_used).sum(),
                "long_captions": (batch["num_long"] * is_used).sum()}
-    if "indices" in batch:
-        metrics["image_losses"] = {"index": batch["indices"], "loss": losses, "weight": batch["weights"]}
     if len(rates) > 1:
         metrics["lr_text_encoder"] = rates["text_encoder"]
     averages, ema_updates = state.averages, state.ema_updates
@@ -950,7 +942,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
                              args.train_batch_size * accelerator.num_devices, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, steps, models, args.dataloader_num_workers, accelerator,
                              args.train_batch_size)
-    meter = Meter(args, accelerator, data.train.images, progress.global_step, last_step)
+    meter = Meter(args, accelerator, progress.global_step, last_step)
     stop_request = StopRequest(accelerator)
     ahead = contextlib.closing(iterate_ahead(make_updates(args, accelerator, loader, stop_request)))
     compiled, signal_number = None, 0
@@ -1532,9 +1524,6 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
     group.add_argument("--logging_steps", type=positive_int, default=10,
                        help="Fetch the metrics from the device every this many updates; every update is logged.")
-    group.add_argument("--debug_loss", action="store_true",
-                       help="Log each image's own loss as loss_for_<file name>, to find the odd ones; images of the "
-                       "same name in different folders share one.")
     group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
                        help="Name of the project in trackers.")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
@@ -3098,11 +3087,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,
                                            base_model=None if Path(base).exists() else base, inference=True)
-    readme = folder / "README.md"
-    if readme.is_file() and "diffusers-training" not in readme.read_text(encoding="utf-8", errors="replace"):
-        readme = folder / "MODEL_CARD.md"
-        logger.warning(f"{folder / 'README.md'} is not a model card and stays as it is; the card is {readme}")
-    readme.write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
 def push_to_hub(args: Namespace) -> None:
@@ -3127,13 +3112,11 @@ class Meter:
 
     Logs `train_loss`, `lr`, `grad_norm` and `epoch` of every update with its own step; with every --logging_steps
     updates `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and counts
-    from the start of the run: `skipped_images`, `long_captions`. With --debug_loss also `loss_for_<file>` of each
-    image.
+    from the start of the run: `skipped_images`, `long_captions`.
     """
 
-    def __init__(self, args: Namespace, accelerator: Accelerator, images: CaptionedImages, first_step: int,
-                 last_step: int) -> None:
-        self.accelerator, self.logging_steps, self.images = accelerator, args.logging_steps, images
+    def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
+        self.accelerator, self.logging_steps = accelerator, args.logging_steps
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
         self.updates, self.counts = [], {"skipped_images": 0, "long_captions": 0}
         self.restart_clock()
@@ -3187,9 +3170,8 @@ class Meter:
             for name in self.counts:
                 self.counts[name] += int(metrics.pop(name))
             metrics.pop("signal")
-            own = self.name_image_losses(metrics.pop("image_losses", None))
             numbers = {name: float(value) for name, value in metrics.items()}
-            rows.append((global_step, {"epoch": step.epoch, **numbers, **own}))
+            rows.append((global_step, {"epoch": step.epoch, **numbers}))
         seconds = time.perf_counter() - self.started
         rows[-1][1].update(images_per_second=sum(step.window_size for _, step, _ in chosen) / seconds,
                            data_wait=self.waited / seconds, **get_peak_memory(), **self.counts)
@@ -3207,14 +3189,6 @@ class Meter:
                     f"{numbers['grad_norm']}, lr {numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}). "
                     "Usual causes: too high a learning rate, or fp16 with this model; try a lower one, or "
                     "--mixed_precision bf16. Earlier checkpoints are untouched.")
-
-    def name_image_losses(self, noted: dict[str, np.ndarray] | None) -> dict[str, float]:
-        """Return the losses of an update's images that --debug_loss has noted, where a tracker will have them."""
-        if noted is None or not self.accelerator.trackers:
-            return {}
-        return {f"loss_for_{make_file_name(int(index), self.images[int(index)])}": float(loss)
-                for index, loss, weight in zip(*(noted[name].ravel() for name in ("index", "loss", "weight")),
-                                               strict=True) if weight}
 
 
 def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:

@@ -503,12 +503,6 @@ def make_row_name(index: int, item: dict) -> str:
     return f"row {index} of the data ({path or 'no file of its own'})"
 
 
-def make_file_name(index: int, item: dict) -> str:
-    """Return what to call an item of the data in a log."""
-    path = item["image"].get("path") if isinstance(item["image"], dict) else None
-    return Path(path).name if path else f"row-{index}"
-
-
 def transform_image(image: Image.Image, args: Namespace, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
     """Return `images` uint8 [3, resolution, resolution], resized by the shorter side, mirrored, cropped; `time_ids`.
 
@@ -574,9 +568,9 @@ class Samples:
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes.items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        index = {"indices": np.int64(source)} if self.args.debug_loss else {}
-        return {**image, **self.get_text(caption), **index, **noises, "timesteps": np.int64(timestep),
-                "weights": np.float32(visit.weight), "num_skipped": np.int64((source - visit.index) % len(self))}
+        return {**image, **self.get_text(caption), **noises, "timesteps": np.int64(timestep),
+                "indices": np.int64(source), "num_skipped": np.int64((source - visit.index) % len(self)),
+                "weights": np.float32(visit.weight)}
 
     def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
         """Return an image, its captions and its index: `index`, or that of the readable one found in its place.
@@ -757,11 +751,11 @@ def count_cores_per_process() -> int:
 
 
 def train_step(accelerator: Accelerator, models: Models, objective: Objective, batch: dict[str, Tensor],
-               step: MicroStep) -> Tensor:
-    """Add one micro step's gradients and return the loss of each of its samples [b].
+               step: MicroStep) -> dict:
+    """Add the gradients of one micro step and return its share of the update's numbers: `train_loss`.
 
-    Every sample of an update counts the same, however they fall into processes and micro steps. Accelerate divides by
-    the accumulation steps and averages over the processes, which the scale undoes.
+    Every sample of an update counts the same, however micro steps and processes divide it. Accelerate divides by the
+    accumulation steps and averages over the processes; `scale` undoes both.
     """
     accelerator.sync_gradients = step.ends_update
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
@@ -771,12 +765,12 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
         losses = compute_loss(models.unet, objective, *encode_batch(models, batch), batch)
         loss = (losses * batch["weights"]).sum() / step.window_size
         accelerator.backward(loss * scale)
-    return losses.detach()
+    return {"train_loss": loss.detach()}
 
 
 def train(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
           progress: Progress, record: dict) -> int:
-    """Train until the last update, moving `progress` along; return the signal that stopped it early, or 0."""
+    """Train until the last update, advancing `progress`; return the signal that stopped the run early, or 0."""
     last_step = compute_last_step(args, len(data.train), accelerator.num_processes)
     if progress.global_step > last_step:
         logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
@@ -785,18 +779,18 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
                              args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, steps, models, args.dataloader_num_workers, accelerator)
     parameters = list(name_trained_parameters(accelerator, models).values())
-    meter, signal_number = Meter(args, accelerator, data.train.images, progress.global_step, last_step), 0
+    meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
 
     ahead = contextlib.closing(iterate_ahead(loader))
     with StopRequest(accelerator) as stop_request, meter, logging_redirect_tqdm(), ahead as batches:
-        for step, batch in meter.iterate(batches):
-            meter.add_losses(train_step(accelerator, models, objective, batch, step), batch, step)
+        for step, batch in meter.time_waits(batches):
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            meter.add(step, batch, train_step(accelerator, models, objective, batch, step))
             if not step.ends_update:
                 continue
-            grad_norm = None
-            if parameters[0].grad is not None:  # as --optimizer_in_backward leaves it
-                grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             numbers = {"epoch": step.epoch, **get_learning_rates(models)}
+            if parameters[0].grad is not None:  # --optimizer_in_backward has freed them
+                numbers["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             models.optimizer.step()
             models.lr_scheduler.step()
             models.optimizer.zero_grad()
@@ -804,7 +798,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
                 models.ema.step()
                 numbers["ema_decay"] = models.ema.compute_decay()
             progress.advance(step)
-            meter.end_update(progress.global_step, numbers, grad_norm)
+            meter.end_update(progress.global_step, numbers)
 
             signal_number = stop_request.agreed()
             ends_run = progress.global_step == last_step or signal_number
@@ -1122,9 +1116,6 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
     group.add_argument("--logging_steps", type=positive_int, default=10,
                        help="Fetch the metrics from the device every this many updates; every update is logged.")
-    group.add_argument("--debug_loss", action="store_true",
-                       help="Log each image's own loss as loss_for_<file name>, to find the odd ones; images of the "
-                       "same name in different folders share one.")
     group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
                        help="Name of the project in trackers.")
     group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
@@ -2605,7 +2596,7 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
             images = draw_images(args, accelerator, models, prompts, data.train.seed)
         if data.held_out is not None:
             loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
-            accelerator.log({"validation_loss": loss}, step=progress.global_step)
+            log_rows(accelerator, [(progress.global_step, {"validation_loss": loss})])
             logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
     for network in list_trained(models):
         network.train()
@@ -2788,11 +2779,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
     text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,
                                            base_model=None if Path(base).exists() else base, inference=True)
-    readme = folder / "README.md"
-    if readme.is_file() and "diffusers-training" not in readme.read_text(encoding="utf-8", errors="replace"):
-        readme = folder / "MODEL_CARD.md"
-        logger.warning(f"{folder / 'README.md'} is not a model card and stays as it is; the card is {readme}")
-    readme.write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
 def push_to_hub(args: Namespace) -> None:
@@ -2813,20 +2800,18 @@ def push_to_hub(args: Namespace) -> None:
 
 
 class Meter:
-    """Collects each update's numbers where they are computed and reads them in batches, so that no update waits.
+    """Measures a run and logs it; losses and gradient norms are read from the device every --logging_steps updates.
 
-    Logs `train_loss`, `lr`, `grad_norm` and `epoch` of every update with its own step; once per batch of updates
-    `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and counts from the
-    start of the run: `skipped_images`, `long_captions`. With --debug_loss also `loss_for_<file>` of each image.
+    Logs `train_loss` and the numbers that `train` gives of every update, with its own step. With every reading come
+    `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and, counted from
+    the start of the run, `skipped_images` and `long_captions`.
     """
 
-    def __init__(self, args: Namespace, accelerator: Accelerator, images: CaptionedImages, first_step: int,
-                 last_step: int) -> None:
-        self.accelerator, self.logging_steps, self.images = accelerator, args.logging_steps, images
-        self.debug_loss = args.debug_loss
+    def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
+        self.accelerator, self.logging_steps = accelerator, args.logging_steps
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
-        self.loss, self.image_losses, self.updates = 0.0, [], []
-        self.counts = torch.zeros(2, dtype=torch.int64)  # skipped images, long captions: of this process
+        self.numbers, self.updates = {}, []  # of the current update, and (step, numbers) of those not read yet
+        self.counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # skipped images, long captions
         self.restart_clock()
 
     def __enter__(self) -> Meter:
@@ -2837,75 +2822,61 @@ class Meter:
             self.bar.close()
 
     def restart_clock(self) -> None:
-        """Begin to measure speed: after a pause that is not training, such as drawing pictures."""
+        """Start measuring speed anew, after a pause that is not training."""
         self.started, self.waited, self.num_images = time.perf_counter(), 0.0, 0
 
-    def iterate(self, batches):
-        """Yield each micro step with its batch on the device, measuring how long the batch was waited for."""
+    def time_waits(self, batches):
+        """Yield what `batches` yields, and measure how long each was waited for."""
         began = time.perf_counter()
-        for step, batch in batches:
+        for step_and_batch in batches:
             self.waited += time.perf_counter() - began
-            is_used = batch["weights"] > 0
-            self.counts += torch.stack([(batch.pop(name) * is_used).sum() for name in ("num_skipped", "num_long")])
-            self.num_images += step.last - step.first
-            yield step, {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}
+            yield step_and_batch
             began = time.perf_counter()
 
-    def add_losses(self, losses: Tensor, batch: dict[str, Tensor], step: MicroStep) -> None:
-        """Take the loss of each sample [b] of a micro step, still on the device."""
-        self.loss = self.loss + (losses * batch["weights"]).sum() / step.window_size
-        if "indices" in batch:
-            self.image_losses.append((batch["indices"], losses, batch["weights"]))
+    def add(self, step: MicroStep, batch: dict[str, Tensor], numbers: dict) -> None:
+        """Add the numbers of a micro step to those of its update."""
+        self.num_images += step.last - step.first
+        is_used = batch["weights"] > 0
+        self.counts += torch.stack([(batch[name] * is_used).sum() for name in ("num_skipped", "num_long")])
+        for name, number in numbers.items():
+            self.numbers[name] = self.numbers.get(name, 0.0) + number
 
-    def end_update(self, global_step: int, numbers: dict[str, float], grad_norm) -> None:
-        """Close an update; every --logging_steps of them, read and log what has gathered."""
-        norms = {} if grad_norm is None else {"grad_norm": torch.as_tensor(grad_norm, device=self.accelerator.device)}
-        self.updates.append((global_step, numbers, self.loss, norms, self.image_losses))
-        self.loss, self.image_losses = 0.0, []
-        with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not cost the run
+    def end_update(self, global_step: int, numbers: dict) -> None:
+        """Finish an update; every --logging_steps of them, read and log the numbers."""
+        self.updates.append((global_step, {**self.numbers, **numbers}))
+        self.numbers = {}
+        with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not end the run
             self.bar.update(1)
         if len(self.updates) >= self.logging_steps:
             self.flush()
 
     def flush(self) -> None:
-        """Read the gathered numbers from the device and log them; raise RuntimeError at a loss that is not finite."""
+        """Read the numbers from the device and log them; raise RuntimeError if a loss or gradient is not finite."""
         if not self.updates:
             return
-        losses = torch.stack([loss for _, _, loss, _, _ in self.updates]).float()
-        summed = self.accelerator.reduce(torch.cat([losses, self.counts.to(losses.device, torch.float32)]), "sum")
-        *losses, skipped, long = summed.tolist()  # the one place where the loop waits for the device
-        seconds = time.perf_counter() - self.started
-        rows = [(step, {"train_loss": loss, **{name: norm.item() for name, norm in norms.items()}, **numbers, **own})
-                for (step, numbers, _, norms, _), loss, own in zip(self.updates, losses, self.name_image_losses(),
-                                                                   strict=True)]
-        rows[-1][1].update(images_per_second=self.num_images / seconds, data_wait=self.waited / seconds,
-                           **get_peak_memory(self.accelerator.device), skipped_images=skipped, long_captions=long)
+        losses = torch.stack([numbers["train_loss"] for _, numbers in self.updates]).float()
+        summed = self.accelerator.reduce(torch.cat([losses, self.counts.float()]), "sum")
+        *losses, skipped, long = summed.tolist()  # the only place where the loop waits for the device
+        rows = [(step, {name: number.item() if isinstance(number, Tensor) else number
+                        for name, number in {**numbers, "train_loss": loss}.items()})
+                for (step, numbers), loss in zip(self.updates, losses, strict=True)]
+        seconds, latest = time.perf_counter() - self.started, rows[-1][1]
+        latest |= {"images_per_second": self.num_images / seconds, "data_wait": self.waited / seconds,
+                   **get_peak_memory(self.accelerator.device), "skipped_images": skipped, "long_captions": long}
         log_rows(self.accelerator, rows)
-        latest = rows[-1][1]
         with contextlib.suppress(OSError):
             self.bar.set_postfix_str(f"loss {latest['train_loss']:.4f}, lr {latest['lr']:.2e}, "
                                      f"{latest['images_per_second']:.2f} images/s")
         self.updates.clear()
         self.restart_clock()
         for step, numbers in rows:
-            norm = numbers.get("grad_norm", 0.0) if self.accelerator.scaler is None else 0.0  # or fp16 skips it
+            norm = 0.0 if self.accelerator.scaler else numbers.get("grad_norm", 0.0)  # fp16 skips such an update
             if not math.isfinite(numbers["train_loss"] + norm):
                 raise RuntimeError(
                     f"the loss is {numbers['train_loss']} at step {step} (gradient norm {norm}, lr "
                     f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}). Usual causes: too high a "
-                    "learning rate, or fp16 with this model; try --mixed_precision bf16 or a lower rate. Earlier "
-                    "checkpoints are untouched.")
-
-    def name_image_losses(self) -> list[dict[str, float]]:
-        """Return for each gathered update the loss of each image that --debug_loss has noted, on all processes."""
-        mine = [[(index, loss) for tensors in noted
-                 for index, loss, weight in zip(*(tensor.tolist() for tensor in tensors), strict=True) if weight]
-                for *_, noted in self.updates]
-        everyone = gather_object([mine]) if self.debug_loss and self.accelerator.num_processes > 1 else [mine]
-        if not self.accelerator.trackers:
-            return [{} for _ in mine]
-        return [{f"loss_for_{make_file_name(index, self.images[index])}": loss
-                 for one in everyone for index, loss in one[number]} for number in range(len(mine))]
+                    "learning rate, or fp16 with this model; try --mixed_precision bf16 or a lower --learning_rate. "
+                    "Earlier checkpoints are untouched.")
 
 
 def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:

@@ -381,15 +381,6 @@ def test_a_linked_checkpoint_is_unlinked_and_what_it_points_to_kept(script, tiny
     assert (tmp_path / "first" / "checkpoint-1" / "optimizer.bin").is_file()
 
 
-def test_files_that_were_there_are_kept(script, tiny_model, image_folder, tmp_path):
-    """A README.md of the user's own in the output folder is not replaced by the model card."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "README.md").write_text("my notes")
-    script.main(make_args(tiny_model, image_folder, tmp_path / "out"))
-    assert (tmp_path / "out" / "README.md").read_text() == "my notes"
-    assert "diffusers-training" in (tmp_path / "out" / "MODEL_CARD.md").read_text()
-
-
 def test_another_optimizer_is_refused(script, tiny_model, image_folder, tmp_path):
     """Moments of one optimizer are not loaded into another, and the error names the flag."""
     script.main(make_args(tiny_model, image_folder, tmp_path / "out", max_train_steps=1))

@@ -636,16 +636,12 @@ def plain_run(flax, tiny_model, image_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags", [
-    {"gradient_checkpointing": True, "debug_loss": True},
+    {"gradient_checkpointing": True},
     {"cache_latents": True, "cache_text_embeddings": True, "cache_dtype": "fp32"}], ids=["recomputation", "caches"])
 def test_memory_savers_change_no_loss(flax, plain_run, tiny_model, image_folder, tmp_path, flags):
-    """Recomputation, and images and captions encoded beforehand; an update's loss is the mean of its images'."""
+    """Recomputation, and images and captions encoded beforehand."""
     flags = {**flags, "encoded_dir": tmp_path / "encoded" if "cache_latents" in flags else None}
     losses = train(flax, tiny_model, image_folder, tmp_path / "out", **PLAIN, **flags)
-    if "debug_loss" in flags:
-        own = [read_scalars(tmp_path / "out", f"loss_for_{index:03d}.png") for index in range(10)]
-        for step, loss in losses.items():
-            assert np.mean([values[step] for values in own if step in values]) == pytest.approx(loss, rel=1e-5)
     np.testing.assert_allclose(list(losses.values()), list(plain_run.losses.values()), rtol=1e-5)
 
 
@@ -733,7 +729,7 @@ def test_fp16_skips_overflows_and_resumes(flax, plain_run, tiny_model, image_fol
 def test_numbers_are_read_late_and_one_that_is_not_finite_ends_the_run(flax, tiny_model, image_folder, tmp_path):
     """Those of two updates while two later ones are computed; before anything is saved, all of them."""
     args = flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", logging_steps=2))
-    meter = flax.Meter(args, SimpleNamespace(is_main_process=False, trackers=[], mixed_precision="no"), None, 0, 9)
+    meter = flax.Meter(args, SimpleNamespace(is_main_process=False, trackers=[], mixed_precision="no"), 0, 9)
     step = flax.MicroStep(0, 0, 2, 2, ends_update=True, ends_epoch=False)
     for update, loss in enumerate((1.0, 2.0, 3.0, np.nan), start=1):
         meter.end_update(update, step, make_metrics(loss, 1.0))

@@ -17,7 +17,15 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from conftest import in_first_script, list_fast_flags, make_args, make_image, make_image_folder, read_scalars
+from conftest import (
+    in_first_script,
+    list_fast_flags,
+    load_script,
+    make_args,
+    make_image,
+    make_image_folder,
+    read_scalars,
+)
 from huggingface_hub import ModelCard
 from PIL import Image
 from runs import assert_same_checkpoint, get_command, list_names, load_pipeline, read_folder, run, run_pair
@@ -242,9 +250,8 @@ def test_gradient_that_is_not_finite_stops_the_run(script, args, tmp_path):
         reduce=lambda tensor, reduction: tensor)
     for scaler, is_fatal in ((None, True), ("GradScaler", False)):
         accelerator.scaler = scaler
-        meter = script.Meter(namespace, accelerator, None, 0, 9)
-        meter.loss = torch.tensor(1.0)
-        meter.end_update(1, {"lr": 1e-4}, torch.tensor(torch.inf))
+        meter = script.Meter(namespace, accelerator, 0, 9)
+        meter.end_update(1, {"train_loss": torch.tensor(1.0), "lr": 1e-4, "grad_norm": torch.tensor(torch.inf)})
         with pytest.raises(RuntimeError, match="at step 1 .gradient norm inf") if is_fatal else nullcontext():
             meter.flush()
 
@@ -285,6 +292,12 @@ def test_numbers_do_not_depend_on_how_often_they_are_read(script, args, tmp_path
     assert list(read_scalars(tmp_path / "4", "data_wait")) == [4, 6]
 
 
+@pytest.fixture
+def debug_script():
+    """The script that has --debug_loss."""
+    return load_script("train_text_to_image_lora_sdxl.py")
+
+
 def read_image_losses(output_dir, step: int) -> dict[str, float]:
     """Return the loss of each image in an update, by the name that --debug_loss logs."""
     found = {}
@@ -296,11 +309,11 @@ def read_image_losses(output_dir, step: int) -> dict[str, float]:
     return found
 
 
-def test_each_image_has_its_own_loss(script, args, tmp_path):
+def test_each_image_has_its_own_loss(debug_script, tiny_models, image_folder, tmp_path):
     """--debug_loss logs loss_for_FILE of each image that an update saw; their mean is the update's loss."""
     out = tmp_path / "out"
-    run(script, args(out, debug_loss=True, report_to="tensorboard", max_train_steps=3, gradient_accumulation_steps=2,
-                     logging_steps=2))
+    run(debug_script, make_args(tiny_models["sdxl"], image_folder, out, debug_loss=True, report_to="tensorboard",
+                                max_train_steps=3, gradient_accumulation_steps=2, logging_steps=2))
     losses, own = read_scalars(out, "train_loss"), [read_image_losses(out, step) for step in (1, 2, 3)]
     assert [len(numbers) for numbers in own] == [4, 4, 2]  # ten images in updates of two times two
     assert sorted(name for numbers in own for name in numbers) == [f"loss_for_{i:03d}.png" for i in range(10)]
@@ -309,12 +322,12 @@ def test_each_image_has_its_own_loss(script, args, tmp_path):
         assert len(set(numbers.values())) == len(numbers)
 
 
-def test_images_without_a_file_have_a_loss_by_their_row(first_script, tiny_models, tmp_path):
+def test_images_without_a_file_have_a_loss_by_their_row(debug_script, tiny_models, tmp_path):
     """Of a data set that holds its images --debug_loss names the rows, of the subset that is trained on."""
     images = [make_image(index) for index in range(5)]
     rows = datasets.Dataset.from_dict({"image": images, "text": [f"picture {index}" for index in range(5)]})
     rows.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "rows")
-    run(first_script, make_args(tiny_models["sd"], None, tmp_path / "out", train_data_dir=None,
+    run(debug_script, make_args(tiny_models["sdxl"], None, tmp_path / "out", train_data_dir=None,
                                 dataset_name=tmp_path / "rows", debug_loss=True, report_to="tensorboard",
                                 max_train_samples=3, train_batch_size=4, max_train_steps=1))
     own = read_image_losses(tmp_path / "out", 1)
@@ -322,13 +335,13 @@ def test_images_without_a_file_have_a_loss_by_their_row(first_script, tiny_model
     assert read_scalars(tmp_path / "out", "train_loss")[1] == pytest.approx(np.mean(list(own.values())), rel=1e-5)
 
 
-def test_two_processes_log_the_losses_of_all_images(first_script, tiny_models, image_folder, tmp_path):
+def test_two_processes_log_the_losses_of_all_images(debug_script, tiny_models, image_folder, tmp_path):
     """Also of an update with a single image, for which one of them waits: the numbers are those of one process."""
     own = {}
     for name, batch_size in (("pair", 2), ("single", 4)):
-        argv = make_args(tiny_models["sd"], image_folder, tmp_path / name, debug_loss=True, report_to="tensorboard",
+        argv = make_args(tiny_models["sdxl"], image_folder, tmp_path / name, debug_loss=True, report_to="tensorboard",
                          max_train_samples=9, max_train_steps=4, logging_steps=1, train_batch_size=batch_size)
-        run_pair(first_script, argv, tmp_path / "log") if name == "pair" else run(first_script, argv)
+        run_pair(debug_script, argv, tmp_path / "log") if name == "pair" else run(debug_script, argv)
         own[name] = [read_image_losses(tmp_path / name, step) for step in (1, 2, 3, 4)]
     assert [len(numbers) for numbers in own["pair"]] == [4, 4, 1, 4]
     for numbers, expected in zip(own["pair"], own["single"], strict=True):
