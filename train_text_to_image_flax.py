@@ -2830,12 +2830,12 @@ def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict
 # ---- Validation and export ------------------------------------------------------------------------------------------
 
 MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
-RESULT = "model_index.json"  # in --output_dir: the sign of a finished run
+RESULT = "model_index.json"  # in --output_dir: marks a finished run
 
 
 def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
            progress: Progress) -> None:
-    """Export what was trained with its card, send the last pictures to the trackers, and upload."""
+    """Export the model with its card, send the last pictures to the trackers, and upload."""
     export_model(args, accelerator, models)
     if accelerator.is_main_process:
         save_model_card(args, images, seed, progress)
@@ -2843,7 +2843,7 @@ def finish(args: Namespace, accelerator: Accelerator, models: Models, images: li
             with log_failure("sending the last pictures to the trackers"):
                 log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
     accelerator.wait_for_everyone()
-    if args.push_to_hub and accelerator.is_main_process:  # after the barrier: the others need not wait for an upload
+    if args.push_to_hub and accelerator.is_main_process:  # after the barrier, so that no process waits for the upload
         push_to_hub(args)
 
 
@@ -2962,9 +2962,9 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, froze
 
 def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, frozen: dict[str, Tensor],
                           held_out: Samples) -> float:
-    """Return the mean unweighted loss over the held-out samples, whose draws are the same in every run.
+    """Return the mean unweighted loss of the held-out samples, with the same noise and timesteps in every run.
 
-    It is nan where measuring it failed.
+    It is nan if measuring failed.
     """
     steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_devices,
                              len(held_out))
@@ -2987,7 +2987,7 @@ def save_images(images: list[Image.Image], prompts: list[str], folder: Path) -> 
 
 
 def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
-    """Return the pictures side by side, at most four in a row, each with its label below."""
+    """Return the pictures in rows of up to four, each with its label below."""
     columns, line = min(4, len(images)), 14  # pixels per line of PIL's own font, about 6 per character
     width, height = max(128, images[0].width), max(128, images[0].height)
     texts = [textwrap.wrap(label, width // 6)[:3] for label in labels]
@@ -3057,7 +3057,7 @@ def write_pipeline_files(models: Models, folder: Path) -> None:
 
 
 def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
-    """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    """Return three parts of the model card: what was trained, code that draws `prompt`, and tags for the hub."""
     clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
     trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
     code = (
@@ -3091,7 +3091,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
 
 
 def push_to_hub(args: Namespace) -> None:
-    """Upload --output_dir but for checkpoints and logs; what fails here is said with the command that repeats it."""
+    """Upload --output_dir without checkpoints and logs; an error names the command that repeats the upload."""
     logs = os.path.relpath(Path(args.output_dir, args.logging_dir, args.tracker_project_name), args.output_dir)
     ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{logs.split(os.sep)[0]}/**"]
     try:
@@ -3200,10 +3200,10 @@ def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]])
 
 @contextlib.contextmanager
 def log_failure(what: str):
-    """Log an exception in place of raising it: looking at a run must not end one that trains well."""
+    """Log an exception instead of raising it: a failing picture or tracker must not end the run."""
     try:
         yield
-    except Exception:  # whatever it is, from out of memory to a full disk
+    except Exception:  # anything from out of memory to a full disk
         logger.exception(f"{what} failed; the run goes on", main_process_only=False)
 
 

@@ -2423,12 +2423,12 @@ def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict
 # ---- Validation and export ------------------------------------------------------------------------------------------
 
 MODEL_LICENSE = "openrail++"  # for the model card
-RESULT = "model_index.json"  # in --output_dir: the sign of a finished run
+RESULT = "model_index.json"  # in --output_dir: marks a finished run
 
 
 def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
            progress: Progress) -> None:
-    """Export what was trained with its card, send the last pictures to the trackers, and upload."""
+    """Export the model with its card, send the last pictures to the trackers, and upload."""
     if accelerator.is_main_process:
         export_model(args, accelerator, models)
         save_model_card(args, images, seed, progress)
@@ -2436,7 +2436,7 @@ def finish(args: Namespace, accelerator: Accelerator, models: Models, images: li
             with log_failure("sending the last pictures to the trackers"):
                 log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
     accelerator.wait_for_everyone()
-    if args.push_to_hub and accelerator.is_main_process:  # after the barrier: the others need not wait for an upload
+    if args.push_to_hub and accelerator.is_main_process:  # after the barrier, so that no process waits for the upload
         push_to_hub(args)
 
 
@@ -2465,7 +2465,7 @@ def is_validation_due(args: Namespace, progress: Progress, step: MicroStep) -> b
 
 def validate(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
              progress: Progress) -> list[Image.Image]:
-    """Draw the prompts and measure the held-out loss, with averaged weights if there are any; return the pictures."""
+    """Draw the prompts and measure the held-out loss, with the EMA weights if there are any; return the pictures."""
     prompts, images = get_validation_prompts(args), []
     if not prompts and data.held_out is None:
         return images
@@ -2489,9 +2489,9 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
 
 def draw_images(args: Namespace, accelerator: Accelerator, models: Models, prompts: list[str],
                 seed: int) -> list[Image.Image]:
-    """Return one picture per prompt on every process, from the same noise at every call; none where drawing failed.
+    """Return a picture per prompt on every process, or none if drawing failed; the noise is the same at every call.
 
-    Each process draws its share of the prompts.
+    The processes share the prompts.
     """
     drawn = []
     with log_failure("drawing validation pictures"):
@@ -2510,7 +2510,7 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
-    """Return the picture of latents [1, c, h, w], decoded in the VAE's own number format: autocast may overflow."""
+    """Decode latents [1, c, h, w] to a picture in the VAE's own dtype, since fp16 autocast may overflow."""
     latents = latents.float() / vae.config.scaling_factor
     pixel_values = vae.decode(latents.to(vae.dtype), return_dict=False)[0][0].float()  # [3, H, W] in [-1, 1]
     pixels = ((pixel_values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -2520,9 +2520,9 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
 @torch.no_grad()
 def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
                           held_out: Samples) -> float:
-    """Return the mean unweighted loss over the held-out samples, whose draws are the same in every run.
+    """Return the mean unweighted loss of the held-out samples, with the same noise and timesteps in every run.
 
-    It is nan where a process failed to compute its part.
+    It is nan if a process failed.
     """
     plain = dataclasses.replace(objective, args=Namespace(dream_training=False, snr_gamma=None))
     steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_processes,
@@ -2547,7 +2547,7 @@ def save_images(images: list[Image.Image], prompts: list[str], folder: Path) -> 
 
 
 def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
-    """Return the pictures side by side, at most four in a row, each with its label below."""
+    """Return the pictures in rows of up to four, each with its label below."""
     columns, line = min(4, len(images)), 14  # pixels per line of PIL's own font, about 6 per character
     width, height = max(128, images[0].width), max(128, images[0].height)
     texts = [textwrap.wrap(label, width // 6)[:3] for label in labels]
@@ -2563,7 +2563,7 @@ def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Ima
 
 
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
-    """Write the pipeline to --output_dir, aside first, so that a failure leaves what was there before."""
+    """Write the pipeline to --output_dir, to a temporary folder first, so that a failure keeps the previous export."""
     aside = Path(args.output_dir, ".partial-export")
     with averaged_weights(models):
         make_pipeline(accelerator, models).save_pretrained(aside)
@@ -2574,7 +2574,7 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
 
 
 def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
-    """Return for the model card what was trained, Python code that draws `prompt` with it, and its tags on the hub."""
+    """Return three parts of the model card: what was trained, code that draws `prompt`, and tags for the hub."""
     clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
     trained = "UNet and both text encoders" if args.train_text_encoder else "UNet"
     code = (
@@ -2607,7 +2607,7 @@ def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progr
 
 
 def push_to_hub(args: Namespace) -> None:
-    """Upload --output_dir but for checkpoints and logs; what fails here is said with the command that repeats it."""
+    """Upload --output_dir without checkpoints and logs; an error names the command that repeats the upload."""
     logs = os.path.relpath(Path(args.output_dir, args.logging_dir, args.tracker_project_name), args.output_dir)
     ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{logs.split(os.sep)[0]}/**"]
     try:
@@ -2718,20 +2718,20 @@ def send_rows(tracker, rows: list[tuple[int, dict[str, float]]]) -> None:
         return
     for step, name, number in ((step, *item) for step, numbers in rows for item in numbers.items()):
         tracker.writer.add_scalar(name, number, step)
-    tracker.writer.flush()  # once: the tracker's own `log` does so at every row
+    tracker.writer.flush()  # once; the tracker's own `log` flushes at every row
 
 
 @contextlib.contextmanager
 def log_failure(what: str):
-    """Log an exception in place of raising it: looking at a run must not end one that trains well."""
+    """Log an exception instead of raising it: a failing picture or tracker must not end the run."""
     try:
         yield
-    except Exception:  # whatever it is, from out of memory to a full disk
+    except Exception:  # anything from out of memory to a full disk
         logger.exception(f"{what} failed; the run goes on", main_process_only=False)
 
 
 def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
-    """Send pictures to every tracker that shows pictures."""
+    """Send pictures to the trackers that can show them."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_images(tag, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
