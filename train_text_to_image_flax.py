@@ -2031,9 +2031,9 @@ def check_installation(error: Exception) -> None:
     found = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
     names = "torch torchvision jax flax diffusers transformers accelerate peft".split()
     versions = ", ".join(f"{name} {found.get(name, 'missing')}" for name in names)
-    raise ImportError(f"a package is missing, or packages do not fit together: {error} Found: {versions}. Install the "
-                      f"versions that were tested together: pip install -r {REQUIREMENTS} -c constraints.txt"
-                      ) from error
+    raise ImportError(f"a package is missing, or packages do not fit together: {str(error).rstrip('.')}. Found: "
+                      f"{versions}. Install the versions that were tested together: pip install -r {REQUIREMENTS} "
+                      "-c constraints.txt") from error
 
 
 @contextlib.contextmanager

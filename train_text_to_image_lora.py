@@ -1548,8 +1548,8 @@ def list_lora_shapes(args: Namespace, configs: dict[str, dict]) -> dict[str, tor
     """Return names and shapes of the weights to train, without loading any; refuse --lora_target without a layer."""
     with torch.device("meta"):
         networks = {"unet": UNet2DConditionModel.from_config(configs["unet"])}
-        for part, accepted in TEXT_ENCODERS.items():
-            kind = getattr(transformers, (configs[part].get("architectures") or accepted)[0])
+        for part in TEXT_ENCODERS if args.train_text_encoder else ():
+            kind = getattr(transformers, (configs[part].get("architectures") or TEXT_ENCODERS[part])[0])
             networks[part] = kind(kind.config_class.from_dict(configs[part]))
     can_adapt = {f".{name}": isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
                  for name, module in networks["unet"].named_modules()}
@@ -1598,9 +1598,9 @@ def check_installation(error: Exception) -> None:
     found = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
     names = "torch torchvision jax flax diffusers transformers accelerate peft".split()
     versions = ", ".join(f"{name} {found.get(name, 'missing')}" for name in names)
-    raise ImportError(f"a package is missing, or packages do not fit together: {error} Found: {versions}. Install the "
-                      f"versions that were tested together: pip install -r {REQUIREMENTS} -c constraints.txt"
-                      ) from error
+    raise ImportError(f"a package is missing, or packages do not fit together: {str(error).rstrip('.')}. Found: "
+                      f"{versions}. Install the versions that were tested together: pip install -r {REQUIREMENTS} "
+                      "-c constraints.txt") from error
 
 
 @contextlib.contextmanager
@@ -1717,7 +1717,7 @@ def load_initial_adapter(args: Namespace, configs: dict[str, dict], shapes: dict
             config = json.loads((where / "adapter_config.json").read_text())
             facts = {f"unet.{name}": value for name, value in config.items()}
     except Exception as error:  # of several libraries, about files that are missing, damaged or no LoRA
-        raise ValueError(f"{flag} cannot be read: {error} Give a folder with {LORA_FILE}, a .safetensors file, or a "
+        raise ValueError(f"{flag} cannot be read: {error}. Give a folder with {LORA_FILE}, a .safetensors file, or a "
                          "name on the hub.") from error
     weights, alphas, facts = rename_lora_weights(weights), rename_lora_weights(alphas or {}), facts or {}
     alphas = {name.removesuffix(".alpha").split(".lora_A.")[0]: alpha for name, alpha in alphas.items()}
