@@ -945,224 +945,208 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
     """Add all flags, in groups."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_name_or_path", type=str, required=True,
-                       help="Model to start from: a folder in diffusers format or a name on the hub.")
-    group.add_argument("--pretrained_vae_model_name_or_path", type=str,
-                       help="VAE to use instead of the model's own: a folder with config.json and weights, or a name "
-                       "on the hub. --revision and --variant do not apply to it.")
-    group.add_argument("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
-    group.add_argument("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
-    group.add_argument("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
-    group.add_argument("--single_file_config", type=str,
-                       help="If --pretrained_model_name_or_path is one .safetensors file: a model folder, or name on "
-                       "the hub, with its configurations and tokenizers. If not given: diffusers' own choice.")
-    group.add_argument("--clip_skip", type=positive_int,
-                       help="Use the text states of this many layers before the last, as diffusers' pipelines count; "
-                       "1 for models trained on the penultimate layer.")
-    group.add_argument("--train_text_encoder", action="store_true",
-                       help="Train the text encoder (SDXL: both) together with the UNet.")
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True,
+        help="Model to start from: a folder in diffusers format or a name on the hub.")
+    add("--pretrained_vae_model_name_or_path",
+        help="VAE to use instead of the model's own: a folder with config.json and weights, or a name on the hub. "
+        "--revision and --variant do not apply to it.")
+    add("--revision", help="Branch, tag or commit of the model on the hub.")
+    add("--variant", help="Weight files to load: fp16 loads *.fp16.safetensors.")
+    add("--cache_dir", help="Folder for downloaded models and data sets.")
+    add("--single_file_config",
+        help="If --pretrained_model_name_or_path is one .safetensors file: a model folder, or name on the hub, with "
+        "its configurations and tokenizers. If not given: diffusers' own choice.")
+    add("--clip_skip", type=positive_int,
+        help="Use the text states of this many layers before the last, as diffusers' pipelines count; 1 for models "
+        "trained on the penultimate layer.")
+    add("--train_text_encoder", action="store_true",
+        help="Train the text encoder (SDXL: both) together with the UNet.")
 
-    group = parser.add_argument_group("adapter")
-    group.add_argument("--pretrained_lora_model_name_or_path", type=str,
-                       help="Adapter to start from: a folder or .safetensors file from this script, diffusers, PEFT "
-                       "or kohya's tools, or a name on the hub. --rank and layers must be its own. Not read on "
-                       "resume: the checkpoint has the adapter.")
-    group.add_argument("--rank", type=positive_int, default=4,
-                       help="Rank of the adapter: a higher rank means more capacity and a larger file.")
-    group.add_argument("--lora_alpha", type=positive_float,
-                       help="Scale: the adapter's output is multiplied by lora_alpha / rank. If not given: the rank.")
-    group.add_argument("--lora_dropout", type=fraction_below_1, default=0.0,
-                       help="Dropout on the adapter's input while training.")
-    group.add_argument("--lora_target", type=str, nargs="+", default=["attention"],
-                       help=f"Layers of the UNet to adapt: any of {', '.join(LORA_TARGETS)}, or endings of the names "
-                       "of linear and convolution layers such as attn2.to_k. With --train_text_encoder, attention and "
-                       "feed_forward also select its layers; if neither is given, its attention is adapted.")
-    group.add_argument("--use_dora", action="store_true",
-                       help="Also train the magnitude of each weight vector (DoRA, arXiv:2402.09353).")
-    group.add_argument("--use_rslora", action="store_true",
-                       help="Scale by lora_alpha / sqrt(rank), better for high ranks (arXiv:2312.03732).")
-    group.add_argument("--save_kohya_format", action="store_true",
-                       help=f"Also write {KOHYA_FILE}, for ComfyUI, AUTOMATIC1111 and kohya's tools.")
+    add = parser.add_argument_group("adapter").add_argument
+    add("--pretrained_lora_model_name_or_path",
+        help="Adapter to start from: a folder or .safetensors file from this script, diffusers, PEFT or kohya's "
+        "tools, or a name on the hub. --rank and layers must be its own. Not read on resume: the checkpoint has the "
+        "adapter.")
+    add("--rank", type=positive_int, default=4,
+        help="Rank of the adapter: a higher rank means more capacity and a larger file.")
+    add("--lora_alpha", type=positive_float,
+        help="Scale: the adapter's output is multiplied by lora_alpha / rank. If not given: the rank.")
+    add("--lora_dropout", type=fraction_below_1, default=0.0, help="Dropout on the adapter's input while training.")
+    add("--lora_target", nargs="+", default=["attention"],
+        help=f"Layers of the UNet to adapt: any of {', '.join(LORA_TARGETS)}, or endings of the names of linear and "
+        "convolution layers such as attn2.to_k. With --train_text_encoder, attention and feed_forward also select "
+        "its layers; if neither is given, its attention is adapted.")
+    add("--use_dora", action="store_true",
+        help="Also train the magnitude of each weight vector (DoRA, arXiv:2402.09353).")
+    add("--use_rslora", action="store_true",
+        help="Scale by lora_alpha / sqrt(rank), better for high ranks (arXiv:2312.03732).")
+    add("--save_kohya_format", action="store_true",
+        help=f"Also write {KOHYA_FILE}, for ComfyUI, AUTOMATIC1111 and kohya's tools.")
 
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", type=str,
-                       help="Data set: a name on the hub, or a local folder that `datasets` can load or has saved.")
-    group.add_argument("--dataset_config_name", type=str, help="Configuration of --dataset_name.")
-    group.add_argument("--train_data_dir", type=str,
-                       help="Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name "
-                       "and --caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
-    group.add_argument("--image_column", type=str, default="image", help="Column of the images.")
-    group.add_argument("--caption_column", type=str, default="text",
-                       help="Column of the captions: a string, or a list of strings of which one is drawn each time.")
-    group.add_argument("--max_train_samples", type=positive_int,
-                       help="Train on at most this many samples, chosen at random by --seed.")
-    group.add_argument("--resolution", type=positive_int,
-                       help="Size of the training images in pixels: the shorter side is resized to it, then a square "
-                       "is cropped.")
-    group.add_argument("--image_interpolation_mode", type=str, default="lanczos", choices=tuple(INTERPOLATION_MODES),
-                       help="Filter for resizing images.")
-    group.add_argument("--center_crop", action="store_true", help="Crop at the center, not at random.")
-    group.add_argument("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
-    group.add_argument("--proportion_empty_prompts", type=fraction, default=0,
-                       help="Probability of training without the caption, drawn for each use of a sample; 0.1 keeps "
-                       "classifier-free guidance working in long runs (arXiv:2207.12598).")
-    group.add_argument("--skip_broken_images", action="store_true",
-                       help="Replace an image that cannot be read by the next one that can; the logs count them.")
-    group.add_argument("--dataloader_num_workers", type=nonnegative_int, default=0,
-                       help="Processes that load data. 0 uses threads of the training process, which is enough for "
-                       "most runs; raise it if `data_wait` in the logs exceeds a few percent.")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="Data set: a name on the hub, or a local folder that `datasets` can load or has saved.")
+    add("--dataset_config_name", help="Configuration of --dataset_name.")
+    add("--train_data_dir",
+        help="Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name and "
+        "--caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
+    add("--image_column", default="image", help="Column of the images.")
+    add("--caption_column", default="text",
+        help="Column of the captions: a string, or a list of strings of which one is drawn each time.")
+    add("--max_train_samples", type=positive_int,
+        help="Train on at most this many samples, chosen at random by --seed.")
+    add("--resolution", type=positive_int,
+        help="Size of the training images in pixels: the shorter side is resized to it, then a square is cropped.")
+    add("--image_interpolation_mode", default="lanczos", choices=tuple(INTERPOLATION_MODES),
+        help="Filter for resizing images.")
+    add("--center_crop", action="store_true", help="Crop at the center, not at random.")
+    add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
+    add("--proportion_empty_prompts", type=fraction, default=0,
+        help="Probability of training without the caption, drawn for each use of a sample; 0.1 keeps classifier-free "
+        "guidance working in long runs (arXiv:2207.12598).")
+    add("--skip_broken_images", action="store_true",
+        help="Replace an image that cannot be read by the next one that can; the logs count them.")
+    add("--dataloader_num_workers", type=nonnegative_int, default=0,
+        help="Processes that load data. 0 uses threads of the training process, which is enough for most runs; raise "
+        "it if `data_wait` in the logs exceeds a few percent.")
 
-    group = parser.add_argument_group("cache")
-    group.add_argument("--cache_latents", action="store_true",
-                       help="Encode all images once, before training, and keep the VAE's output on disk.")
-    group.add_argument("--no_cache_latents", dest="cache_latents", action="store_false",
-                       help="Encode images in every training step.")
-    group.add_argument("--cache_text_embeddings", action="store_true",
-                       help="Encode all captions once, before training, and keep the text embeddings on disk.")
-    group.add_argument("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
-                       help="Encode captions in every training step.")
-    group.add_argument("--cache_crops", type=positive_int,
-                       help="Random crops to cache per image; one is drawn each time. If not given: 4, or 1 with "
-                       "--center_crop. --random_flip also caches each crop mirrored.")
-    group.add_argument("--cache_dtype", type=str, default="fp16", choices=("fp16", "fp32"),
-                       help="Number format on disk: fp32 if fp16 overflows.")
-    group.add_argument("--encoded_dir", type=str,
-                       help="Folder of the cache, shared by all runs with the same data and model. If not given: in "
-                       "--cache_dir or the hub's cache.")
+    add = parser.add_argument_group("cache").add_argument
+    add("--cache_latents", action="store_true",
+        help="Encode all images once, before training, and keep the VAE's output on disk.")
+    add("--no_cache_latents", dest="cache_latents", action="store_false", help="Encode images in every training step.")
+    add("--cache_text_embeddings", action="store_true",
+        help="Encode all captions once, before training, and keep the text embeddings on disk.")
+    add("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
+        help="Encode captions in every training step.")
+    add("--cache_crops", type=positive_int,
+        help="Random crops to cache per image; one is drawn each time. If not given: 4, or 1 with --center_crop. "
+        "--random_flip also caches each crop mirrored.")
+    add("--cache_dtype", default="fp16", choices=("fp16", "fp32"),
+        help="Number format on disk: fp32 if fp16 overflows.")
+    add("--encoded_dir",
+        help="Folder of the cache, shared by all runs with the same data and model. If not given: in --cache_dir or "
+        "the hub's cache.")
 
-    group = parser.add_argument_group("objective")
-    group.add_argument("--prediction_type", type=one_of(PREDICTION_TYPES),
-                       help=f"What the UNet predicts: {', '.join(PREDICTION_TYPES)}. If not given: the model's own.")
-    group.add_argument("--snr_gamma", type=positive_float,
-                       help="Weight the loss by Min-SNR with this gamma; 5.0 is common (arXiv:2303.09556).")
-    group.add_argument("--noise_offset", type=nonnegative_float, default=0,
-                       help="Strength of noise that is constant over a latent channel; 0.1 helps with very dark and "
-                       "very bright images.")
-    group.add_argument("--input_perturbation", type=nonnegative_float, default=0,
-                       help="Strength of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
-    group.add_argument("--dream_training", action="store_true",
-                       help="Correct input and target by the UNet's own estimate: slower steps, but fewer of them "
-                       "(DREAM, arXiv:2312.00210).")
-    group.add_argument("--dream_detail_preservation", type=nonnegative_float, default=1.0,
-                       help="Exponent p of DREAM: larger keeps more detail, smaller converges faster.")
-    group.add_argument("--timestep_bias_strategy", type=str, default="none",
-                       choices=("earlier", "later", "range", "none"),
-                       help="Draw some timesteps more often: earlier (less noisy) ones, later ones, or a range.")
-    group.add_argument("--timestep_bias_multiplier", type=positive_float, default=1.0,
-                       help="How many times as often the chosen timesteps are drawn.")
-    group.add_argument("--timestep_bias_portion", type=fraction, default=0.25,
-                       help="Fraction of all timesteps that `earlier` and `later` choose.")
-    group.add_argument("--timestep_bias_begin", type=nonnegative_int, default=0, help="First timestep of `range`.")
-    group.add_argument("--timestep_bias_end", type=int, default=1000, help="End of `range`, not included.")
-    group.add_argument("--rescale_betas_zero_snr", action="store_true",
-                       help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction "
-                       "or sample. The saved scheduler is set to match.")
+    add = parser.add_argument_group("objective").add_argument
+    add("--prediction_type", type=one_of(PREDICTION_TYPES),
+        help=f"What the UNet predicts: {', '.join(PREDICTION_TYPES)}. If not given: the model's own.")
+    add("--snr_gamma", type=positive_float,
+        help="Weight the loss by Min-SNR with this gamma; 5.0 is common (arXiv:2303.09556).")
+    add("--noise_offset", type=nonnegative_float, default=0,
+        help="Strength of noise that is constant over a latent channel; 0.1 helps with very dark and very bright "
+        "images.")
+    add("--input_perturbation", type=nonnegative_float, default=0,
+        help="Strength of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
+    add("--dream_training", action="store_true",
+        help="Correct input and target by the UNet's own estimate: slower steps, but fewer of them (DREAM, "
+        "arXiv:2312.00210).")
+    add("--dream_detail_preservation", type=nonnegative_float, default=1.0,
+        help="Exponent p of DREAM: larger keeps more detail, smaller converges faster.")
+    add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
+        help="Draw some timesteps more often: earlier (less noisy) ones, later ones, or a range.")
+    add("--timestep_bias_multiplier", type=positive_float, default=1.0,
+        help="How many times as often the chosen timesteps are drawn.")
+    add("--timestep_bias_portion", type=fraction, default=0.25,
+        help="Fraction of all timesteps that `earlier` and `later` choose.")
+    add("--timestep_bias_begin", type=nonnegative_int, default=0, help="First timestep of `range`.")
+    add("--timestep_bias_end", type=int, default=1000, help="End of `range`, not included.")
+    add("--rescale_betas_zero_snr", action="store_true",
+        help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction or sample. The "
+        "saved scheduler is set to match.")
 
-    group = parser.add_argument_group("length and batch")
-    group.add_argument("--train_batch_size", type=positive_int, default=16,
-                       help="Images per device and forward pass.")
-    group.add_argument("--gradient_accumulation_steps", type=positive_int, default=1,
-                       help="Forward and backward passes per update, for batches that do not fit into memory.")
-    group.add_argument("--num_train_epochs", type=positive_int, default=100, help="Passes over the data.")
-    group.add_argument("--max_train_steps", type=positive_int,
-                       help="Optimizer updates in total; overrides --num_train_epochs.")
-    group.add_argument("--seed", type=uint32, help="Seed of all random draws. If not given, one is drawn and logged.")
+    add = parser.add_argument_group("length and batch").add_argument
+    add("--train_batch_size", type=positive_int, default=16, help="Images per device and forward pass.")
+    add("--gradient_accumulation_steps", type=positive_int, default=1,
+        help="Forward and backward passes per update, for batches that do not fit into memory.")
+    add("--num_train_epochs", type=positive_int, default=100, help="Passes over the data.")
+    add("--max_train_steps", type=positive_int, help="Optimizer updates in total; overrides --num_train_epochs.")
+    add("--seed", type=uint32, help="Seed of all random draws. If not given, one is drawn and logged.")
 
-    group = parser.add_argument_group("optimizer")
-    group.add_argument("--learning_rate", type=nonnegative_float, default=1e-4, help="Peak learning rate.")
-    group.add_argument("--text_encoder_lr", type=nonnegative_float,
-                       help="Peak learning rate of the text encoder with --train_text_encoder. If not given: "
-                       "--learning_rate.")
-    group.add_argument("--scale_lr", action="store_true",
-                       help="Multiply learning rates by batch size, accumulation steps and number of devices.")
-    group.add_argument("--lr_scheduler", type=one_of(LR_SCHEDULERS), default="constant",
-                       help=f"Learning-rate schedule: {', '.join(LR_SCHEDULERS)}.")
-    group.add_argument("--lr_warmup_steps", type=nonnegative_int, default=500,
-                       help="Updates over which the learning rate rises from 0; `constant` has no warmup.")
-    group.add_argument("--lr_num_cycles", type=positive_int, default=1, help="Cycles of cosine_with_restarts.")
-    group.add_argument("--lr_power", type=positive_float, default=1.0, help="Exponent of polynomial.")
-    group.add_argument("--adam_beta1", type=fraction_below_1, default=0.9, help="Decay of Adam's first moment.")
-    group.add_argument("--adam_beta2", type=fraction_below_1, default=0.999, help="Decay of Adam's second moment.")
-    group.add_argument("--adam_weight_decay", type=nonnegative_float, default=1e-2, help="Decoupled weight decay.")
-    group.add_argument("--adam_epsilon", type=positive_float, default=1e-08,
-                       help="Added to the denominator of Adam's update.")
-    group.add_argument("--max_grad_norm", type=nonnegative_float, default=1.0,
-                       help="Clip gradients to this norm; 0 turns clipping off.")
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--learning_rate", type=nonnegative_float, default=1e-4, help="Peak learning rate.")
+    add("--text_encoder_lr", type=nonnegative_float,
+        help="Peak learning rate of the text encoder with --train_text_encoder. If not given: --learning_rate.")
+    add("--scale_lr", action="store_true",
+        help="Multiply learning rates by batch size, accumulation steps and number of devices.")
+    add("--lr_scheduler", type=one_of(LR_SCHEDULERS), default="constant",
+        help=f"Learning-rate schedule: {', '.join(LR_SCHEDULERS)}.")
+    add("--lr_warmup_steps", type=nonnegative_int, default=500,
+        help="Updates over which the learning rate rises from 0; `constant` has no warmup.")
+    add("--lr_num_cycles", type=positive_int, default=1, help="Cycles of cosine_with_restarts.")
+    add("--lr_power", type=positive_float, default=1.0, help="Exponent of polynomial.")
+    add("--adam_beta1", type=fraction_below_1, default=0.9, help="Decay of Adam's first moment.")
+    add("--adam_beta2", type=fraction_below_1, default=0.999, help="Decay of Adam's second moment.")
+    add("--adam_weight_decay", type=nonnegative_float, default=1e-2, help="Decoupled weight decay.")
+    add("--adam_epsilon", type=positive_float, default=1e-08, help="Added to the denominator of Adam's update.")
+    add("--max_grad_norm", type=nonnegative_float, default=1.0,
+        help="Clip gradients to this norm; 0 turns clipping off.")
 
-    group = parser.add_argument_group("EMA")
-    group.add_argument("--use_ema", action="store_true",
-                       help="Keep an exponential moving average of the weights; use it for validation and export.")
-    group.add_argument("--ema_decay", type=fraction, default=0.9999,
-                       help="Share of the old average kept at update n; (1 + n) / (10 + n) while that is smaller.")
+    add = parser.add_argument_group("EMA").add_argument
+    add("--use_ema", action="store_true",
+        help="Keep an exponential moving average of the weights; use it for validation and export.")
+    add("--ema_decay", type=fraction, default=0.9999,
+        help="Share of the old average kept at update n; (1 + n) / (10 + n) while that is smaller.")
 
-    group = parser.add_argument_group("precision and memory")
-    group.add_argument("--mixed_precision", type=str, choices=("no", "fp16", "bf16"),
-                       help="Number format of the forward pass and the frozen networks. If not given: what accelerate "
-                       "is configured for.")
-    group.add_argument("--allow_tf32", action="store_true",
-                       help="Multiply float32 matrices in TF32: faster on Ampere GPUs and newer, slightly less exact.")
-    group.add_argument("--gradient_checkpointing", action="store_true",
-                       help="Recompute activations in the backward pass: less memory, slower updates.")
-    group.add_argument("--use_8bit_adam", action="store_true", help="Use AdamW with 8-bit moments (bitsandbytes).")
-    group.add_argument("--use_adafactor", action="store_true",
-                       help="Use Adafactor (arXiv:1804.04235), which keeps far less per weight than AdamW. Uses "
-                       "--learning_rate and --adam_weight_decay; ignores Adam's betas and epsilon.")
-    group.add_argument("--foreach_ema", action="store_true",
-                       help="Accepted for old commands: EMA weights are always updated in one call.")
-    group.add_argument("--enable_xformers_memory_efficient_attention", action="store_true",
-                       help="Use the attention of xformers instead of PyTorch's.")
-    group.add_argument("--enable_npu_flash_attention", action="store_true",
-                       help="Use the flash attention of Ascend NPUs (torch_npu).")
-    group.add_argument("--vae_tiling", action="store_true",
-                       help=f"Cut images larger than {VAE_TILE} pixels into tiles for the VAE: much less memory, but "
-                       "faint seams.")
-    group.add_argument("--torch_compile", action="store_true",
-                       help="Compile the UNet: minutes at the start, faster steps afterwards.")
-    group.add_argument("--channels_last", action="store_true",
-                       help="Store the UNet's weights channels-last: faster convolutions in half precision.")
-    group.add_argument("--local_rank", type=int, default=-1, help="Accepted for old launchers; not needed.")
+    add = parser.add_argument_group("precision and memory").add_argument
+    add("--mixed_precision", choices=("no", "fp16", "bf16"),
+        help="Number format of the forward pass and the frozen networks. If not given: what accelerate is configured "
+        "for.")
+    add("--allow_tf32", action="store_true",
+        help="Multiply float32 matrices in TF32: faster on Ampere GPUs and newer, slightly less exact.")
+    add("--gradient_checkpointing", action="store_true",
+        help="Recompute activations in the backward pass: less memory, slower updates.")
+    add("--use_8bit_adam", action="store_true", help="Use AdamW with 8-bit moments (bitsandbytes).")
+    add("--use_adafactor", action="store_true",
+        help="Use Adafactor (arXiv:1804.04235), which keeps far less per weight than AdamW. Uses --learning_rate and "
+        "--adam_weight_decay; ignores Adam's betas and epsilon.")
+    add("--foreach_ema", action="store_true",
+        help="Accepted for old commands: EMA weights are always updated in one call.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true",
+        help="Use the attention of xformers instead of PyTorch's.")
+    add("--enable_npu_flash_attention", action="store_true",
+        help="Use the flash attention of Ascend NPUs (torch_npu).")
+    add("--vae_tiling", action="store_true",
+        help=f"Cut images larger than {VAE_TILE} pixels into tiles for the VAE: much less memory, but faint seams.")
+    add("--torch_compile", action="store_true",
+        help="Compile the UNet: minutes at the start, faster steps afterwards.")
+    add("--channels_last", action="store_true",
+        help="Store the UNet's weights channels-last: faster convolutions in half precision.")
+    add("--local_rank", type=int, default=-1, help="Accepted for old launchers; not needed.")
 
-    group = parser.add_argument_group("validation")
-    group.add_argument("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one image each.")
-    group.add_argument("--validation_prompt", type=str, help="Prompt to draw --num_validation_images images of.")
-    group.add_argument("--num_validation_images", type=nonnegative_int, default=4,
-                       help="Images to draw of --validation_prompt.")
-    group.add_argument("--validation_epochs", type=positive_int, help="Validate every this many epochs.")
-    group.add_argument("--validation_steps", type=positive_int, help="Also validate every this many updates.")
-    group.add_argument("--validation_data_dir", type=str,
-                       help="Folder of held-out images, laid out as --train_data_dir. Their unweighted loss at fixed "
-                       "noise and timesteps is logged as validation_loss, which is comparable between runs.")
-    group.add_argument("--validation_inference_steps", type=positive_int, default=20,
-                       help="Denoising steps per validation image.")
-    group.add_argument("--validation_guidance_scale", type=nonnegative_float, default=7.5,
-                       help="Scale of classifier-free guidance.")
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_prompts", nargs="+", help="Prompts to draw, one image each.")
+    add("--validation_prompt", help="Prompt to draw --num_validation_images images of.")
+    add("--num_validation_images", type=nonnegative_int, default=4, help="Images to draw of --validation_prompt.")
+    add("--validation_epochs", type=positive_int, help="Validate every this many epochs.")
+    add("--validation_steps", type=positive_int, help="Also validate every this many updates.")
+    add("--validation_data_dir",
+        help="Folder of held-out images, laid out as --train_data_dir. Their unweighted loss at fixed noise and "
+        "timesteps is logged as validation_loss, which is comparable between runs.")
+    add("--validation_inference_steps", type=positive_int, default=20, help="Denoising steps per validation image.")
+    add("--validation_guidance_scale", type=nonnegative_float, default=7.5, help="Scale of classifier-free guidance.")
 
-    group = parser.add_argument_group("checkpoints and output")
-    group.add_argument("--output_dir", type=str, help="Folder for everything that is saved.")
-    group.add_argument("--checkpointing_steps", type=positive_int, default=500,
-                       help="Save a checkpoint every this many updates, and always after the last one.")
-    group.add_argument("--checkpoints_total_limit", type=positive_int,
-                       help="Checkpoints to keep; the oldest is removed once a newer one is complete.")
-    group.add_argument("--resume_from_checkpoint", type=str,
-                       help="Checkpoint to resume from: `latest`, a name in --output_dir, or a path.")
+    add = parser.add_argument_group("checkpoints and output").add_argument
+    add("--output_dir", help="Folder for everything that is saved.")
+    add("--checkpointing_steps", type=positive_int, default=500,
+        help="Save a checkpoint every this many updates, and always after the last one.")
+    add("--checkpoints_total_limit", type=positive_int,
+        help="Checkpoints to keep; the oldest is removed once a newer one is complete.")
+    add("--resume_from_checkpoint", help="Checkpoint to resume from: `latest`, a name in --output_dir, or a path.")
 
-    group = parser.add_argument_group("tracking and hub")
-    group.add_argument("--report_to", type=tracker_names, default="tensorboard",
-                       help=f"Where to log: {', '.join(TRACKERS)} (several with commas), or none.")
-    group.add_argument("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
-    group.add_argument("--logging_steps", type=positive_int, default=10,
-                       help="Fetch the metrics from the device every this many updates; every update is logged.")
-    group.add_argument("--debug_loss", action="store_true",
-                       help="Log each image's own loss as loss_for_<file name>, to find the odd ones; images of the "
-                       "same name in different folders share one.")
-    group.add_argument("--tracker_project_name", type=str, default="text2image-fine-tune",
-                       help="Name of the project in trackers.")
-    group.add_argument("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
-    group.add_argument("--hub_model_id", type=str, help="Repository to upload to. If not given: --output_dir's name.")
-    group.add_argument("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    group.add_argument("--hub_token", type=str,
-                       help="Token for the upload; `hf auth login` or HF_TOKEN keep it off the command line.")
+    add = parser.add_argument_group("tracking and hub").add_argument
+    add("--report_to", type=tracker_names, default="tensorboard",
+        help=f"Where to log: {', '.join(TRACKERS)} (several with commas), or none.")
+    add("--logging_dir", default="logs", help="Folder for logs, inside --output_dir.")
+    add("--logging_steps", type=positive_int, default=10,
+        help="Fetch the metrics from the device every this many updates; every update is logged.")
+    add("--debug_loss", action="store_true",
+        help="Log each image's own loss as loss_for_<file name>, to find the odd ones; images of the same name in "
+        "different folders share one.")
+    add("--tracker_project_name", default="text2image-fine-tune", help="Name of the project in trackers.")
+    add("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
+    add("--hub_model_id", help="Repository to upload to. If not given: --output_dir's name.")
+    add("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
+    add("--hub_token", help="Token for the upload; `hf auth login` or HF_TOKEN keep it off the command line.")
 
 
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:

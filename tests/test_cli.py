@@ -29,7 +29,7 @@ CONTRACT = json.loads((Path(__file__).parent / "cli.json").read_text())
 POSITIVE_COUNTS = [
     "resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "max_train_samples",
     "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "logging_steps", "checkpoints_total_limit",
-    "validation_epochs", "validation_steps", "validation_inference_steps", "rank", "cache_crops"]
+    "validation_epochs", "validation_steps", "validation_inference_steps", "rank", "cache_crops", "clip_skip"]
 POSITIVE_REALS = [
     "lr_power", "snr_gamma", "adam_epsilon", "timestep_bias_multiplier", "lora_alpha"]
 NONNEGATIVE_COUNTS = [
@@ -137,7 +137,7 @@ def find_script(*flags: str):
 def describe(action: argparse.Action) -> dict:
     """Return a flag in the form of cli.json."""
     is_switch = action.nargs == 0
-    return {"type": None if is_switch else action.type.__name__, "default": action.default,
+    return {"type": None if is_switch else (action.type or str).__name__, "default": action.default,
             "choices": action.choices and sorted(action.choices), "nargs": None if is_switch else action.nargs,
             "action": "store_true" if is_switch else None, "required": action.required}
 

@@ -34,7 +34,7 @@ LINE_LENGTH = 119
 FUNCTION_LINES = 60
 CLOSURE_LINES = 20
 FLAG_LINES = 5
-LINES_OF = {"compute_loss": 50, "add_flags": 260}  # a list of flags is read by looking up, not from end to end
+LINES_OF = {"compute_loss": 50, "add_flags": 210}  # a list of flags is read by looking up, not from end to end
 ACCEPTED_ONLY = {"foreach_ema", "from_pt", "local_rank"}  # flags of old commands that ask for what is always done
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -63,10 +63,10 @@ class Progress:
 
 def add_flags(parser):
     """Add all flags."""
-    group = parser.add_argument_group("size")
-    group.add_argument("--size", type=int,
-                       help="How large.")
-    group.add_argument("--speed", type=int, help="How fast.")
+    add = parser.add_argument_group("size").add_argument
+    add("--size", type=int,
+        help="How large.")
+    add("--speed", type=int, help="How fast.")
 
 
 def main():
@@ -145,13 +145,13 @@ def test_own_names_may_differ_and_a_needless_one_is_reported(folder, capsys):
 
 
 def test_the_same_flag_is_the_same_in_functions_that_differ(folder, capsys):
-    edit(folder / "train_b.py", '    group.add_argument("--speed", type=int, help="How fast.")\n', "")
+    edit(folder / "train_b.py", '    add("--speed", type=int, help="How fast.")\n', "")
     assert run_check(folder) == 0
     edit(folder / "train_a.py", "type=int,\n ", "type=float,\n ")
     assert run_check(folder) == 1
     assert capsys.readouterr().out.count("differs:") == 1
     assert run_check(folder, "--take-from", "train_a.py", "--size", "halve") == 0
-    assert "type=float,\n" + " " * 23 + 'help="How large.")\n\n\ndef main' in (folder / "train_b.py").read_text()
+    assert "type=float,\n" + " " * 8 + 'help="How large.")\n\n\ndef main' in (folder / "train_b.py").read_text()
 
 
 @pytest.mark.parametrize("source", ["train_a.py", "train_b.py"])
@@ -223,9 +223,9 @@ def find_functions(node):
 
 
 def find_flags(tree):
-    """Return the `add_argument` calls and the name under which `args` holds the value of each."""
+    """Return the calls that add a flag and the name under which `args` holds the value of each."""
     for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and getattr(call.func, "attr", None) == "add_argument":
+        if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "add":
             dest = next((keyword.value.value for keyword in call.keywords if keyword.arg == "dest"), None)
             yield call, dest or call.args[0].value.removeprefix("--")
 
