@@ -53,12 +53,12 @@ import logging
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
 import tempfile
 import textwrap
-import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -894,8 +894,6 @@ positive_float = make_type(float, "must be positive and finite", lambda value: 0
 nonnegative_float = make_type(float, "must not be negative or infinite", lambda value: 0 <= value < math.inf)
 fraction = make_type(float, "must be from 0 to 1", lambda value: 0 <= value <= 1)
 fraction_below_1 = make_type(float, "must be from 0 to 1, without 1", lambda value: 0 <= value < 1)
-tracker_names = make_type(str, f"choose from {', '.join(TRACKERS)}, several with commas, or none alone",
-                          lambda text: text == "none" or set(text.split(",")) <= set(TRACKERS))
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -911,6 +909,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                         tracker_project_name="text2image-fine-tune-sdxl")
     args = read_args(parser, argv)
     args.non_ema_revision = args.non_ema_revision or args.revision
+    check_args(
+        parser, args,
+        (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one of them."),
+        ((args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16"
+         and not torch.accelerator.is_available(),
+         "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
+        (args.optimizer_in_backward
+         and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0 or args.torch_compile),
+         "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: it needs "
+         "--gradient_accumulation_steps 1, --max_grad_norm 0 and no --torch_compile."),
+    )
     return args
 
 
@@ -1091,7 +1100,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--resume_from_checkpoint", help="Checkpoint to resume from: `latest`, a name in --output_dir, or a path.")
 
     add = parser.add_argument_group("tracking and hub").add_argument
-    add("--report_to", type=tracker_names, default="tensorboard",
+    add("--report_to", default="tensorboard",
         help=f"Where to log: {', '.join(TRACKERS)} (several with commas), or none.")
     add("--logging_dir", default="logs", help="Folder for logs, inside --output_dir.")
     add("--logging_steps", type=positive_int, default=10,
@@ -1104,121 +1113,80 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
 
 
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """Return the checked flags of the command line."""
+    """Return the flags of the command line, as typed but for spaces in lists and the ~ of --output_dir=~/out."""
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if isinstance(value, str):  # the shell leaves the ~ of --output_dir=~/out alone
+        if isinstance(value, str):
             setattr(args, name, os.path.expanduser(value))
-    check_args(parser, args)
+    args.report_to = args.report_to.replace(" ", "")
     return args
 
 
-def refuse(parser: ArgumentParser, *cases: tuple[bool, str]) -> None:
-    """End with the message of the first case that is true."""
-    for is_wrong, message in cases:
-        if is_wrong:
-            parser.error(message)
-
-
-def check_args(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse flags that contradict each other, the files or the machine."""
-    trackers, earlier = args.report_to.split(","), [folder.name for folder in list_checkpoints(args.output_dir)]
-    earlier = earlier or [RESULT] * Path(args.output_dir, RESULT).exists()
-    refuse(
-        parser,
-        (args.dataset_name is None and not Path(args.train_data_dir or os.devnull).is_dir(),
+def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, str]) -> None:
+    """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
+    out, trackers = Path(args.output_dir).resolve(), args.report_to.split(",")
+    earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
+    sources = [Path(folder).resolve() for folder in (args.pretrained_model_name_or_path, args.train_data_dir,
+                                                     args.validation_data_dir) if folder]
+    packages = {f"report_to {name}": name for name in trackers if name in TRACKERS and name != "all"}
+    packages |= {flag: package for flag, package in OPTIONAL_PACKAGES.items() if getattr(args, flag, False)}
+    cases = [
+        *own_cases,
+        (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
          f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
          "or --dataset_name NAME."),
-        (args.validation_data_dir is not None and not Path(args.validation_data_dir).is_dir(),
+        (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (not args.output_dir or Path(args.output_dir).is_file(),
-         f"--output_dir {args.output_dir} is empty or a file: name a folder."),
         (earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
          "overwrite: add --resume_from_checkpoint latest to continue it, or name another folder."),
+        (out in sources or (args.dataset_name and Path(args.dataset_name).resolve() in (out, *out.parents)),
+         f"--output_dir {args.output_dir} is the folder of the model, --train_data_dir or --validation_data_dir, or "
+         "in that of --dataset_name: files of this run would be read as its own. Name another folder."),
         (args.dream_training and args.input_perturbation > 0,
-         "--dream_training and --input_perturbation exclude each other, since both change the noise in the UNet's "
-         "input: drop one of them."),
+         "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
          f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
          f"{args.timestep_bias_end}."),
         (args.text_encoder_lr is not None and not args.train_text_encoder,
          "--text_encoder_lr needs --train_text_encoder."),
         (args.cache_text_embeddings and args.train_text_encoder,
-         "--cache_text_embeddings cannot be combined with --train_text_encoder, which changes them: add "
-         "--no_cache_text_embeddings, or drop --train_text_encoder."),
-        (args.cache_crops is not None and not args.cache_latents, "--cache_crops needs --cache_latents."),
-        (args.encoded_dir is not None and not (args.cache_latents or args.cache_text_embeddings),
-         "--encoded_dir needs --cache_latents or --cache_text_embeddings."),
-        (args.center_crop and (args.cache_crops or 1) > 1,
-         f"--cache_crops {args.cache_crops} with --center_crop would cache the same crop more than once: drop one of "
-         "them."),
+         "--train_text_encoder changes the text embeddings, so they cannot be cached: add "
+         "--no_cache_text_embeddings."),
+        (trackers != ["none"] and not set(trackers) <= set(TRACKERS),
+         f"--report_to {args.report_to}: choose from {', '.join(TRACKERS)}, several with commas, or none alone."),
         (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
-    )
-    check_folders(parser, args)
-    check_packages(parser, args)
-    check_memory_args(parser, args)
+        *((importlib.util.find_spec(package) is None,
+           f"--{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
+          for flag, package in packages.items()),
+    ]
+    for is_wrong, message in cases:
+        if is_wrong:
+            parser.error(message)
     try:
         find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     except ValueError as error:
         parser.error(str(error))
 
 
-def check_folders(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse an output folder that is also a model or data, or lies where `datasets` would read it as data."""
-    out = Path(args.output_dir).resolve()
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "validation_data_dir", "dataset_name"):
-        folder = Path(getattr(args, name) or os.devnull).resolve()
-        if out == folder or (name == "dataset_name" and folder.is_dir() and folder in out.parents):
-            parser.error(f"--output_dir {args.output_dir} is the folder of --{name} or lies inside it: files of this "
-                         "run would be read as its own. Name another folder.")
-
-
-def check_packages(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse flags whose package is not installed."""
-    packages = {f"report_to {name}": name for name in args.report_to.split(",") if name not in ("all", "none")}
-    packages |= {flag: package for flag, package in OPTIONAL_PACKAGES.items() if getattr(args, flag, False)}
-    for flag, package in packages.items():
-        if importlib.util.find_spec(package) is None:
-            parser.error(f"--{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
-
-
-def check_memory_args(parser: ArgumentParser, args: Namespace) -> None:
-    """Refuse flags of precision and memory that cannot work together or here."""
-    refuse(
-        parser,
-        (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one of them."),
-        (args.offload_ema and not args.use_ema, "--offload_ema needs --use_ema."),
-        (args.optimizer_in_backward and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0),
-         "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: add --max_grad_norm 0 "
-         f"and --gradient_accumulation_steps 1, got {args.max_grad_norm} and {args.gradient_accumulation_steps}."),
-        (args.optimizer_in_backward and args.torch_compile,
-         "--optimizer_in_backward and --torch_compile exclude each other, since a compiled backward pass returns all "
-         "gradients at once: drop one of them."),
-        (args.mixed_precision == "fp16" and not torch.accelerator.is_available(),
-         "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
-    )
-
-
 # ---- Setup ----------------------------------------------------------------------------------------------------------
 
 LONGEST_WAIT = timedelta(hours=2)  # of one process for another, for example while it downloads the data
 # SLURM sends SIGUSR1 if told so by --signal=USR1@SECONDS; Windows has none
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
-    """Return the accelerator; only the main process logs, and libraries log warnings only."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    trackers = args.report_to.split(",")
-    logs = str(Path(args.output_dir, args.logging_dir))
+    """Return the accelerator; libraries log warnings only."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger(__name__).setLevel(logging.INFO)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=None if trackers == ["none"] else trackers,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logs),
+        log_with=None if args.report_to == "none" else args.report_to.split(","),
+        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, not updates times processes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT),
                          DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of gradients
@@ -1227,15 +1195,8 @@ def make_accelerator(args: Namespace) -> Accelerator:
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise ValueError(f"{accelerator.distributed_type.value} shards the weights, which is not supported: "
                          "use --multi_gpu, and to save memory --gradient_checkpointing or --use_8bit_adam.")
-    if accelerator.mixed_precision != "no" and not accelerator.native_amp:
-        raise ValueError(f"precision {accelerator.mixed_precision}, from --mixed_precision or accelerate's "
-                         f"configuration, does not work on {accelerator.device.type}: use --mixed_precision no.")
-    for library in (datasets, diffusers, transformers):
-        library.utils.logging.set_verbosity(logging.WARNING if accelerator.is_main_process else logging.ERROR)
-        if library is not datasets or not accelerator.is_local_main_process:
-            library.utils.logging.disable_progress_bar()
-    for name in ("httpx", "accelerate.checkpointing", "accelerate.accelerator", "accelerate.utils.other"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
@@ -1247,52 +1208,40 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | Non
     """
     lock, folder = None, Path(args.output_dir).resolve()
     if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".partial-probe").touch()  # fails now, not at the first checkpoint, if it cannot be written
         digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
         lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), thread_local=False,
                         is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".partial-probe").touch()  # one of the leftovers that are removed below
             with contextlib.suppress(PermissionError):  # the lock's file is another user's
                 lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
         except Timeout as error:
             raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
                              "saving: wait for its end, or name another folder.") from error
-        except OSError as error:
-            raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
         remove_leftovers(folder)
     accelerator.wait_for_everyone()
     return lock
 
 
 def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None) -> int:
-    """Create the repository on the hub and the trackers; return the seed of the run.
+    """Create the repository on the hub, start the trackers and return the seed of the run.
 
     The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
     """
+    if accelerator.is_main_process and args.push_to_hub:
+        args.hub_model_id = huggingface_hub.create_repo(
+            args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None,
+            exist_ok=True, token=args.hub_token).repo_id
     seed = args.seed
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            name = args.hub_model_id or Path(args.output_dir).resolve().name
-            try:
-                args.hub_model_id = huggingface_hub.create_repo(
-                    name, private=args.hub_private_repo or None, exist_ok=True, token=args.hub_token).repo_id
-            except Exception as error:  # no network, no login, or no right to that name
-                raise ValueError(f"--push_to_hub cannot create {name}: {error}. Fix that, or drop the flag and "
-                                 "upload the output folder afterwards with `hf upload`.") from error
-        if seed is None:
-            seed = load_run_record(checkpoint).get("seed", int.from_bytes(os.urandom(4), "little"))
+    if seed is None:
+        seed = load_run_record(checkpoint).get("seed", secrets.randbits(32))
     seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
     set_seed(seed % 2**31, device_specific=True)  # adapters start from the global generators, and dropout uses them
-    config = {key: value if isinstance(value, bool | int | float) else str(value)
-              for key, value in get_public_args(args).items()}
-    accelerator.init_trackers(args.tracker_project_name, config)
+    accelerator.init_trackers(args.tracker_project_name, {
+        key: value if isinstance(value, int | float) else str(value)
+        for key, value in vars(args).items() if key != "hub_token"})
     return seed
-
-
-def get_public_args(args: Namespace) -> dict:
-    """Return the flags that are set, without the token: these may be written to files and trackers."""
-    return {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}
 
 
 def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: Samples) -> dict:
@@ -1301,11 +1250,13 @@ def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, sample
     return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
             "captions_digest": getattr(samples.images, "captions_digest", None),
             "encodings": [rows.folder.name for rows in (samples.latents, samples.text_states) if rows is not None],
-            "versions": versions, "flags": get_public_args(args)}
+            "versions": versions,
+            "flags": {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}}
 
 
-def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int) -> None:
-    """Log what is trained, on what, and for how long."""
+def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int,
+                   checkpoint: Path | None) -> None:
+    """Log what is trained, on what, for how long, and from where it starts."""
     trained = sum(parameter.numel() for parameter in name_trained_parameters(accelerator, models).values())
     last_step = compute_last_step(args, num_samples, accelerator.num_processes)
     logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
@@ -1313,10 +1264,8 @@ def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, nu
     logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_processes)} samples: "
                 f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
                 f"{accelerator.num_processes} processes on {accelerator.device}")
-    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= last_step:
-        logger.warning(f"--lr_warmup_steps {args.lr_warmup_steps}: the whole run of {last_step} updates is warmup")
     logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
-                f"output in {args.output_dir}")
+                f"output in {args.output_dir}, starting from {checkpoint or 'the base model'}")
 
 
 class StopRequest:
@@ -1324,14 +1273,13 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal_number, self.previous = 0, {}
-        self.group = None
-        if accelerator.num_processes > 1:
-            self.group = torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo")
+        self.group = (torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo")
+                      if accelerator.num_processes > 1 else None)
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        try:
             self.previous = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
-        else:
+        except ValueError:  # Python allows no handlers outside the main thread
             logger.warning("not in the main thread: signals do not save and stop this run")
         return self
 
@@ -1348,10 +1296,9 @@ class StopRequest:
 
     def agreed(self) -> int:
         """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
-        if self.group is None:
-            return self.signal_number
         number = torch.tensor(self.signal_number)
-        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
+        if self.group is not None:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
         return int(number)
 
 
@@ -2772,9 +2719,7 @@ def main(argv: list[str] | None = None) -> None:
     record = make_run_record(args, accelerator, seed, data.train)
     progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
 
-    log_run_header(args, accelerator, models, len(data.train), seed)
-    if args.resume_from_checkpoint and checkpoint is None:
-        logger.warning(f"no checkpoint in {args.output_dir} yet: starting from the beginning")
+    log_run_header(args, accelerator, models, len(data.train), seed, checkpoint)
     signal_number = train(args, accelerator, models, objective, data, progress, record)
     if not signal_number:
         last_images = validate(args, accelerator, models, objective, data, progress)

@@ -40,7 +40,6 @@ OWN = {
     "TRAINED",
     "VAE_SCALE",
     "add_flags",
-    "check_memory_args",
     "describe_model",
     "encode_batch",
     "encode_captions",
