@@ -1,7 +1,7 @@
 # The commands of the project. Nothing but Python is expected: each target makes the virtual environment it runs in and
 # installs what it needs there, once; again only when requirements or constraints.txt have changed.
 #   make quickstart            train a tiny Stable Diffusion on the pictures in quickstart/, and look at what it draws
-#   make test                  all tests            make check   style, copies, structure: seconds
+#   make test                  all tests            make check   style, copies, structure, sizes: seconds
 #   make benchmark             speed and memory     make style   fix what ruff can fix
 #   make test NEWEST=1         all tests with the newest packages that requirements*.txt allow, in .venv-newest
 #   make constraints           the same, and if they pass, constraints.txt is what they passed with
@@ -45,7 +45,7 @@ test: $(TEST_READY)
 check: $(CHECK_READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) tests/check_copies.py
-	$(PYTHON) -m pytest --noconftest tests/test_structure.py
+	$(PYTHON) -m pytest --noconftest tests/test_structure.py tests/test_sizes.py
 
 style: $(CHECK_READY)
 	$(PYTHON) -m ruff check --fix .

@@ -71,18 +71,9 @@ import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from filelock import FileLock, Timeout
 from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
@@ -909,20 +900,17 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--pretrained_model_name_or_path", required=True,
         help="Model to start from: a folder in diffusers format or a name on the hub.")
     add("--pretrained_vae_model_name_or_path",
-        help="VAE to use instead of the model's own: a folder with config.json and weights, or a name on the hub. "
-        "--revision and --variant do not apply to it.")
+        help="VAE folder or hub name to use instead of the model's own; --revision and --variant do not apply.")
     add("--revision", help="Branch, tag or commit of the model on the hub.")
     add("--non_ema_revision",
-        help="Revision to load the UNet from, if not --revision; the EMA weights of --use_ema then start from "
-        "--revision, at full decay.")
+        help="Revision of the UNet, if not --revision; EMA weights then start from --revision, at full decay.")
     add("--variant", help="Weight files to load: fp16 loads *.fp16.safetensors.")
     add("--cache_dir", help="Folder for downloaded models and data sets.")
     add("--single_file_config",
-        help="If --pretrained_model_name_or_path is one .safetensors file: a model folder, or name on the hub, with "
-        "its configurations and tokenizers. If not given: diffusers' own choice.")
+        help="Folder or hub name of a model whose configurations and tokenizers go with a model in one .safetensors "
+        "file. If not given: diffusers' own choice.")
     add("--clip_skip", type=positive_int,
-        help="Use the text states of this many layers before the last, as diffusers' pipelines count; 1 for models "
-        "trained on the penultimate layer.")
+        help="Use the text states of this many layers before the usual one, as diffusers' pipelines count.")
     add("--train_text_encoder", action="store_true",
         help="Train the text encoder (SDXL: both) together with the UNet.")
 
@@ -944,13 +932,11 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--center_crop", action="store_true", help="Crop at the center, not at random.")
     add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
     add("--proportion_empty_prompts", type=fraction, default=0,
-        help="Probability of training without the caption, drawn for each use of a sample; 0.1 keeps classifier-free "
-        "guidance working in long runs (arXiv:2207.12598).")
+        help="Probability of dropping the caption; 0.1 keeps classifier-free guidance working (arXiv:2207.12598).")
     add("--skip_broken_images", action="store_true",
         help="Replace an image that cannot be read by the next one that can; the logs count them.")
     add("--dataloader_num_workers", type=nonnegative_int, default=0,
-        help="Processes that load data. 0 uses threads of the training process, which is enough for most runs; raise "
-        "it if `data_wait` in the logs exceeds a few percent.")
+        help="Processes that load data; 0: threads. Raise it if `data_wait` in the logs exceeds a few percent.")
 
     add = parser.add_argument_group("cache").add_argument
     add("--cache_latents", action="store_true",
@@ -961,13 +947,11 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
         help="Encode captions in every training step.")
     add("--cache_crops", type=positive_int,
-        help="Random crops to cache per image; one is drawn each time. If not given: 4, or 1 with --center_crop. "
-        "--random_flip also caches each crop mirrored.")
+        help="Random crops to cache per image; one is drawn each time. If not given: 4, or 1 with --center_crop.")
     add("--cache_dtype", default="fp16", choices=("fp16", "fp32"),
         help="Number format on disk: fp32 if fp16 overflows.")
     add("--encoded_dir",
-        help="Folder of the cache, shared by all runs with the same data and model. If not given: in --cache_dir or "
-        "the hub's cache.")
+        help="Folder of the cache, shared between runs. If not given: in --cache_dir or the hub's cache.")
 
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", type=one_of(PREDICTION_TYPES),
@@ -975,13 +959,11 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--snr_gamma", type=positive_float,
         help="Weight the loss by Min-SNR with this gamma; 5.0 is common (arXiv:2303.09556).")
     add("--noise_offset", type=nonnegative_float, default=0,
-        help="Strength of noise that is constant over a latent channel; 0.1 helps with very dark and very bright "
-        "images.")
+        help="Strength of noise constant over a latent channel; 0.1 helps with very dark and bright images.")
     add("--input_perturbation", type=nonnegative_float, default=0,
         help="Strength of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
     add("--dream_training", action="store_true",
-        help="Correct input and target by the UNet's own estimate: slower steps, but fewer of them (DREAM, "
-        "arXiv:2312.00210).")
+        help="Correct input and target by the UNet's estimate: fewer but slower steps (DREAM, arXiv:2312.00210).")
     add("--dream_detail_preservation", type=nonnegative_float, default=1.0,
         help="Exponent p of DREAM: larger keeps more detail, smaller converges faster.")
     add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
@@ -993,8 +975,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--timestep_bias_begin", type=nonnegative_int, default=0, help="First timestep of `range`.")
     add("--timestep_bias_end", type=int, default=1000, help="End of `range`, not included.")
     add("--rescale_betas_zero_snr", action="store_true",
-        help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction or sample. The "
-        "saved scheduler is set to match.")
+        help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction or sample.")
 
     add = parser.add_argument_group("length and batch").add_argument
     add("--train_batch_size", type=positive_int, default=16, help="Images per device and forward pass.")
@@ -1031,19 +1012,16 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
 
     add = parser.add_argument_group("precision and memory").add_argument
     add("--mixed_precision", choices=("no", "fp16", "bf16"),
-        help="Number format of the forward pass and the frozen networks. If not given: what accelerate is configured "
-        "for.")
+        help="Number format of the forward pass and the frozen networks. If not given: accelerate's setting.")
     add("--allow_tf32", action="store_true",
         help="Multiply float32 matrices in TF32: faster on Ampere GPUs and newer, slightly less exact.")
     add("--gradient_checkpointing", action="store_true",
         help="Recompute activations in the backward pass: less memory, slower updates.")
     add("--use_8bit_adam", action="store_true", help="Use AdamW with 8-bit moments (bitsandbytes).")
     add("--use_adafactor", action="store_true",
-        help="Use Adafactor (arXiv:1804.04235), which keeps far less per weight than AdamW. Uses --learning_rate and "
-        "--adam_weight_decay; ignores Adam's betas and epsilon.")
+        help="Use Adafactor (arXiv:1804.04235): less memory than AdamW; Adam's betas and epsilon do not apply.")
     add("--optimizer_in_backward", action="store_true",
-        help="Update each weight as soon as its gradient is complete, then free the gradient, which saves the memory "
-        "of all gradients. On one device, without accumulation and clipping.")
+        help="Update in the backward pass and keep no gradients: one device, no accumulation or clipping.")
     add("--offload_ema", action="store_true", help="Keep the EMA weights in host memory.")
     add("--foreach_ema", action="store_true",
         help="Accepted for old commands: EMA weights are always updated in one call.")
@@ -1166,13 +1144,13 @@ def make_accelerator(args: Namespace) -> Accelerator:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to.split(","),
-        project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir, args.logging_dir))),
+        project_dir=os.path.join(args.output_dir, args.logging_dir),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, not updates times processes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT),
                          DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of gradients
                          AutocastKwargs(cache_enabled=False)],  # nor of weights: a pass uses each only once
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         raise ValueError(f"{accelerator.distributed_type.value} shards the weights, which is not supported: "
                          "use --multi_gpu, and to save memory --gradient_checkpointing or --use_8bit_adam.")
     for library in (diffusers, transformers):

@@ -1353,19 +1353,16 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--pretrained_model_name_or_path", required=True,
         help="Model to start from: a folder in diffusers format or a name on the hub.")
     add("--pretrained_vae_model_name_or_path",
-        help="VAE to use instead of the model's own: a folder with config.json and weights, or a name on the hub. "
-        "--revision and --variant do not apply to it.")
+        help="VAE folder or hub name to use instead of the model's own; --revision and --variant do not apply.")
     add("--revision", help="Branch, tag or commit of the model on the hub.")
     add("--non_ema_revision",
-        help="Revision to load the UNet from, if not --revision; the EMA weights of --use_ema then start from "
-        "--revision, at full decay.")
+        help="Revision of the UNet, if not --revision; EMA weights then start from --revision, at full decay.")
     add("--variant", help="Weight files to load: fp16 loads *.fp16.safetensors.")
     add("--cache_dir", help="Folder for downloaded models and data sets.")
     add("--train_text_encoder", action="store_true",
         help="Train the text encoder (SDXL: both) together with the UNet.")
     add("--clip_skip", type=positive_int,
-        help="Use the text states of this many layers before the last, as diffusers' pipelines count; 1 for models "
-        "trained on the penultimate layer.")
+        help="Use the text states of this many layers before the usual one, as diffusers' pipelines count.")
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="Data set: a name on the hub, or a local folder that `datasets` can load or has saved.")
@@ -1385,13 +1382,11 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--center_crop", action="store_true", help="Crop at the center, not at random.")
     add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
     add("--proportion_empty_prompts", type=fraction, default=0,
-        help="Probability of training without the caption, drawn for each use of a sample; 0.1 keeps classifier-free "
-        "guidance working in long runs (arXiv:2207.12598).")
+        help="Probability of dropping the caption; 0.1 keeps classifier-free guidance working (arXiv:2207.12598).")
     add("--skip_broken_images", action="store_true",
         help="Replace an image that cannot be read by the next one that can; the logs count them.")
     add("--dataloader_num_workers", type=nonnegative_int, default=0,
-        help="Processes that load data. 0 uses threads of the training process, which is enough for most runs; raise "
-        "it if `data_wait` in the logs exceeds a few percent.")
+        help="Processes that load data; 0: threads. Raise it if `data_wait` in the logs exceeds a few percent.")
 
     add = parser.add_argument_group("cache").add_argument
     add("--cache_latents", action="store_true",
@@ -1402,13 +1397,11 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
         help="Encode captions in every training step.")
     add("--cache_crops", type=positive_int,
-        help="Random crops to cache per image; one is drawn each time. If not given: 4, or 1 with --center_crop. "
-        "--random_flip also caches each crop mirrored.")
+        help="Random crops to cache per image; one is drawn each time. If not given: 4, or 1 with --center_crop.")
     add("--cache_dtype", default="fp16", choices=("fp16", "fp32"),
         help="Number format on disk: fp32 if fp16 overflows.")
     add("--encoded_dir",
-        help="Folder of the cache, shared by all runs with the same data and model. If not given: in --cache_dir or "
-        "the hub's cache.")
+        help="Folder of the cache, shared between runs. If not given: in --cache_dir or the hub's cache.")
 
     add = parser.add_argument_group("objective").add_argument
     add("--prediction_type", type=one_of(PREDICTION_TYPES),
@@ -1416,13 +1409,11 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--snr_gamma", type=positive_float,
         help="Weight the loss by Min-SNR with this gamma; 5.0 is common (arXiv:2303.09556).")
     add("--noise_offset", type=nonnegative_float, default=0,
-        help="Strength of noise that is constant over a latent channel; 0.1 helps with very dark and very bright "
-        "images.")
+        help="Strength of noise constant over a latent channel; 0.1 helps with very dark and bright images.")
     add("--input_perturbation", type=nonnegative_float, default=0,
         help="Strength of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
     add("--dream_training", action="store_true",
-        help="Correct input and target by the UNet's own estimate: slower steps, but fewer of them (DREAM, "
-        "arXiv:2312.00210).")
+        help="Correct input and target by the UNet's estimate: fewer but slower steps (DREAM, arXiv:2312.00210).")
     add("--dream_detail_preservation", type=nonnegative_float, default=1.0,
         help="Exponent p of DREAM: larger keeps more detail, smaller converges faster.")
     add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
@@ -1434,8 +1425,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--timestep_bias_begin", type=nonnegative_int, default=0, help="First timestep of `range`.")
     add("--timestep_bias_end", type=int, default=1000, help="End of `range`, not included.")
     add("--rescale_betas_zero_snr", action="store_true",
-        help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction or sample. The "
-        "saved scheduler is set to match.")
+        help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction or sample.")
 
     add = parser.add_argument_group("length and batch").add_argument
     add("--train_batch_size", type=positive_int, default=16, help="Images per device and forward pass.")

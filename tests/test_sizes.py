@@ -23,6 +23,9 @@ LIMITS = {  # lines, and tokens of code: without comments, docstrings and the en
 COMPUTE_LOSS_LINE = 350  # what people read first stands first
 NOT_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
             tokenize.ENDMARKER}
+# From Python 3.12 on an f-string is a token at its start, those of its parts, and one at its end, which alone counts.
+FSTRING_START, FSTRING_END = (getattr(tokenize, name, None) for name in ("FSTRING_START", "FSTRING_END"))
+NOT_CODE |= {FSTRING_START}
 
 
 def count_tokens(source: str) -> int:
@@ -30,13 +33,18 @@ def count_tokens(source: str) -> int:
     with_docstring = (ast.Module, ast.ClassDef, ast.FunctionDef)
     docstrings = {node.body[0].lineno for node in ast.walk(ast.parse(source))
                   if isinstance(node, with_docstring) and ast.get_docstring(node, clean=False) is not None}
-    return sum(token.type not in NOT_CODE and not (token.type == tokenize.STRING and token.start[0] in docstrings)
-               for token in tokenize.generate_tokens(io.StringIO(source).readline))
+    count = depth = 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        depth -= token.type == FSTRING_END
+        is_docstring = token.type == tokenize.STRING and token.start[0] in docstrings
+        count += depth == 0 and token.type not in NOT_CODE and not is_docstring
+        depth += token.type == FSTRING_START
+    return count
 
 
 def test_tokens_are_those_of_code():
-    source = '"""One."""\n\n\ndef halve(x):  # two\n    """Three."""\n    return (\n        x / 2\n    )\n'
-    assert count_tokens(source) == len("def halve ( x ) : return ( x / 2 )".split())
+    source = '"""One."""\n\n\ndef halve(x):  # two\n    """Three."""\n    return (\n        x / f"{f(2)}"\n    )\n'
+    assert count_tokens(source) == len("def halve ( x ) : return ( x / STRING )".split())
 
 
 def test_every_script_has_a_limit():
