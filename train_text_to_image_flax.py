@@ -583,8 +583,8 @@ class Samples:
         self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
         self.timestep_cdf = compute_timestep_cdf(args, num_timesteps)
         self.latents: EncodedRows | None = None  # with --cache_latents
-        self.text_states: EncodedRows | None = None  # with --cache_text_embeddings, in the order of these:
-        self.caption_digests: np.ndarray | None = None
+        self.text_states: EncodedRows | None = None  # with --cache_text_embeddings
+        self.caption_rows: dict[str, int] = {}  # in them
         self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape, **extra_noises}
         self.num_threads = count_cores_per_process()  # 1 in a loader process
         self.num_crops = args.cache_crops or (1 if args.center_crop else 4)  # of each image in the cache
@@ -641,23 +641,24 @@ class Samples:
         """Return the caption, or its cached text states."""
         if self.text_states is None:
             return {"caption": caption}
-        digest = np.uint64(digest_caption(caption))
-        row = int(np.searchsorted(self.caption_digests, digest))
-        if row == len(self.caption_digests) or self.caption_digests[row] != digest:
+        if caption not in self.caption_rows:
             raise ValueError(f"caption {caption!r} was not there when captions were encoded: the data set must return "
                              "the same captions each time.")
-        return self.text_states.read(row)
+        return self.text_states.read(self.caption_rows[caption])
 
     def count_variants(self) -> int:
         """Return how many rows an image has in the cache: its crops, with --random_flip each mirrored as well."""
         return self.num_crops * (1 + self.args.random_flip)
 
-    def make_variants(self, index: int) -> list[dict[str, np.ndarray]]:
-        """Return the crops of an image that are cached, the same for any seed; `sources` is the index of the image."""
-        image, _, source = self.read(index)
-        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
-        return [{**transform_image(image, self.args, corner, flip), "sources": np.int64(source)}
-                for corner in corners for flip in range(1 + self.args.random_flip)]
+    def make_variants(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
+        """Return the crops of images that are cached, the same for any seed; `sources` is the index of the image."""
+        def make(index: int) -> list[dict[str, np.ndarray]]:
+            image, _, source = self.read(index)
+            corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
+            return [{**transform_image(image, self.args, corner, flip), "sources": np.int64(source)}
+                    for corner in corners for flip in range(1 + self.args.random_flip)]
+
+        return [variant for variants in self.map_in_threads(make, indices) for variant in variants]
 
     def read(self, index: int) -> tuple[Image.Image, list[str], int]:
         """Return image, captions and index of an item, with --skip_broken_images of the next one that can be read."""
@@ -2212,7 +2213,7 @@ class LocalEncoder:
 
 # ---- Cache ----------------------------------------------------------------------------------------------------------
 
-CHUNK_SIZE, LEAST_CHUNKS = 32 * 2**20, 16  # of a cache: bytes in a file, and how many files at least
+FILE_SIZE, LEAST_FILES = 16 * 2**20, 16  # of a cache: bytes in a file, whose images are in memory at once
 ENCODED_PIXELS = 2**20  # in a batch of the VAE: one image of 1024 px, four of 512
 
 
@@ -2235,112 +2236,89 @@ def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, sam
                   dtype: type) -> EncodedRows:
     """Return a row per variant of each image: the VAE's moments [2c, h, w], time_ids, and the image it is of."""
     channels, height, width = samples.latent_shape
-    key = make_key("flax", digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
-                   digest_network(models, "vae"), dtype)
     row = np.dtype([("moments", dtype, (2 * channels, height, width)), ("time_ids", np.float32, (6,)),
                     ("sources", np.int64)])
+    key = make_key("flax", digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
+                   digest_network(models, "vae"), row)
     rows = EncodedRows(folder / f"images-{key}", row, len(samples), samples.count_variants())
     batch_size = min(max(1, ENCODED_PIXELS // args.resolution**2),
                      math.ceil(rows.rows_per_file / jax.local_device_count()))
     encoder = LocalEncoder(models, "vae", lambda models, images: jnp.concatenate(
         encode_images(models.vae, images), axis=-1), batch_size)
-    rows.fill(accelerator, partial(encode_variants, encoder, samples))
+
+    def encode(variants: list[dict]) -> dict[str, np.ndarray]:
+        arrays = {name: np.stack([variant[name] for variant in variants]) for name in variants[0]}
+        return {"moments": np.moveaxis(encoder(np.moveaxis(arrays.pop("images"), 1, -1)), -1, 1), **arrays}
+
+    rows.fill(accelerator, samples.make_variants, encode)
     return rows
-
-
-def encode_variants(encoder: LocalEncoder, samples: Samples, rows: np.ndarray, first: int) -> None:
-    """Fill `rows`, which begin at row `first` of the cache of images."""
-    per_image, done = samples.count_variants(), 0
-    indices, step = range(first // per_image, (first + len(rows)) // per_image), encoder.batch_size // per_image
-    groups = [indices[start : start + max(1, step)] for start in range(0, len(indices), max(1, step))]
-    for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
-        variants = [variant for variants in group for variant in variants]
-        images = np.stack([variant["images"] for variant in variants])
-        filled = rows[done : done + len(variants)]
-        filled["moments"] = np.moveaxis(encoder(np.moveaxis(images, 1, -1)), -1, 1)
-        for name in ("time_ids", "sources"):
-            filled[name] = [variant[name] for variant in variants]
-        done += len(variants)
-    names = [int(source) for source in rows["sources"]]
-    check_finite(rows["moments"], lambda row: make_row_name(names[row], samples.images[names[row]]))
 
 
 def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
                       dtype: type) -> EncodedRows:
-    """Return the text states of the empty caption and every distinct one, in the order of `caption_digests`."""
-    captions = {digest_caption(caption): caption for index in range(len(samples))
-                for caption in ["", *samples.read_captions(index)]}
-    digests = samples.caption_digests = np.array(sorted(captions), np.uint64)
-    vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
-                    for tokenizer in list_tokenizers(models)]
-    key = make_key("flax", digests.tobytes(), vocabularies, digest_network(models, "text_encoder"), dtype)
+    """Return the text states of the empty caption and every distinct one, whose rows are `samples.caption_rows`."""
+    captions = sorted({"", *(caption for index in range(len(samples)) for caption in samples.read_captions(index))})
+    samples.caption_rows = {caption: row for row, caption in enumerate(captions)}
+    tokenizer, width = models.tokenizer, models.configs["text_encoder"]["hidden_size"]
+    row = np.dtype([("encoder_hidden_states", dtype, (tokenizer.model_max_length, width)), ("num_long", np.bool_)])
+    key = make_key("flax", captions, row, sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id,
+                   digest_network(models, "text_encoder"))
     encoder = LocalEncoder(models, "text_encoder", lambda models, input_ids: encode_captions(
         models, {"input_ids": input_ids})["encoder_hidden_states"].astype(jnp.float32), 16)
 
-    def encode(rows: np.ndarray, first: int) -> None:
-        texts = [captions[digest] for digest in digests[first : first + len(rows)].tolist()]
+    def encode(texts: list[str]) -> dict[str, np.ndarray]:
         batch = collate([{"caption": text} for text in texts], list_tokenizers(models))
-        rows["encoder_hidden_states"], rows["num_long"] = encoder(batch["input_ids"]), batch["num_long"]
-        check_finite(rows["encoder_hidden_states"], lambda row: repr(texts[row]))
+        return {"encoder_hidden_states": encoder(batch["input_ids"]), "num_long": batch["num_long"]}
 
-    width = models.configs["text_encoder"]["hidden_size"]
-    row = np.dtype([("encoder_hidden_states", dtype, (models.tokenizer.model_max_length, width)),
-                    ("num_long", np.bool_)])
     rows = EncodedRows(folder / f"captions-{key}", row, len(captions))
-    rows.fill(accelerator, encode)
+    rows.fill(accelerator, lambda items: [captions[item] for item in items], encode)
     return rows
 
 
-def check_finite(values: np.ndarray, name_of) -> None:
-    """Raise RuntimeError at a row that is not finite; `name_of(row)` says what was encoded."""
-    is_finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-    if not is_finite.all():
-        raise RuntimeError(f"the encodings of {name_of(is_finite.argmin())} are not finite as {values.dtype}: look at "
-                           "it, or try --mixed_precision no and --cache_dtype fp32.")
-
-
 class EncodedRows:
-    """Encoded images or captions: the rows of a table, in .npy files that processes and runs share.
+    """Encoded images or captions, as rows of .npy files that processes and runs share.
 
-    `dtype` names the values of a row. Things are images or captions; all rows of one are in the same file.
+    `dtype` names the values of a row. An image has a row for each of its variants, all in the same file.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, num_things: int, rows_per_thing: int = 1) -> None:
-        per_file = min(CHUNK_SIZE // (rows_per_thing * dtype[0].itemsize), math.ceil(num_things / LEAST_CHUNKS))
-        self.folder, self.dtype, self.num_rows = folder, dtype, num_things * rows_per_thing
-        self.rows_per_file = max(1, per_file) * rows_per_thing
+    def __init__(self, folder: Path, dtype: np.dtype, num_items: int, rows_per_item: int = 1) -> None:
+        size = min(FILE_SIZE // (rows_per_item * dtype[0].itemsize), math.ceil(num_items / LEAST_FILES)) or 1
+        self.folder, self.dtype = folder, dtype
+        self.rows_per_item, self.rows_per_file = rows_per_item, size * rows_per_item
+        self.items = [range(num_items)[first : first + size] for first in range(0, num_items, size)]  # of each file
 
-    def get_path(self, row: int) -> Path:
-        """Return the file of a row."""
-        return self.folder / f"{row // self.rows_per_file:06d}.npy"
+    def get_path(self, file: int) -> Path:
+        return self.folder / f"{file:06d}.npy"
 
     def read(self, row: int) -> dict[str, np.ndarray]:
         """Return the values of a row by their names."""
-        values = open_rows(self.get_path(row))[row % self.rows_per_file]
+        file, place = divmod(row, self.rows_per_file)
+        values = open_rows(self.get_path(file))[place]
         return {name: values[name] for name in self.dtype.names}
 
-    def fill(self, accelerator: Accelerator, encode) -> None:
-        """Write the files that are missing or damaged; `encode(rows, first)` fills the rows from `first` on.
+    def fill(self, accelerator: Accelerator, make_inputs, encode) -> None:
+        """Write the files that are missing: the arrays by name that `encode(make_inputs(items))` returns.
 
-        Processes share the work. A file is written aside, then renamed: a run that was killed goes on with the next
-        file, and two runs that write the same one do no harm.
+        Processes share the work. The inputs of the next file are made while one is encoded. A file is written aside,
+        then renamed: a run that was killed goes on with the next file, and two runs that write the same do no harm.
         """
-        open_rows.cache_clear()
-        starts = range(0, self.num_rows, self.rows_per_file)
-        mine = [first for first in starts[accelerator.process_index :: accelerator.num_processes]
-                if not is_whole(self.get_path(first))]
-        for first in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
-            rows = np.zeros(min(self.rows_per_file, self.num_rows - first), self.dtype)
-            encode(rows, first)
-            self.save(rows, self.get_path(first))
+        mine = [file for file in range(accelerator.process_index, len(self.items), accelerator.num_processes)
+                if not self.get_path(file).is_file()]
+        inputs = iterate_ahead(make_inputs(self.items[file]) for file in mine)
+        bar = tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
+        for file, encoded in zip(bar, map(encode, inputs), strict=True):
+            items = self.items[file]
+            rows = np.empty(len(items) * self.rows_per_item, self.dtype)
+            for name, values in encoded.items():
+                rows[name] = values
+                if not np.isfinite(rows[name]).all():
+                    raise RuntimeError(f"the encodings of items {items.start} to {items.stop - 1} of the data are not "
+                                       f"finite as {rows[name].dtype}: try --mixed_precision no, --cache_dtype fp32.")
+            self.save(rows, self.get_path(file))
         accelerator.wait_for_everyone()
-        if not all(self.get_path(first).is_file() for first in starts):
-            raise ValueError(f"{self.folder} lacks files that other machines wrote: name an --encoded_dir that all "
-                             "machines share.")
-        logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(starts)} files written now")
+        logger.info(f"cache {self.folder}: {len(mine)} of {len(self.items)} files written now")
 
     def save(self, rows: np.ndarray, path: Path) -> None:
-        """Write a file."""
         aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -2356,17 +2334,7 @@ class EncodedRows:
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
     """Return the rows of a file as a memory map."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or missing: {error}. Remove it and start again.") from error
-
-
-def is_whole(path: Path) -> bool:
-    """Return whether a file exists and its size matches its header."""
-    with contextlib.suppress(ValueError):
-        return open_rows(path) is not None
-    return False
+    return np.load(path, mmap_mode="r")
 
 
 def make_key(*facts) -> str:
@@ -2374,33 +2342,21 @@ def make_key(*facts) -> str:
     return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
 
 
-def digest_caption(caption: str) -> int:
-    """Return a hash of 64 bits."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
-
-
-def read_content(image: Image.Image | dict) -> bytes:
-    """Return what tells an image from any other, without decoding a file."""
-    if isinstance(image, Image.Image):
-        return repr((image.mode, image.size)).encode() + image.tobytes()
-    try:
-        return image.get("bytes") or Path(image["path"] or "").read_bytes()
-    except OSError:  # reading the image will say so, or skip it
-        return b""
-
-
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
-        return hashlib.blake2b(read_content(samples.images[index]["image"])).digest()
+        image, content = samples.images[index]["image"], b""
+        with contextlib.suppress(OSError):  # reading the image will say so, or skip it
+            content = (image.tobytes() if isinstance(image, Image.Image)
+                       else image.get("bytes") or Path(image["path"] or "").read_bytes())
+        return hashlib.blake2b(content).digest()
 
     whole, count = hashlib.blake2b(digest_size=12), len(samples)
     if accelerator.is_main_process:
         for start in tqdm(range(0, count, 1000), desc="reading images"):
             whole.update(b"".join(samples.map_in_threads(digest, range(start, min(start + 1000, count)))))
-        for index in (0, count // 2, count - 1):
-            for variant in samples.make_variants(index):
-                whole.update(b"".join(array.tobytes() for array in variant.values()))
+        for variant in samples.make_variants([0, count // 2, count - 1]):
+            whole.update(b"".join(array.tobytes() for array in variant.values()))
     return gather_object([whole.hexdigest()])[0]
 
 
@@ -2441,8 +2397,10 @@ def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * num_processes
 
 
-def compute_learning_rate(args: Namespace, rate: float, num_processes: int) -> float:
-    """Return a peak learning rate, scaled by the batch if asked for."""
+def compute_learning_rate(args: Namespace, part: str, num_processes: int) -> float:
+    """Return the peak learning rate of a network, with --scale_lr times the samples in an update."""
+    own_rate = None if part == "unet" else args.text_encoder_lr
+    rate = args.learning_rate if own_rate is None else own_rate
     return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
 
 
@@ -2513,9 +2471,7 @@ def make_recipe(args: Namespace, last_step: int, num_devices: int) -> Recipe:
     """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), its schedule and EMA settings from the flags."""
     optimizer = optax.chain(optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon),
                             optax.add_decayed_weights(args.adam_weight_decay))
-    rates = {"unet": args.learning_rate,
-             "text_encoder": args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr}
-    rates = {part: compute_learning_rate(args, rate, num_devices) for part, rate in rates.items()}
+    rates = {part: compute_learning_rate(args, part, num_devices) for part in ("unet", "text_encoder")}
     own_averages = args.non_ema_revision == args.revision  # the ramp would forget those of a model
     return Recipe(optimizer, make_lr_factor(args, rates["unet"], last_step), rates, args.max_grad_norm,
                   args.ema_decay, 0.0 if own_averages else args.ema_decay)
@@ -2545,13 +2501,13 @@ def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedu
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions
-TRAINED = "state"  # in a checkpoint: weights and moments, and the sign that this script made it
+TRAINED = "state"  # in a checkpoint: weights and moments
+CHECKPOINT_PARTS = (TRAINED,)  # in every checkpoint
 EMA_FOLDER = "averages"  # in a checkpoint: the EMA weights
 LOSS_SCALE_FOLDER = "loss_scale"
 # Flags that must not change on resume: they decide which tensors a checkpoint holds.
-FIXED_FLAGS = ("train_text_encoder",)
+FIXED_FLAGS = ("use_ema", "train_text_encoder")
 # Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
     "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
@@ -2564,21 +2520,14 @@ INCONSEQUENTIAL_FLAGS = frozenset(
 
 def list_checkpoints(output_dir: str) -> list[Path]:
     """Return the complete checkpoints in a folder, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*")
-             if CHECKPOINT_NAME.fullmatch(path.name) and is_complete_checkpoint(path)]
-    return sorted(found, key=get_checkpoint_step)
+    return sorted(filter(get_checkpoint_step, Path(output_dir).glob("checkpoint-*")), key=get_checkpoint_step)
 
 
-def get_checkpoint_step(checkpoint: Path) -> int:
-    """Return the update after which a checkpoint was saved, from its name or, if it was renamed, its record."""
-    named = CHECKPOINT_NAME.fullmatch(checkpoint.name)
-    return int(named[1]) if named else load_run_record(checkpoint)["progress"]["global_step"]
-
-
-def is_complete_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds the file that is written last: our record, or the reference's random states."""
-    is_named = CHECKPOINT_NAME.fullmatch(folder.name) is not None
-    return (folder / RUN_RECORD).is_file() or (is_named and (folder / "random_states_0.pkl").is_file())
+def get_checkpoint_step(folder: Path) -> int | None:
+    """Return N of checkpoint-N; None for other folders, and without the file that we or the reference write last."""
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    is_complete = any((folder / name).is_file() for name in (RUN_RECORD, "random_states_0.pkl"))
+    return int(named[1]) if named and is_complete else None
 
 
 def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
@@ -2587,7 +2536,7 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
     if name is None or name == "latest":
         return complete[-1] if name and complete else None
     for folder in (Path(output_dir, name), Path(name)):
-        if is_complete_checkpoint(folder):
+        if get_checkpoint_step(folder):
             return folder
     holds = ", ".join(folder.name for folder in complete) or "no checkpoint"
     raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint; {output_dir} holds {holds}.")
@@ -2595,27 +2544,25 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
 
 def load_run_record(checkpoint: Path | None) -> dict:
     """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
-    path = checkpoint / RUN_RECORD if checkpoint else None
-    if path is None or not path.is_file():
+    if checkpoint is None or not (checkpoint / RUN_RECORD).is_file():
         return {}
     try:
-        record = json.loads(path.read_text())
-        return {**record, "progress": dict(record["progress"])}
+        record = json.loads((checkpoint / RUN_RECORD).read_text())
+        return {**record, "progress": Progress(**record["progress"])}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Name another checkpoint.") from error
+        raise ValueError(f"{checkpoint / RUN_RECORD} is damaged: {error}. Name another checkpoint.") from error
 
 
 def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
     """Refuse to resume from a checkpoint that does not fit the flags."""
     if checkpoint is None:
         return
-    if not (checkpoint / TRAINED).is_dir():
-        raise ValueError(f"{checkpoint} has no {TRAINED}: it is of another script, or damaged. Name another "
-                         "checkpoint.")
-    if (checkpoint / EMA_FOLDER).is_dir() and not args.use_ema:
-        raise ValueError(f"{checkpoint} holds EMA weights, and there is no --use_ema: add the flag, or remove "
-                         f"{EMA_FOLDER} from the checkpoint to drop them.")
+    missing = [name for name in CHECKPOINT_PARTS if not (checkpoint / name).exists()]
+    if missing:
+        raise ValueError(f"{checkpoint} has no {', '.join(missing)}: another script made it, or it is damaged. Name "
+                         "another checkpoint.")
     before = load_run_record(checkpoint).get("flags", {})
+    before["use_ema"] = (checkpoint / EMA_FOLDER).is_dir()
     for name in FIXED_FLAGS:
         if name in before and before[name] != getattr(args, name):
             raise ValueError(f"--{name} is {getattr(args, name)} here and was {before[name]} when {checkpoint} was "
@@ -2643,20 +2590,17 @@ def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
 def load_state(state: TrainState, folder: Path) -> TrainState:
     """Return a saved state, sharded as `state`, whose arrays are freed for it."""
     parts = split_state(state)
-    for name in parts:
-        if (folder / name).is_dir():
+    for name, part in parts.items():
+        if (folder / name).is_dir():  # the loss scale is not there after a run in another precision
             places = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype,
-                                                                     sharding=array.sharding), parts[name])
-            jax.tree.map(lambda array: array.delete(), parts[name])  # a device need not hold two states
+                                                                     sharding=array.sharding), part)
+            jax.tree.map(lambda array: array.delete(), part)  # a device need not hold two states
             with ocp.StandardCheckpointer() as checkpointer:
                 parts[name] = checkpointer.restore(folder / name, places)
-        elif name == EMA_FOLDER:
-            logger.warning(f"{folder} has no EMA weights: averaging starts from the trained ones.")
-            copies = jax.tree.map(jnp.copy, parts[TRAINED]["weights"])
-            parts[name] = {"updates": jnp.zeros_like(state.ema_updates), "weights": copies}
-    trained, averages = parts[TRAINED], parts.get(EMA_FOLDER, {"updates": state.ema_updates, "weights": None})
+    averages = parts.get(EMA_FOLDER, {"updates": state.ema_updates, "weights": None})
     loss_scale = LossScale(**parts[LOSS_SCALE_FOLDER]) if LOSS_SCALE_FOLDER in parts else None
-    return TrainState(**trained, ema_updates=averages["updates"], averages=averages["weights"], loss_scale=loss_scale)
+    return TrainState(**parts[TRAINED], ema_updates=averages["updates"], averages=averages["weights"],
+                      loss_scale=loss_scale)
 
 
 def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
@@ -2666,28 +2610,25 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
     A checkpoint is written aside with its record last, then renamed. At every moment of this a crash leaves the
     checkpoint of before or the new one, which `remove_leftovers` puts in its place.
     """
-    name = f"checkpoint-{progress.global_step}"
-    aside = Path(args.output_dir, f".partial-{name}")
+    name, limit = f"checkpoint-{progress.global_step}", args.checkpoints_total_limit
+    aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
     try:
         save_state(accelerator, models, aside)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish_files(aside)
             (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
-            replace_folder(aside, Path(args.output_dir, name))
+            replace_folder(aside, place)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "none"
-        message = (f"{name} could not be written to {args.output_dir}: {error}. Earlier checkpoints are untouched: "
-                   f"{kept}. Fix the cause, such as a full disk, then add --resume_from_checkpoint latest.")
-        raise RuntimeError(message) from error
+        kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "no checkpoint"
+        raise RuntimeError(f"{name} could not be written to {args.output_dir}, which holds {kept}: {error}. Fix the "
+                           "cause, such as a full disk, then add --resume_from_checkpoint latest.") from error
     if accelerator.is_main_process:
-        others = [folder for folder in list_checkpoints(args.output_dir) if folder.name != name]
-        surplus = others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize))]
-        for old in surplus:
-            remove(old)
-        removed = f" (removed {', '.join(old.name for old in surplus)})" if surplus else ""
-        logger.info(f"saved {Path(args.output_dir, name)}{removed}")
+        logger.info(f"saved {place}")
+        others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]
+        while limit and len(others) >= limit:
+            remove(others.pop(0))
     accelerator.wait_for_everyone()
 
 
@@ -2700,13 +2641,11 @@ def replace_folder(new: Path, place: Path) -> None:
 
 
 def finish_files(path: Path) -> None:
-    """Flush a file, or all files of a folder, to disk, with usual permissions: safetensors leaves out the group's."""
-    umask = os.umask(0)  # which can only be read by setting it
-    os.umask(umask)
+    """Flush a file, or all in a folder, to disk, with the folder's permissions: safetensors leaves out the group's."""
     for file in (file for file in [path, *path.rglob("*")] if file.is_file()):
         with open(file, "r+b") as stream:
             os.fsync(stream.fileno())
-        file.chmod(0o666 & ~umask)
+        file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def remove(path: Path) -> None:
@@ -2718,34 +2657,26 @@ def remove(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a crash has left; a checkpoint that was complete but not yet in its place is moved there."""
     for leftover in folder.glob(".partial-*"):
-        place = folder / leftover.name.removeprefix(".partial-")
-        if CHECKPOINT_NAME.fullmatch(place.name) and (leftover / RUN_RECORD).is_file() and not place.exists():
-            leftover.rename(place)
+        if (leftover / RUN_RECORD).is_file() and leftover.name.startswith(".partial-checkpoint-"):
+            replace_folder(leftover, folder / leftover.name.removeprefix(".partial-"))
         else:
             remove(leftover)
 
 
-def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint: Path, record: dict,
-           num_samples: int) -> Progress:
-    """Load a checkpoint and return its progress; learning rate and AdamW's settings are the command line's."""
+def resume(args: Namespace, models: Models, checkpoint: Path, record: dict) -> Progress:
+    """Load a checkpoint and return its progress."""
     try:
         models.state = load_state(models.state, checkpoint.resolve())
     except Exception as error:  # of several libraries, about files that are cut short
         reason = str(error).split(" See full TensorStore")[0].split("\n")[0]  # which goes on for pages
         raise ValueError(f"{checkpoint} is damaged or of another model: {reason}. Name another checkpoint.") from error
-    step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
+    saved = load_run_record(checkpoint)
     warn_of_changes(args, checkpoint, saved, record)
-    progress = Progress(**saved["progress"])
-    return progress if progress.samples_seen <= num_samples else Progress(step, progress.epoch + 1, 0)
+    return saved["progress"]
 
 
 def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict) -> None:
-    """Warn of settings that differ from the checkpoint's, and of checkpoints that `latest` prefers to this one."""
-    ahead = [other.name for other in list_checkpoints(args.output_dir)
-             if get_checkpoint_step(other) > get_checkpoint_step(checkpoint)]
-    if ahead:
-        logger.warning(f"{', '.join(ahead)} in {args.output_dir} are later than {checkpoint}, and `latest` means the "
-                       "last of them: move away those you do not want")
+    """Warn of settings that differ from the checkpoint's."""
     if not saved:
         logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
         return
@@ -3257,7 +3188,7 @@ def main(argv: list[str] | None = None) -> None:
     objective = make_objective(args, models.scheduler_config)
     prepare_training(args, accelerator, models, objective, len(data.train))
     record = make_run_record(args, accelerator, seed, data.train)
-    progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
+    progress = resume(args, models, checkpoint, record) if checkpoint else Progress()
 
     log_run_header(args, accelerator, models, len(data.train), seed, checkpoint)
     signal_number = train(args, accelerator, models, data, progress, record)

@@ -531,8 +531,8 @@ class Samples:
         self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
         self.timestep_cdf = compute_timestep_cdf(args, num_timesteps)
         self.latents: EncodedRows | None = None  # with --cache_latents
-        self.text_states: EncodedRows | None = None  # with --cache_text_embeddings, in the order of these:
-        self.caption_digests: np.ndarray | None = None
+        self.text_states: EncodedRows | None = None  # with --cache_text_embeddings
+        self.caption_rows: dict[str, int] = {}  # in them
         self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape, **extra_noises}
         self.num_threads = count_cores_per_process()  # 1 in a loader process
         self.num_crops = args.cache_crops or (1 if args.center_crop else 4)  # of each image in the cache
@@ -589,23 +589,24 @@ class Samples:
         """Return the caption, or its cached text states."""
         if self.text_states is None:
             return {"caption": caption}
-        digest = np.uint64(digest_caption(caption))
-        row = int(np.searchsorted(self.caption_digests, digest))
-        if row == len(self.caption_digests) or self.caption_digests[row] != digest:
+        if caption not in self.caption_rows:
             raise ValueError(f"caption {caption!r} was not there when captions were encoded: the data set must return "
                              "the same captions each time.")
-        return self.text_states.read(row)
+        return self.text_states.read(self.caption_rows[caption])
 
     def count_variants(self) -> int:
         """Return how many rows an image has in the cache: its crops, with --random_flip each mirrored as well."""
         return self.num_crops * (1 + self.args.random_flip)
 
-    def make_variants(self, index: int) -> list[dict[str, np.ndarray]]:
-        """Return the crops of an image that are cached, the same for any seed; `sources` is the index of the image."""
-        image, _, source = self.read(index)
-        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
-        return [{**transform_image(image, self.args, corner, flip), "sources": np.int64(source)}
-                for corner in corners for flip in range(1 + self.args.random_flip)]
+    def make_variants(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
+        """Return the crops of images that are cached, the same for any seed; `sources` is the index of the image."""
+        def make(index: int) -> list[dict[str, np.ndarray]]:
+            image, _, source = self.read(index)
+            corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
+            return [{**transform_image(image, self.args, corner, flip), "sources": np.int64(source)}
+                    for corner in corners for flip in range(1 + self.args.random_flip)]
+
+        return [variant for variants in self.map_in_threads(make, indices) for variant in variants]
 
     def read(self, index: int) -> tuple[Image.Image, list[str], int]:
         """Return image, captions and index of an item, with --skip_broken_images of the next one that can be read."""
@@ -1631,19 +1632,20 @@ def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
 
 @contextlib.contextmanager
 def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
-    """Move the networks whose output is cached to the device for drawing or measuring, and back."""
+    """Move the networks whose outputs are cached to the device for a while."""
+    networks = [models.vae] * args.cache_latents + list_text_encoders(models) * args.cache_text_embeddings
     try:
-        for network in list_cached(args, models):
+        for network in networks:
             network.to(accelerator.device)
         yield
     finally:
-        for network in list_cached(args, models):
+        for network in networks:
             network.to("cpu")
 
 
 # ---- Cache ----------------------------------------------------------------------------------------------------------
 
-CHUNK_SIZE, LEAST_CHUNKS = 32 * 2**20, 16  # of a cache: bytes in a file, and how many files at least
+FILE_SIZE, LEAST_FILES = 16 * 2**20, 16  # of a cache: bytes in a file, whose images are in memory at once
 ENCODED_PIXELS = 2**20  # in a batch of the VAE: one image of 1024 px, four of 512
 
 
@@ -1653,77 +1655,51 @@ def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, s
     dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
     for network in (models.vae, *list_text_encoders(models)):
         network.to(accelerator.device)
-    if args.cache_latents:
-        samples.latents = cache_latents(args, accelerator, models.vae, samples, folder, dtype)
-    if args.cache_text_embeddings:
-        samples.text_states = cache_text_states(accelerator, models, samples, folder, dtype)
-    for network in list_cached(args, models):
-        network.to("cpu")
+    with encoders_on_device(args, accelerator, models):
+        if args.cache_latents:
+            samples.latents = cache_latents(args, accelerator, models.vae, samples, folder, dtype)
+        if args.cache_text_embeddings:
+            samples.text_states = cache_text_states(accelerator, models, samples, folder, dtype)
     torch.cuda.empty_cache()
-
-
-def list_cached(args: Namespace, models: Models) -> list[torch.nn.Module]:
-    """Return the networks whose outputs are cached."""
-    return [models.vae] * args.cache_latents + list_text_encoders(models) * args.cache_text_embeddings
 
 
 def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, samples: Samples, folder: Path,
                   dtype: type) -> EncodedRows:
     """Return a row per variant of each image: the VAE's moments [2c, h, w], time_ids, and the image it is of."""
     channels, height, width = samples.latent_shape
-    key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
-                   digest_network(vae), args.vae_tiling, dtype)
     row = np.dtype([("moments", dtype, (2 * channels, height, width)), ("time_ids", np.float32, (6,)),
                     ("sources", np.int64)])
+    key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
+                   digest_network(vae), args.vae_tiling, row)
+
+    def encode(variants: list[dict]) -> dict[str, np.ndarray]:
+        arrays = {name: np.stack([variant[name] for variant in variants]) for name in variants[0]}
+        images, numbers = arrays.pop("images"), {}  # of distinct crops: those of a square image are all the same
+        places = [numbers.setdefault(hashlib.blake2b(image).digest(), len(numbers)) for image in images]
+        distinct = torch.from_numpy(images[[places.index(number) for number in numbers.values()]])
+        batches = distinct.split(max(1, ENCODED_PIXELS // args.resolution**2))
+        moments = torch.cat([torch.cat(encode_images(vae, batch), dim=1).cpu() for batch in batches])
+        return {"moments": moments.numpy()[places], **arrays}
+
     rows = EncodedRows(folder / f"images-{key}", row, len(samples), samples.count_variants())
-    rows.fill(accelerator, partial(encode_variants, vae, samples))
+    rows.fill(accelerator, samples.make_variants, encode)
     return rows
-
-
-def encode_variants(vae: AutoencoderKL, samples: Samples, rows: np.ndarray, first: int) -> None:
-    """Fill `rows`, which begin at row `first` of the cache of images, encoding a million pixels at a time."""
-    per_image, done = samples.count_variants(), 0
-    batch_size = max(1, ENCODED_PIXELS // samples.args.resolution**2)
-    indices, step = range(first // per_image, (first + len(rows)) // per_image), max(1, batch_size // per_image)
-    groups = [indices[start : start + step] for start in range(0, len(indices), step)]
-    for group in iterate_ahead(samples.map_in_threads(samples.make_variants, group) for group in groups):
-        variants = [variant for variants in group for variant in variants]
-        images, places = np.unique([variant["images"] for variant in variants], axis=0, return_inverse=True)
-        moments = [torch.cat(encode_images(vae, part), dim=1).cpu()
-                   for part in torch.from_numpy(images).split(batch_size)]
-        filled = rows[done : done + len(variants)]
-        filled["moments"] = torch.cat(moments).numpy()[places]  # crops of a square image are all the same
-        for name in ("time_ids", "sources"):
-            filled[name] = [variant[name] for variant in variants]
-        done += len(variants)
-    names = [int(source) for source in rows["sources"]]
-    check_finite(rows["moments"], lambda row: make_row_name(names[row], samples.images[names[row]]))
 
 
 def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
                       dtype: type) -> EncodedRows:
-    """Return the text states of the empty caption and every distinct one, in the order of `caption_digests`."""
-    captions = {digest_caption(caption): caption for index in range(len(samples))
-                for caption in ["", *samples.read_captions(index)]}
-    digests = samples.caption_digests = np.array(sorted(captions), np.uint64)
+    """Return the text states of the empty caption and every distinct one, whose rows are `samples.caption_rows`."""
+    captions = sorted({"", *(caption for index in range(len(samples)) for caption in samples.read_captions(index))})
+    samples.caption_rows = {caption: row for row, caption in enumerate(captions)}
     empty = encode_texts(models, [""])  # which SDXL may want to be zeros
-    vocabularies = [(sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length, tokenizer.pad_token_id)
-                    for tokenizer in list_tokenizers(models)]
-    key = make_key(digests.tobytes(), vocabularies, bool(empty["encoder_hidden_states"].any()),
-                   [digest_network(network) for network in list_text_encoders(models)], models.clip_skip, dtype)
-
-    def encode(rows: np.ndarray, first: int) -> None:
-        for start in range(0, len(rows), 64):
-            part = rows[start : start + 64]
-            texts = [captions[digest] for digest in digests[first + start :][: len(part)].tolist()]
-            for name, values in encode_texts(models, texts).items():
-                part[name] = values
-                check_finite(part[name], lambda row, texts=texts: repr(texts[row]))
-
     row = np.dtype([(name, dtype if values.dtype == np.float32 else values.dtype, values.shape[1:])
                     for name, values in empty.items()])
+    key = make_key(captions, bool(empty["encoder_hidden_states"].any()), row, models.clip_skip,
+                   [(sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id)
+                    for tokenizer in list_tokenizers(models)],
+                   [digest_network(network) for network in list_text_encoders(models)])
     rows = EncodedRows(folder / f"captions-{key}", row, len(captions))
-    rows.fill(accelerator, encode)
+    rows.fill(accelerator, lambda items: [captions[item] for item in items], partial(encode_texts, models))
     return rows
 
 
@@ -1736,56 +1712,50 @@ def encode_texts(models: Models, captions: list[str]) -> dict[str, np.ndarray]:
             "num_long": batch["num_long"].numpy()}
 
 
-def check_finite(values: np.ndarray, name_of) -> None:
-    """Raise RuntimeError at a row that is not finite; `name_of(row)` says what was encoded."""
-    is_finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-    if not is_finite.all():
-        raise RuntimeError(f"the encodings of {name_of(is_finite.argmin())} are not finite as {values.dtype}: look at "
-                           "it, or try --mixed_precision no and --cache_dtype fp32.")
-
-
 class EncodedRows:
-    """Encoded images or captions: the rows of a table, in .npy files that processes and runs share.
+    """Encoded images or captions, as rows of .npy files that processes and runs share.
 
-    `dtype` names the values of a row. Things are images or captions; all rows of one are in the same file.
+    `dtype` names the values of a row. An image has a row for each of its variants, all in the same file.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, num_things: int, rows_per_thing: int = 1) -> None:
-        per_file = min(CHUNK_SIZE // (rows_per_thing * dtype[0].itemsize), math.ceil(num_things / LEAST_CHUNKS))
-        self.folder, self.dtype, self.num_rows = folder, dtype, num_things * rows_per_thing
-        self.rows_per_file = max(1, per_file) * rows_per_thing
+    def __init__(self, folder: Path, dtype: np.dtype, num_items: int, rows_per_item: int = 1) -> None:
+        size = min(FILE_SIZE // (rows_per_item * dtype[0].itemsize), math.ceil(num_items / LEAST_FILES)) or 1
+        self.folder, self.dtype = folder, dtype
+        self.rows_per_item, self.rows_per_file = rows_per_item, size * rows_per_item
+        self.items = [range(num_items)[first : first + size] for first in range(0, num_items, size)]  # of each file
 
-    def get_path(self, row: int) -> Path:
-        """Return the file of a row."""
-        return self.folder / f"{row // self.rows_per_file:06d}.npy"
+    def get_path(self, file: int) -> Path:
+        return self.folder / f"{file:06d}.npy"
 
     def read(self, row: int) -> dict[str, np.ndarray]:
         """Return the values of a row by their names."""
-        values = open_rows(self.get_path(row))[row % self.rows_per_file]
+        file, place = divmod(row, self.rows_per_file)
+        values = open_rows(self.get_path(file))[place]
         return {name: values[name] for name in self.dtype.names}
 
-    def fill(self, accelerator: Accelerator, encode) -> None:
-        """Write the files that are missing or damaged; `encode(rows, first)` fills the rows from `first` on.
+    def fill(self, accelerator: Accelerator, make_inputs, encode) -> None:
+        """Write the files that are missing: the arrays by name that `encode(make_inputs(items))` returns.
 
-        Processes share the work. A file is written aside, then renamed: a run that was killed goes on with the next
-        file, and two runs that write the same one do no harm.
+        Processes share the work. The inputs of the next file are made while one is encoded. A file is written aside,
+        then renamed: a run that was killed goes on with the next file, and two runs that write the same do no harm.
         """
-        open_rows.cache_clear()
-        starts = range(0, self.num_rows, self.rows_per_file)
-        mine = [first for first in starts[accelerator.process_index :: accelerator.num_processes]
-                if not is_whole(self.get_path(first))]
-        for first in tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
-            rows = np.zeros(min(self.rows_per_file, self.num_rows - first), self.dtype)
-            encode(rows, first)
-            self.save(rows, self.get_path(first))
+        mine = [file for file in range(accelerator.process_index, len(self.items), accelerator.num_processes)
+                if not self.get_path(file).is_file()]
+        inputs = iterate_ahead(make_inputs(self.items[file]) for file in mine)
+        bar = tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
+        for file, encoded in zip(bar, map(encode, inputs), strict=True):
+            items = self.items[file]
+            rows = np.empty(len(items) * self.rows_per_item, self.dtype)
+            for name, values in encoded.items():
+                rows[name] = values
+                if not np.isfinite(rows[name]).all():
+                    raise RuntimeError(f"the encodings of items {items.start} to {items.stop - 1} of the data are not "
+                                       f"finite as {rows[name].dtype}: try --mixed_precision no, --cache_dtype fp32.")
+            self.save(rows, self.get_path(file))
         accelerator.wait_for_everyone()
-        if not all(self.get_path(first).is_file() for first in starts):
-            raise ValueError(f"{self.folder} lacks files that other machines wrote: name an --encoded_dir that all "
-                             "machines share.")
-        logger.info(f"{self.num_rows:,} rows in {self.folder}, {len(mine)} of {len(starts)} files written now")
+        logger.info(f"cache {self.folder}: {len(mine)} of {len(self.items)} files written now")
 
     def save(self, rows: np.ndarray, path: Path) -> None:
-        """Write a file."""
         aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -1801,17 +1771,7 @@ class EncodedRows:
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
     """Return the rows of a file as a memory map."""
-    try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or missing: {error}. Remove it and start again.") from error
-
-
-def is_whole(path: Path) -> bool:
-    """Return whether a file exists and its size matches its header."""
-    with contextlib.suppress(ValueError):
-        return open_rows(path) is not None
-    return False
+    return np.load(path, mmap_mode="r")
 
 
 def make_key(*facts) -> str:
@@ -1819,43 +1779,30 @@ def make_key(*facts) -> str:
     return hashlib.blake2b(repr(facts).encode(), digest_size=12).hexdigest()
 
 
-def digest_caption(caption: str) -> int:
-    """Return a hash of 64 bits."""
-    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "little")
-
-
-def read_content(image: Image.Image | dict) -> bytes:
-    """Return what tells an image from any other, without decoding a file."""
-    if isinstance(image, Image.Image):
-        return repr((image.mode, image.size)).encode() + image.tobytes()
-    try:
-        return image.get("bytes") or Path(image["path"] or "").read_bytes()
-    except OSError:  # reading the image will say so, or skip it
-        return b""
-
-
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
-        return hashlib.blake2b(read_content(samples.images[index]["image"])).digest()
+        image, content = samples.images[index]["image"], b""
+        with contextlib.suppress(OSError):  # reading the image will say so, or skip it
+            content = (image.tobytes() if isinstance(image, Image.Image)
+                       else image.get("bytes") or Path(image["path"] or "").read_bytes())
+        return hashlib.blake2b(content).digest()
 
     whole, count = hashlib.blake2b(digest_size=12), len(samples)
     if accelerator.is_main_process:
         for start in tqdm(range(0, count, 1000), desc="reading images"):
             whole.update(b"".join(samples.map_in_threads(digest, range(start, min(start + 1000, count)))))
-        for index in (0, count // 2, count - 1):
-            for variant in samples.make_variants(index):
-                whole.update(b"".join(array.tobytes() for array in variant.values()))
+        for variant in samples.make_variants([0, count // 2, count - 1]):
+            whole.update(b"".join(array.tobytes() for array in variant.values()))
     return gather_object([whole.hexdigest()])[0]
 
 
 def digest_network(network: torch.nn.Module) -> str:
-    """Hash a network's configuration and weights, wherever they were loaded from."""
-    config = network.config if isinstance(network.config, dict) else network.config.to_dict()
-    settings = sorted((key, value) for key, value in config.items() if key[0] != "_" and key != "transformers_version")
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=12)
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tensor.dtype}".encode())
+    """Hash a network's settings and weights, wherever they were loaded from."""
+    settings = {key: value for key, value in vars(network.config).items()
+                if key[0] != "_" and key != "transformers_version"}
+    digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=12)
+    for tensor in network.state_dict().values():
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -1882,23 +1829,17 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
 
 def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Models) -> list[dict]:
     """Return the parameters of each trainable network, with their learning rate and weight decay."""
-    parameters, groups = name_trained_parameters(accelerator, models), []
-    for part in models.trained:
-        own_rate = args.text_encoder_lr if part.startswith("text_encoder") else None
-        rate = args.learning_rate if own_rate is None else own_rate
-        groups.append({
-            "params": [parameter for name, parameter in parameters.items() if name.startswith(f"{part}.")],
-            "weight_decay": args.adam_weight_decay,
-            "lr": compute_learning_rate(args, rate, accelerator.num_processes)})
-    return groups
+    parameters = name_trained_parameters(accelerator, models)
+    return [{"params": [parameter for name, parameter in parameters.items() if name.startswith(f"{part}.")],
+             "weight_decay": args.adam_weight_decay,
+             "lr": compute_learning_rate(args, part, accelerator.num_processes)} for part in models.trained]
 
 
 def make_optimizer(args: Namespace, groups: list[dict]):
     """Return AdamW over groups of parameters, fused where the device has it, or with 8-bit moments; or Adafactor."""
-    if args.use_adafactor:  # with plain rates: scaled by the size of the weights, adapters that start at 0 would stay
-        return transformers.optimization.Adafactor(
-            groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False, warmup_init=False)
-    settings = {"lr": groups[0]["lr"], "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.use_adafactor:  # with plain learning rates: scaled by the size of the weights, adapters would stay at 0
+        return transformers.optimization.Adafactor(groups, scale_parameter=False, relative_step=False)
+    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         import bitsandbytes
 
@@ -1939,21 +1880,22 @@ def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * num_processes
 
 
-def compute_learning_rate(args: Namespace, rate: float, num_processes: int) -> float:
-    """Return a peak learning rate, scaled by the batch if asked for."""
+def compute_learning_rate(args: Namespace, part: str, num_processes: int) -> float:
+    """Return the peak learning rate of a network, with --scale_lr times the samples in an update."""
+    own_rate = None if part == "unet" else args.text_encoder_lr
+    rate = args.learning_rate if own_rate is None else own_rate
     return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
 
 
 def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
     """Return the schedule of the learning rate, counted in optimizer updates."""
-    decay_end = max(last_step, args.lr_warmup_steps + 1)  # a decay of no length at all would divide by 0
     return get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=decay_end,
-        num_cycles=args.lr_num_cycles, power=args.lr_power)
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_cycles=args.lr_num_cycles,
+        num_training_steps=max(last_step, args.lr_warmup_steps + 1), power=args.lr_power)  # a decay needs a length
 
 
 def get_learning_rates(models: Models) -> dict[str, float]:
-    """Return the rates of the next update: `lr` of the UNet, `lr_text_encoder` of what else is trained."""
+    """Return the learning rates of the next update: `lr` of the UNet, `lr_text_encoder` of text encoders."""
     rates = models.lr_scheduler.get_last_lr()
     return {"lr": rates[0], **({"lr_text_encoder": rates[-1]} if len(models.trained) > 1 else {})}
 
@@ -1965,15 +1907,19 @@ def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> 
 
 
 class EmaWeights:
-    """Exponential moving average of the trained weights, in float32: ema += (1 - decay_n) (weights - ema).
+    """Exponential moving average of the trainable weights, in float32: ema += (1 - decay_n) (weights - ema).
 
     decay_n is 0 at the first update, then n / (9 + n), at most `decay`: the ramp of diffusers' EMAModel, which reads
-    these files. `min_decay` is a floor, for EMA weights that come with a model.
+    these files. `min_decay` is a floor, for EMA weights that come with a model. With `offload` they stay in host
+    memory and go to the device one tensor at a time.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, offload: bool = False) -> None:
         self.parameters, self.decay, self.min_decay, self.num_updates = parameters, decay, 0.0, 0
-        self.averages = {name: parameter.detach().to(torch.float32, copy=True)
+        self.offload, options = offload, {"dtype": torch.float32}
+        if offload:
+            options |= {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        self.averages = {name: torch.empty_like(parameter, **options).copy_(parameter.detach())
                          for name, parameter in parameters.items()}
 
     def compute_decay(self) -> float:
@@ -1981,19 +1927,21 @@ class EmaWeights:
         ramp = 0.0 if self.num_updates <= 1 else self.num_updates / (9 + self.num_updates)
         return max(self.min_decay, min(self.decay, ramp))
 
+    @torch.no_grad()
     def step(self) -> None:
         """Average in the weights of this update."""
         self.num_updates += 1
-        self.average(1 - self.compute_decay())
-
-    @torch.no_grad()
-    def average(self, share: float) -> None:
-        """Move the EMA weights towards the trained weights."""
-        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
+        share = 1 - self.compute_decay()
+        if not self.offload:
+            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
+            return
+        for name, parameter in self.parameters.items():
+            average = self.averages[name].to(parameter.device, non_blocking=True, copy=True)
+            self.averages[name].copy_(average.lerp_(parameter, share), non_blocking=True)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange EMA weights and trained weights."""
+        """Exchange EMA weights and trainable weights."""
         for name, parameter in self.parameters.items():
             weights = parameter.detach().clone()
             parameter.copy_(self.averages[name])
@@ -2006,87 +1954,54 @@ class EmaWeights:
         before = json.loads(config.read_text()) if config.is_file() else {}
         config.write_text(json.dumps({**before, **state}, indent=2))
 
-    def load(self, weights: dict[str, Tensor], config: Path) -> None:
-        """Load EMA weights, and the state that `save_state` or diffusers' EMAModel has written."""
-        copy_weights(self.averages, weights, str(config.parent))
+    def load_state(self, config: Path) -> None:
+        """Load what `save_state` or diffusers' EMAModel has written."""
         state = json.loads(config.read_text())
-        self.num_updates, self.min_decay = state["optimization_step"], self.decay if state["min_decay"] else 0.0
-
-
-class OffloadedEma(EmaWeights):
-    """EMA weights in host memory, which go to the device one tensor at a time."""
-
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float) -> None:
-        super().__init__(parameters, decay)
-        for name, average in self.averages.items():
-            self.averages[name] = average.cpu().pin_memory() if torch.cuda.is_available() else average.cpu()
-
-    @torch.no_grad()
-    def average(self, share: float) -> None:
-        """Move the EMA weights towards the trained weights."""
-        for name, parameter in self.parameters.items():
-            average = self.averages[name].to(parameter.device, non_blocking=True, copy=True)
-            self.averages[name].copy_(average.lerp_(parameter, share), non_blocking=True)
+        self.num_updates, self.min_decay = state["optimization_step"], state["min_decay"]
 
 
 @contextlib.contextmanager
 def averaged_weights(models: Models):
     """Put the EMA weights, if there are any, into the networks for a while."""
-    if models.ema is None:
-        yield
-        return
-    models.ema.swap()
+    swap = models.ema.swap if models.ema is not None else lambda: None
+    swap()
     try:
         yield
     finally:
-        models.ema.swap()
+        swap()
 
 
 def make_ema(args: Namespace, accelerator: Accelerator, models: Models) -> EmaWeights:
-    """Return EMA weights: the trained weights or, with --non_ema_revision, those at --revision."""
-    make = OffloadedEma if args.offload_ema else EmaWeights
-    ema = make(name_trained_parameters(accelerator, models), args.ema_decay)
+    """Return EMA weights: the trainable weights or, with --non_ema_revision, those at --revision."""
+    ema = EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay, args.offload_ema)
     if args.non_ema_revision != args.revision:
-        with explained_load(args):
-            source = UNet2DConditionModel.from_pretrained(
-                args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32,
-                revision=args.revision, variant=args.variant, cache_dir=args.cache_dir)
-        averages = {name: average for name, average in ema.averages.items() if name.startswith("unet.")}
-        copy_weights(averages, {f"unet.{name}": tensor for name, tensor in source.state_dict().items()},
-                     f"the UNet at --revision {args.revision}")
+        source = UNet2DConditionModel.from_pretrained(
+            args.pretrained_model_name_or_path, subfolder="unet", torch_dtype=torch.float32,
+            revision=args.revision, variant=args.variant, cache_dir=args.cache_dir)
+        weights = {f"unet.{name}": tensor for name, tensor in source.state_dict().items()}
+        copy_weights(ema.averages, {**ema.averages, **weights}, f"the UNet at --revision {args.revision}")
         ema.min_decay = ema.decay  # the ramp would forget them
     return ema
 
 
 @torch.no_grad()
 def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
-    """Copy weights into tensors of the same names and shapes; ValueError where they are others."""
-    odd = [name for name in sorted(places.keys() | weights.keys())
-           if name not in places or name not in weights or places[name].shape != weights[name].shape]
-    if odd:
-        found = {name: tuple(weights[name].shape) if name in weights else "missing" for name in odd[:3]}
-        raise ValueError(f"{source} does not fit this model and these flags: {len(odd)} tensors are missing, too many "
-                         f"or of another shape, among them {found}. Give the command as it was.")
+    """Copy weights into tensors of the same names and shapes; ValueError where they differ."""
+    here, there = ({(name, tensor.shape) for name, tensor in tensors.items()} for tensors in (places, weights))
+    if here != there:
+        raise ValueError(f"{source} does not fit this model and these flags: {len(here ^ there)} tensors are missing, "
+                         f"too many or of another shape, among them {min(here ^ there)[0]}")
     for name, place in places.items():
         place.copy_(weights[name])
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a model folder, from one safetensors file or several shards."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no .safetensors file, so its checkpoint is not complete: name another one.")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions
-TRAINED = "unet"  # in a checkpoint: the sign that this script made it
+CHECKPOINT_PARTS = ("unet", "optimizer.bin", "scheduler.bin", "random_states_0.pkl")  # in every one
 EMA_FOLDER = "unet_ema"  # in a checkpoint: the EMA weights and, in config.json, the state of the average
 # Flags that must not change on resume: they decide which tensors a checkpoint holds.
-FIXED_FLAGS = ("use_8bit_adam", "use_adafactor", "train_text_encoder")
+FIXED_FLAGS = ("use_ema", "use_8bit_adam", "use_adafactor", "train_text_encoder")
 # Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
     "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
@@ -2099,21 +2014,14 @@ INCONSEQUENTIAL_FLAGS = frozenset(
 
 def list_checkpoints(output_dir: str) -> list[Path]:
     """Return the complete checkpoints in a folder, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*")
-             if CHECKPOINT_NAME.fullmatch(path.name) and is_complete_checkpoint(path)]
-    return sorted(found, key=get_checkpoint_step)
+    return sorted(filter(get_checkpoint_step, Path(output_dir).glob("checkpoint-*")), key=get_checkpoint_step)
 
 
-def get_checkpoint_step(checkpoint: Path) -> int:
-    """Return the update after which a checkpoint was saved, from its name or, if it was renamed, its record."""
-    named = CHECKPOINT_NAME.fullmatch(checkpoint.name)
-    return int(named[1]) if named else load_run_record(checkpoint)["progress"]["global_step"]
-
-
-def is_complete_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds the file that is written last: our record, or the reference's random states."""
-    is_named = CHECKPOINT_NAME.fullmatch(folder.name) is not None
-    return (folder / RUN_RECORD).is_file() or (is_named and (folder / "random_states_0.pkl").is_file())
+def get_checkpoint_step(folder: Path) -> int | None:
+    """Return N of checkpoint-N; None for other folders, and without the file that we or the reference write last."""
+    named = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    is_complete = any((folder / name).is_file() for name in (RUN_RECORD, "random_states_0.pkl"))
+    return int(named[1]) if named and is_complete else None
 
 
 def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
@@ -2122,7 +2030,7 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
     if name is None or name == "latest":
         return complete[-1] if name and complete else None
     for folder in (Path(output_dir, name), Path(name)):
-        if is_complete_checkpoint(folder):
+        if get_checkpoint_step(folder):
             return folder
     holds = ", ".join(folder.name for folder in complete) or "no checkpoint"
     raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint; {output_dir} holds {holds}.")
@@ -2130,29 +2038,25 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
 
 def load_run_record(checkpoint: Path | None) -> dict:
     """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
-    path = checkpoint / RUN_RECORD if checkpoint else None
-    if path is None or not path.is_file():
+    if checkpoint is None or not (checkpoint / RUN_RECORD).is_file():
         return {}
     try:
-        record = json.loads(path.read_text())
-        return {**record, "progress": dict(record["progress"])}
+        record = json.loads((checkpoint / RUN_RECORD).read_text())
+        return {**record, "progress": Progress(**record["progress"])}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Name another checkpoint.") from error
+        raise ValueError(f"{checkpoint / RUN_RECORD} is damaged: {error}. Name another checkpoint.") from error
 
 
 def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
     """Refuse to resume from a checkpoint that does not fit the flags."""
     if checkpoint is None:
         return
-    missing = [name for name in (TRAINED, "optimizer.bin", "scheduler.bin", "random_states_0.pkl")
-               if not (checkpoint / name).exists()]
+    missing = [name for name in CHECKPOINT_PARTS if not (checkpoint / name).exists()]
     if missing:
         raise ValueError(f"{checkpoint} has no {', '.join(missing)}: another script made it, or it is damaged. Name "
                          "another checkpoint.")
-    if (checkpoint / EMA_FOLDER).is_dir() and not args.use_ema:
-        raise ValueError(f"{checkpoint} holds EMA weights, and there is no --use_ema: add the flag, or remove "
-                         f"{EMA_FOLDER} and the like from the checkpoint to drop them.")
     before = load_run_record(checkpoint).get("flags", {})
+    before["use_ema"] = (checkpoint / EMA_FOLDER).is_dir()
     for name in FIXED_FLAGS:
         if name in before and before[name] != getattr(args, name):
             raise ValueError(f"--{name} is {getattr(args, name)} here and was {before[name]} when {checkpoint} was "
@@ -2160,19 +2064,18 @@ def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
 
 
 def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
-    """Write what is trained as model folders that diffusers loads: unet/, or unet_ema/ if these are averages."""
+    """Write the trainable networks as model folders that diffusers loads: unet/, or unet_ema/ with EMA weights."""
     for part in models.trained:
-        network = unwrap_model(accelerator, getattr(models, part))
-        network.save_pretrained(folder / f"{part}{'_ema' if averaged else ''}")
+        unwrap_model(accelerator, getattr(models, part)).save_pretrained(folder / f"{part}{'_ema' * averaged}")
 
 
-def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
-    """Return what `save_trained` has written of all that is trained, named as by `name_trained_parameters`."""
-    frozen = {f"{part}.{name.removeprefix('module.').removeprefix('text_model.')}" for part in models.trained
-              for name, parameter in getattr(models, part).named_parameters() if not parameter.requires_grad}
-    weights = {f"{part}.{name.removeprefix('text_model.')}": tensor for part in models.trained
-               for name, tensor in load_weights(folder / f"{part}{'_ema' if averaged else ''}").items()}
-    return {name: tensor for name, tensor in weights.items() if name not in frozen}
+def load_trained(models: Models, places: dict[str, Tensor], folder: Path, *, averaged: bool = False) -> None:
+    """Load what `save_trained` has written into `places`, by the names of `name_trained_parameters`."""
+    files = [(part, file) for part in models.trained
+             for file in (folder / f"{part}{'_ema' * averaged}").glob("*.safetensors")]
+    weights = {f"{part}.{name.removeprefix('text_model.')}": tensor for part, file in files
+               for name, tensor in load_file(file).items()}
+    copy_weights(places, {name: weights[name] for name in weights if name in places}, str(folder))
 
 
 def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
@@ -2194,28 +2097,25 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
     A checkpoint is written aside with its record last, then renamed. At every moment of this a crash leaves the
     checkpoint of before or the new one, which `remove_leftovers` puts in its place.
     """
-    name = f"checkpoint-{progress.global_step}"
-    aside = Path(args.output_dir, f".partial-{name}")
+    name, limit = f"checkpoint-{progress.global_step}", args.checkpoints_total_limit
+    aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
     try:
         save_state(accelerator, models, aside)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             finish_files(aside)
             (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
-            replace_folder(aside, Path(args.output_dir, name))
+            replace_folder(aside, place)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "none"
-        message = (f"{name} could not be written to {args.output_dir}: {error}. Earlier checkpoints are untouched: "
-                   f"{kept}. Fix the cause, such as a full disk, then add --resume_from_checkpoint latest.")
-        raise RuntimeError(message) from error
+        kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "no checkpoint"
+        raise RuntimeError(f"{name} could not be written to {args.output_dir}, which holds {kept}: {error}. Fix the "
+                           "cause, such as a full disk, then add --resume_from_checkpoint latest.") from error
     if accelerator.is_main_process:
-        others = [folder for folder in list_checkpoints(args.output_dir) if folder.name != name]
-        surplus = others[: max(0, len(others) + 1 - (args.checkpoints_total_limit or sys.maxsize))]
-        for old in surplus:
-            remove(old)
-        removed = f" (removed {', '.join(old.name for old in surplus)})" if surplus else ""
-        logger.info(f"saved {Path(args.output_dir, name)}{removed}")
+        logger.info(f"saved {place}")
+        others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]
+        while limit and len(others) >= limit:
+            remove(others.pop(0))
     accelerator.wait_for_everyone()
 
 
@@ -2228,13 +2128,11 @@ def replace_folder(new: Path, place: Path) -> None:
 
 
 def finish_files(path: Path) -> None:
-    """Flush a file, or all files of a folder, to disk, with usual permissions: safetensors leaves out the group's."""
-    umask = os.umask(0)  # which can only be read by setting it
-    os.umask(umask)
+    """Flush a file, or all in a folder, to disk, with the folder's permissions: safetensors leaves out the group's."""
     for file in (file for file in [path, *path.rglob("*")] if file.is_file()):
         with open(file, "r+b") as stream:
             os.fsync(stream.fileno())
-        file.chmod(0o666 & ~umask)
+        file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def remove(path: Path) -> None:
@@ -2246,9 +2144,8 @@ def remove(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a crash has left; a checkpoint that was complete but not yet in its place is moved there."""
     for leftover in folder.glob(".partial-*"):
-        place = folder / leftover.name.removeprefix(".partial-")
-        if CHECKPOINT_NAME.fullmatch(place.name) and (leftover / RUN_RECORD).is_file() and not place.exists():
-            leftover.rename(place)
+        if (leftover / RUN_RECORD).is_file() and leftover.name.startswith(".partial-checkpoint-"):
+            replace_folder(leftover, folder / leftover.name.removeprefix(".partial-"))
         else:
             remove(leftover)
 
@@ -2256,64 +2153,53 @@ def remove_leftovers(folder: Path) -> None:
 def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint: Path, record: dict,
            num_samples: int) -> Progress:
     """Load a checkpoint and return its progress; learning rate and AdamW's settings are the command line's."""
-    groups = models.optimizer.param_groups
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    optimizer, schedule = models.optimizer.optimizer, models.lr_scheduler.scheduler
+    settings, base_rates = [dict(group) for group in optimizer.param_groups], schedule.base_lrs
     try:
         load_networks(accelerator, models, checkpoint)
         accelerator.load_state(str(checkpoint))
-    except ValueError:
-        raise
+        restore_settings(args, optimizer, settings)
     except Exception as error:  # of several libraries, about files that are cut short
-        raise ValueError(f"{checkpoint} is damaged: {error}. Name another checkpoint.") from error
+        raise ValueError(f"{checkpoint} cannot be loaded: {error}. Name another checkpoint, or give the command as it "
+                         "was.") from error
     step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
-    schedule = models.lr_scheduler.scheduler
-    schedule.last_epoch, schedule.base_lrs = step, [setting["initial_lr"] for setting in settings]
-    for group, setting, factor in zip(models.optimizer.param_groups, settings, schedule.lr_lambdas, strict=True):
-        group.update(setting, lr=setting["initial_lr"] * factor(step))
-    schedule._last_lr = [group["lr"] for group in models.optimizer.param_groups]
-    adapt_moments(args, models.optimizer, checkpoint)
+    schedule.base_lrs, schedule.last_epoch = base_rates, step
+    schedule._last_lr = [rate * factor(step) for rate, factor in zip(base_rates, schedule.lr_lambdas, strict=True)]
+    for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
     warn_of_changes(args, checkpoint, saved, record)
     if saved:
-        progress = Progress(**saved["progress"])
-        return progress if progress.samples_seen <= num_samples else Progress(step, progress.epoch + 1, 0)
+        return saved["progress"]
     samples_per_update = compute_total_batch_size(args, accelerator.num_processes)
     epoch, update = divmod(step, math.ceil(num_samples / samples_per_update))
     return Progress(step, epoch, update * samples_per_update)
 
 
 def load_networks(accelerator: Accelerator, models: Models, checkpoint: Path) -> None:
-    """Load the trained weights and the EMA weights of a checkpoint."""
-    parameters, averages = name_trained_parameters(accelerator, models), checkpoint / EMA_FOLDER
-    copy_weights(parameters, load_trained(models, checkpoint), str(checkpoint))
-    if models.ema is not None and averages.is_dir():
-        models.ema.load(load_trained(models, checkpoint, averaged=True), averages / "config.json")
-    elif models.ema is not None:
-        logger.warning(f"{checkpoint} has no EMA weights: the average starts from the trained weights.")
-        copy_weights(models.ema.averages, parameters, str(checkpoint))
-        models.ema.min_decay = 0.0
+    """Load the trainable weights and the EMA weights of a checkpoint."""
+    load_trained(models, name_trained_parameters(accelerator, models), checkpoint)
+    if models.ema is not None:
+        load_trained(models, models.ema.averages, checkpoint, averaged=True)
+        models.ema.load_state(checkpoint / EMA_FOLDER / "config.json")
 
 
-def adapt_moments(args: Namespace, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Bring loaded moments to the device and memory layout of the weights; ValueError if they are another's."""
+def restore_settings(args: Namespace, optimizer: torch.optim.Optimizer, settings: list[dict]) -> None:
+    """Give a loaded optimizer its own settings again, and its state their device and memory layout."""
+    loaded = optimizer.state_dict()
+    for group, setting in zip(loaded["param_groups"], settings, strict=True):
+        group.update({**setting, "params": group["params"]})
+    optimizer.load_state_dict(loaded)  # moves step counts, which the reference leaves on the CPU
     moment = "state1" if args.use_8bit_adam else "RMS" if args.use_adafactor else "exp_avg"
     for parameter, state in optimizer.state.items():
         if moment not in state:
-            raise ValueError(f"{checkpoint} holds the moments of another optimizer: give or leave out --use_8bit_adam "
-                             "and --use_adafactor as when it was made.")
+            raise ValueError("it has the moments of another optimizer, see --use_8bit_adam and --use_adafactor")
         for name, value in state.items():
-            if name == "step" and isinstance(value, Tensor):  # the reference, not fused, counts on the CPU
-                state[name] = value.to(parameter.device if optimizer.param_groups[0].get("fused") else "cpu")
-            elif isinstance(value, Tensor) and value.shape == parameter.shape:  # --channels_last may have changed
+            if isinstance(value, Tensor) and value.shape == parameter.shape:  # --channels_last may have changed
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict) -> None:
-    """Warn of settings that differ from the checkpoint's, and of checkpoints that `latest` prefers to this one."""
-    ahead = [other.name for other in list_checkpoints(args.output_dir)
-             if get_checkpoint_step(other) > get_checkpoint_step(checkpoint)]
-    if ahead:
-        logger.warning(f"{', '.join(ahead)} in {args.output_dir} are later than {checkpoint}, and `latest` means the "
-                       "last of them: move away those you do not want")
+    """Warn of settings that differ from the checkpoint's."""
     if not saved:
         logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
         return

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 OWN = {
     "ADDITION_EMBED_TYPE",
+    "CHECKPOINT_PARTS",
     "EMA_FOLDER",
     "EXTRA_PARTS",
     "FIXED_FLAGS",
@@ -37,7 +38,6 @@ OWN = {
     "RESULT",
     "TEXT_ENCODERS",
     "TOKENIZERS",
-    "TRAINED",
     "VAE_SCALE",
     "add_flags",
     "describe_model",
@@ -61,9 +61,9 @@ OWN_OF = {
     "train_text_to_image_flax.py": set(
         "--allow_tf32 --mixed_precision INTERPOLATION_MODES Meter StopRequest TRACKERS cache_encodings cache_latents "
         "cache_text_states "
-        "check_checkpoint collate compute_held_out_loss compute_loss compute_snr_weights "
-        "compute_target digest_network draw_images encode_captions encode_images encode_variants "
-        "finish get_peak_memory list_cached load_model_configs load_weights locate_model "
+        "collate compute_held_out_loss compute_loss compute_snr_weights "
+        "compute_target digest_network draw_images encode_captions encode_images "
+        "finish get_peak_memory load_model_configs locate_model "
         "log_images log_rows log_run_header logger make_accelerator make_dataloader make_objective make_run_record "
         "prepare_training resume save_state start_loader_process start_run train train_step transform_image "
         "validate".split()

@@ -189,10 +189,11 @@ def test_missing_checkpoint_is_refused_with_those_that_exist(script, args, copie
 
 @pytest.mark.parametrize("ending", ["", "/"])
 def test_checkpoint_elsewhere_is_honoured(script, args, copied, ending, tmp_path, monkeypatch):
-    """A path means that path, wherever it lies, with or without a slash at its end, and renamed if one likes."""
-    (copied / "checkpoint-2").rename(copied / "the-best")
+    """A path means that path, wherever it lies, with or without a slash at its end."""
+    (copied / "best").mkdir()
+    (copied / "checkpoint-2").rename(copied / "best" / "checkpoint-2")
     monkeypatch.chdir(copied)
-    argv = args(tmp_path / "new", max_train_steps=4, resume_from_checkpoint="./the-best" + ending)
+    argv = args(tmp_path / "new", max_train_steps=4, resume_from_checkpoint="./best/checkpoint-2" + ending)
     run(script, argv)
     assert list_names(tmp_path / "new") == {"checkpoint-4"}
     assert_same_checkpoint(tmp_path / "new/checkpoint-4", copied / "checkpoint-4")

@@ -592,17 +592,6 @@ def test_averages_need_their_flag_and_another_script_is_told(flax, full_run, tin
         flax.main(make_args(tiny_model, image_folder, tmp_path / "out", resume_from_checkpoint=other))
 
 
-def test_averages_may_begin_at_a_checkpoint(flax, tmp_path):
-    """They begin with its weights, in memory of their own: both are given to the next update."""
-    weights = {"unet.a.weight": jnp.arange(6.0).reshape(2, 3)}
-    recipe = flax.Recipe(flax.optax.scale_by_adam(), None, {}, 1.0, 0.5, 0.0)
-    flax.save_state(flax.make_state(recipe, "no", weights, None), tmp_path)
-    others = {"unet.a.weight": jnp.ones((2, 3))}
-    state = flax.load_state(flax.make_state(recipe, "no", others, {"unet.a.weight": jnp.zeros((2, 3))}), tmp_path)
-    (own,), (average,) = state.weights.values(), state.averages.values()
-    assert own.tolist() == average.tolist() == [[0, 1, 2], [3, 4, 5]] and int(state.ema_updates) == 0
-    assert own.unsafe_buffer_pointer() != average.unsafe_buffer_pointer()
-
 
 def test_averages_come_from_their_own_revision(flax, tiny_model, image_folder, tmp_path):
     """The UNet starts from --non_ema_revision, its averages from --revision at full decay."""

@@ -99,7 +99,7 @@ def test_moments_of_another_optimizer_are_refused_without_a_record(script, train
     """A checkpoint that says nothing of its flags, such as the reference's, is told by what it holds."""
     out = train("out", max_train_steps=1)
     (out / "checkpoint-1" / "run_record.json").unlink()
-    with pytest.raises(ValueError, match="checkpoint-1 holds the moments of another optimizer: .*--use_adafactor"):
+    with pytest.raises(ValueError, match="checkpoint-1 .* the moments of another optimizer, .*--use_adafactor"):
         train("out", max_train_steps=2, resume_from_checkpoint="latest", use_adafactor=True)
 
 

@@ -338,25 +338,13 @@ def test_checkpoint_of_the_reference_is_resumed(script, args, tmp_path, caplog):
     assert {int(state["step"]) for state in optimizer["state"].values()} == {6}
 
 
-def test_checkpoint_without_averages_is_resumed_with_them(script, args, tmp_path, caplog):
-    """Averaging starts from the weights of the checkpoint, which is said: its first update forgets the start."""
-    run(script, args(tmp_path / "first", max_train_steps=3, use_ema=False))
-    run(script, args(tmp_path / "plain", resume_from_checkpoint=tmp_path / "first/checkpoint-3", use_ema=False))
-    caplog.clear()
-    run(script, args(tmp_path / "out", resume_from_checkpoint=tmp_path / "first/checkpoint-3"))
-    assert "has no EMA weights" in caplog.text
-    averaged, plain = tmp_path / "out/checkpoint-6", tmp_path / "plain/checkpoint-6"
-    extra = {path.name for path in averaged.iterdir()} - {path.name for path in plain.iterdir()}
-    assert len(extra) == 1
-    shutil.move(averaged / extra.pop(), tmp_path / "averages")
-    assert_same_checkpoint(averaged, plain)
-
-
-def test_checkpoint_with_averages_is_not_resumed_without_them(script, args, never_stopped, tmp_path):
-    """They would be lost without a word: the run is refused before it trains or writes a checkpoint."""
-    whole, _ = never_stopped(script, args, checkpointing_steps=3)
-    with pytest.raises(ValueError, match="--use_ema"):
-        run(script, args(tmp_path / "out", resume_from_checkpoint=whole / "checkpoint-3", use_ema=False))
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_ema_weights_come_and_go_with_a_new_run_only(script, args, use_ema, tmp_path):
+    """With --use_ema they must be in the checkpoint, without it they would be lost: refused before a model loads."""
+    run(script, args(tmp_path / "first", max_train_steps=1, use_ema=use_ema))
+    with pytest.raises(ValueError, match=f"--use_ema is {not use_ema} here and was {use_ema} when .*checkpoint-1"):
+        run(script, args(tmp_path / "out", resume_from_checkpoint=tmp_path / "first/checkpoint-1",
+                         use_ema=not use_ema))
     assert list_names(tmp_path / "out") == set()
 
 

@@ -47,7 +47,7 @@ LENGTHS = {
 def list_rates(script, argv) -> list[float]:
     """Return the rates that the script's schedule sets, one per update, without training."""
     args = make_namespace(script, argv)
-    rate = script.compute_learning_rate(args, args.learning_rate, 1)
+    rate = script.compute_learning_rate(args, "unet", 1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
     lr_scheduler, rates = script.make_lr_scheduler(args, optimizer, args.max_train_steps), []
     for _ in range(args.max_train_steps):
@@ -110,7 +110,7 @@ def test_the_rate_is_scaled_by_the_batch(script, image_folder, tmp_path, num_pro
     flags = {"learning_rate": RATE, "train_batch_size": 3, "gradient_accumulation_steps": 2}
     for scale_lr, expected in ((True, RATE * 6 * num_processes), (False, RATE)):
         args = make_namespace(script, make_args("model", image_folder, tmp_path, scale_lr=scale_lr, **flags))
-        assert script.compute_learning_rate(args, args.learning_rate, num_processes) == pytest.approx(expected)
+        assert script.compute_learning_rate(args, "unet", num_processes) == pytest.approx(expected)
 
 
 def test_a_scaled_rate_is_scheduled(each_script, tiny_model, image_folder, tmp_path):
