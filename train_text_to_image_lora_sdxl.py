@@ -41,7 +41,6 @@ Read these; the rest is plumbing:
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import copy
 import csv
@@ -51,9 +50,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import secrets
@@ -64,6 +65,7 @@ import tempfile
 import textwrap
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -118,7 +120,7 @@ class Progress:
         self.global_step, self.epoch, self.samples_seen = self.global_step + 1, step.epoch, step.last
 
 
-class Visit(NamedTuple):
+class SampleUse(NamedTuple):
     """One use of one sample: the key that a loader passes to `Samples`."""
 
     epoch: int
@@ -160,7 +162,7 @@ class Models:
     metadata: dict[str, str]  # of the adapter's file: base model, rank, scale and layers
     clip_skip: int | None = None  # layers before the last whose text states are used, with --clip_skip
     ema: EmaWeights | None = None
-    debug_images: CaptionedImages | None = None  # with --debug_loss: to name the loss of each
+    debug_samples: Samples | None = None  # with --debug_loss: to name the loss of each
     optimizer: torch.optim.Optimizer | None = None  # this and the next: set by `prepare_training`
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
@@ -269,10 +271,8 @@ def make_objective(args: Namespace, scheduler_config: dict, device: torch.device
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-UNREADABLE_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow identifies these files and cannot decode them
-IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
-                  if name in Image.OPEN and name not in UNREADABLE_FORMATS}
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
 INTERPOLATION_MODES = {mode.name.lower(): mode for mode in InterpolationMode}
 MOST_ASPECT = 100  # longer side over shorter: resizing a thinner strip by its shorter side would take gigabytes
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: ComfyUI writes a whole workflow as one chunk
@@ -282,107 +282,90 @@ class CaptionedImages:
     """Images with their captions. For data of your own, return a class like it from `make_captioned_images`.
 
     It needs a length and items. An item is a dict of `image`, a PIL picture or the `bytes` or `path` of a file as
-    here, and `captions`, a list of strings of which each use draws one. Two methods are optional: `read_captions`
-    spares the caches the images, and --max_train_samples needs `select`. Draw nothing at random here: crops, flips and
-    the choice of a caption are drawn in `Samples`.
+    here, and `captions`, a list of strings of which each use draws one. `captions`, a sequence of such lists, is
+    optional: it spares the caches the images. Draw nothing at random here: crops, flips and captions are drawn in
+    `Samples`.
     """
 
-    def __init__(self, rows: datasets.Dataset, image_column: str, caption_column: str) -> None:
-        self.rows = rows.cast_column(image_column, datasets.Image(decode=False))
-        self.captions = rows.select_columns([caption_column])
-        self.image_column, self.caption_column = image_column, caption_column
-        self.captions_digest = hashlib.blake2b(
-            json.dumps(list(rows[caption_column])).encode(), digest_size=8).hexdigest()
+    def __init__(self, images: Sequence[dict], captions: list[list[str]]) -> None:
+        self.images = images
+        self.captions = datasets.Dataset.from_dict({"captions": captions})["captions"]  # loaders share its memory
+        self.captions_digest = hashlib.blake2b(json.dumps(captions).encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict:
-        image = self.rows[index][self.image_column] or {"bytes": None, "path": None}
-        return {"image": image, "captions": self.read_captions(index)}
-
-    def read_captions(self, index: int) -> list[str]:
-        """Return the captions of an item without reading its image."""
-        captions = self.captions[index][self.caption_column]
-        return [captions] if isinstance(captions, str) else list(captions)
-
-    def select(self, indices: np.ndarray) -> CaptionedImages:
-        """Return some of the items."""
-        return CaptionedImages(self.rows.select(indices), self.image_column, self.caption_column)
+        return {"image": self.images[index] or {"path": None}, "captions": self.captions[index]}
 
 
 def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
     """Return the images of `folder`, or of --dataset_name where it is None."""
-    columns, source = [args.image_column, args.caption_column], folder or args.dataset_name
-    if columns[0] == columns[1]:
-        raise ValueError(f"--image_column and --caption_column are both {columns[0]}: name two columns.")
+    source = folder or args.dataset_name
     rows = load_image_folder(folder, args) if folder else load_rows(args)
     if len(rows) == 0:
-        raise ValueError(f"{source} has no images: a data set needs at least one.")
-    names = list(dict.fromkeys(name for row in rows for name in row)) if isinstance(rows, list) else rows.column_names
-    for flag, column in zip(("image", "caption"), columns, strict=True):
-        if column not in names:
-            hint = " Add metadata.jsonl with file_name and text, or a .txt beside each image." if folder else ""
-            raise ValueError(f"--{flag}_column {column} is not in {source}: its columns are {', '.join(names)}.{hint}")
+        raise ValueError(f"{source} has no images that Pillow reads: unpack archives, or name data that `datasets` "
+                         "loads with --dataset_name.")
+    for flag in ("image_column", "caption_column"):
+        if getattr(args, flag) not in rows.column_names:
+            raise ValueError(f"--{flag} {getattr(args, flag)} is not in {source}: its columns are "
+                             f"{', '.join(rows.column_names)}.")
     try:
-        if isinstance(rows, list):
-            rows = datasets.Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
-        images = CaptionedImages(rows.select_columns(columns), *columns)
-    except (TypeError, ValueError, NotImplementedError) as error:  # of Arrow, about types
-        raise ValueError(f"--image_column {columns[0]} of {source} holds no images, or --caption_column {columns[1]} "
-                         f"not strings only or lists only: {error}") from error
-    for row, caption in enumerate(rows[args.caption_column]):
-        texts = caption if isinstance(caption, list) else [caption]
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"row {row} of {source} has {caption!r} in --caption_column {args.caption_column}: a "
-                             "caption is a string or a list of at least one string. Fix or drop that row.")
-    return images
+        images = rows.cast_column(args.image_column, datasets.Image(decode=False))[args.image_column]
+    except (TypeError, ValueError, NotImplementedError) as error:  # of Arrow
+        raise ValueError(f"--image_column {args.image_column} of {source} holds no images: {error}") from error
+    captions = [[texts] if isinstance(texts, str) else texts for texts in rows[args.caption_column]]
+    bad = [row for row, texts in enumerate(captions) if not isinstance(texts, list) or not texts
+           or not all(isinstance(text, str) for text in texts)]
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(captions)} images in {source} have no caption: row {bad[0]} "
+                         f"({(images[bad[0]] or {}).get('path')}) has {captions[bad[0]]!r} in --caption_column "
+                         f"{args.caption_column}. A caption is a string or a list of at least one string: in the "
+                         "column, in a metadata.jsonl with file_name, or in a .txt beside the image.")
+    several = sum(len(texts) > 1 for texts in captions)
+    if several:
+        logger.info(f"{several} of {len(captions)} images in {source} have several captions: each use draws one")
+    return CaptionedImages(images, captions)
 
 
 def load_rows(args: Namespace) -> datasets.Dataset:
-    """Return the `train` rows of --dataset_name: from the hub, or from a local folder."""
+    """Return the split `train` of --dataset_name: from the hub, a local folder, or what `save_to_disk` has written."""
     name = args.dataset_name
-    is_saved = Path(name, "state.json").is_file() or Path(name, "dataset_dict.json").is_file()
     try:
-        loaded = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(
-            name, args.dataset_config_name, cache_dir=args.cache_dir, data_dir=args.train_data_dir)
+        if Path(name, "dataset_dict.json").is_file():
+            return datasets.load_from_disk(Path(name, "train"))
+        if Path(name, "state.json").is_file():
+            return datasets.load_from_disk(name)
+        return datasets.load_dataset(name, args.dataset_config_name, split="train", cache_dir=args.cache_dir,
+                                     data_dir=args.train_data_dir)
     except Exception as error:  # `datasets` raises many kinds
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise ValueError(f"--dataset_name {name} cannot be loaded: {reason} (its cache, --cache_dir, is "
-                         f"{args.cache_dir or datasets.config.HF_DATASETS_CACHE})") from error
-    if isinstance(loaded, datasets.Dataset):
-        return loaded
-    if "train" not in loaded:
-        raise ValueError(f"--dataset_name {name} has no split named train: its splits are {', '.join(loaded)}.")
-    return loaded["train"]
+        raise ValueError(f"--dataset_name {name} cannot be loaded: {reason}") from error
 
 
-def load_image_folder(folder: str, args: Namespace) -> list[dict]:
-    """Return the rows of a folder: images named in metadata files, or each with a .txt beside it."""
+def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
+    """Return the rows of a folder: of its metadata files, or of its images and the .txt files beside them."""
     files = list_files(folder, args.output_dir)
-    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
-    metadata = [path for path in files if path.name in METADATA_NAMES]
-    archives = [path for path in files if path.suffix.lower() in (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")]
-    hint = f"unpack {archives[0]}" if archives else "put them there"
-    if metadata:
-        rows = [row for path in metadata for row in read_metadata(path, args.image_column)]
-        check_files([row[args.image_column] for row in rows if args.image_column in row], folder, hint, args)
-        used = {*metadata, *(Path(row.get(args.image_column, "")) for row in rows)}
-    else:
-        rows = read_caption_files(images, folder, args)
-        used = {*images, *(path.with_suffix(".txt") for path in images)}
+    metadata = sorted({path.parent: path for path in reversed(files) if path.name in METADATA_NAMES}.values())
+    rows = [row for path in metadata for row in read_metadata(path, args)] if metadata else [
+        {args.image_column: str(path), args.caption_column: read_caption_file(path.with_suffix(".txt"))}
+        for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [Path(row[args.image_column]) for row in rows if args.image_column in row]
+    missing = [path for path in images if not path.is_file() or path.suffix.lower() not in {"", *IMAGE_SUFFIXES}]
+    if missing and not args.skip_broken_images:
+        raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are missing, or "
+                         f"of a format that Pillow does not read: the first is {missing[0]}. Fix file_name, unpack "
+                         "archives, convert the images, or drop these rows.")
+    used = {*metadata, *images, *(path.with_suffix(".txt") for path in images if not metadata)}
     unused = [str(path) for path in files if path not in used]
     if unused:
         logger.warning(f"{len(unused)} files in {folder} are not used, being neither images that Pillow reads nor "
-                       f"their captions, or not in the metadata: {', '.join(unused[:5])}{', ...' * (len(unused) > 5)}")
-    if not rows:
-        raise ValueError(f"{folder} has no images that Pillow reads: {hint}; what `datasets` loads goes to "
-                         "--dataset_name.")
-    return rows
+                       f"their captions, or not in the metadata: {', '.join(unused[:5])}")
+    return datasets.Dataset.from_list(rows)
 
 
 def list_files(folder: str, output_dir: str) -> list[Path]:
-    """Return the files in a folder and its subfolders, also linked ones, but for hidden folders and --output_dir."""
+    """Return the files in a folder and its subfolders, also linked ones, but for hidden ones and --output_dir."""
     files, seen = [], {os.path.realpath(output_dir)}
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in seen:  # links may lead around in a circle
@@ -390,11 +373,11 @@ def list_files(folder: str, output_dir: str) -> list[Path]:
             continue
         seen.add(os.path.realpath(parent))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(parent, name) for name in names]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
     return sorted(files)
 
 
-def read_metadata(path: Path, image_column: str) -> list[dict]:
+def read_metadata(path: Path, args: Namespace) -> list[dict]:
     """Return the rows of a metadata file. As in `datasets`, file_name is the column image, NAME_file_name NAME."""
     rows = []
     try:
@@ -407,49 +390,26 @@ def read_metadata(path: Path, image_column: str) -> list[dict]:
                 header, *lines = csv.reader(file, strict=True)
                 rows.extend(dict(zip(header, [text or None for text in line], strict=True)) for line in lines if line)
     except (OSError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"the metadata in {path.parent} cannot be read: {error} after row {len(rows)} of {path.name}."
-                         " It needs file_name and captions, in UTF-8; in .csv double quotes around commas.") from error
+        raise ValueError(f"{path} cannot be read after row {len(rows)}: {error}. It needs file_name and captions, in "
+                         "UTF-8; in .csv double quotes around commas.") from error
     rows = [{"image" if name == "file_name" else name.removesuffix("_file_name"): value
              for name, value in row.items()} for row in rows]
     for row in rows:
-        if image_column in row:
-            row[image_column] = str(path.parent / str(row[image_column]).replace("\\", "/"))
-    return rows
+        if args.image_column in row:
+            row[args.image_column] = str(path.parent / str(row[args.image_column]).replace("\\", "/"))
+    return [{name: value if name in (args.image_column, args.caption_column) else None for name, value in row.items()}
+            for row in rows]  # other columns may mix types, which a data set cannot
 
 
-def check_files(names: list[str], folder: str, hint: str, args: Namespace) -> None:
-    """Refuse metadata that names files that are not there, or with --skip_broken_images warn of them."""
-    missing = [name for name in names if not Path(name).is_file()]
-    if missing:
-        message = (f"{len(missing)} of {len(names)} images that the metadata in {folder} names are missing: the first "
-                   f"was looked for at {missing[0]}. Fix file_name, {hint}, or drop these rows.")
-        if not args.skip_broken_images:
-            raise ValueError(message)
-        logger.warning(message)
-
-
-def read_caption_files(images: list[Path], folder: str, args: Namespace) -> list[dict]:
-    """Return a row for each image: its path, and the text of the .txt beside it or, of several lines, their list."""
-    missing = [path for path in images if not path.with_suffix(".txt").is_file()]
-    if missing:
-        raise ValueError(f"{folder} has no metadata file, and {len(missing)} of its {len(images)} images have no "
-                         f"caption: {missing[0]} needs {missing[0].with_suffix('.txt').name} beside it, or the folder "
-                         f"a metadata.jsonl with file_name and {args.caption_column}.")
-    captions = []
-    for path in (image.with_suffix(".txt") for image in images):
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
-        captions.append(lines or [""])
-    several = sum(len(lines) > 1 for lines in captions)
-    if several:
-        logger.info(f"{several} of {len(images)} caption files in {folder} have several lines: each is a caption, "
-                    "and each use of an image draws one of its captions")
-    else:
-        captions = [lines[0] for lines in captions]
-    return [{args.image_column: str(path), args.caption_column: caption}
-            for path, caption in zip(images, captions, strict=True)]
+def read_caption_file(path: Path) -> list[str] | None:
+    """Return the lines of a .txt, each of which is a caption, or None if there is no such file."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+    return [line.strip() for line in lines if line.strip()] or [""]
 
 
 def decode_image(image: Image.Image | dict, name: str) -> Image.Image:
@@ -460,40 +420,31 @@ def decode_image(image: Image.Image | dict, name: str) -> Image.Image:
         image.load()
         with contextlib.suppress(Exception):  # a sound picture may have broken EXIF data
             image = ImageOps.exif_transpose(image)
-        if max(image.size) > MOST_ASPECT * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels are too thin a strip to crop from")
-        if image.mode == "F":
-            raise ValueError("its values are floating-point numbers, not 8 or 16 bits per pixel")
+        if image.mode == "F" or max(image.size) > MOST_ASPECT * min(image.size):
+            raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode} are too thin, or floats")
         profile = image.info.get("icc_profile")
         if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
             image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-        elif image.mode not in ("L", "CMYK"):
-            image = image.convert("RGB")
-        to_srgb = make_srgb_transform(profile, image.mode) if profile else None
-        image = to_srgb.apply(image) if to_srgb else image
-        if image.mode == "RGBA":
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        if image.mode not in ("L", "CMYK"):
+            image = image.convert("RGB")
+        return convert_to_srgb(image, profile) if profile else image.convert("RGB")
     except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
-        message = f"{name} cannot be read as an image: {error}. Fix or remove it, or add --skip_broken_images."
-        raise ValueError(message) from error
+        raise ValueError(f"{name} cannot be read as an image: {error}. Fix or remove it, or add "
+                         "--skip_broken_images.") from error
 
 
-@functools.lru_cache(maxsize=16)
-def make_srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the way from an ICC profile to sRGB, or None for a profile that is sRGB, broken or of another mode."""
-    target = mode if mode == "RGBA" else "RGB"
+def convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Return an image in sRGB. An ICC profile that is broken, or is sRGB but for rounding, changes nothing."""
+    plain = image.convert("RGB")
     try:
-        transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), mode, target,
-                                            ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                                            ImageCms.Flags.BLACKPOINTCOMPENSATION)
+        converted = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
+                                              outputMode="RGB")
     except ImageCms.PyCMSError:
-        return None
-    colors = Image.fromarray(np.indices((16, 16, 16), np.uint8).T.reshape(64, 64, 3) * 17).convert(mode)
-    change = np.asarray(transform.apply(colors), int) - np.asarray(colors.convert(target), int)
-    return None if np.abs(change).max() <= 2 else transform  # the many forms of sRGB differ by rounding
+        return plain
+    return converted if np.abs(np.subtract(converted, plain, dtype=int)).max() > 2 else plain
 
 
 def make_row_name(index: int, item: dict) -> str:
@@ -518,9 +469,8 @@ def transform_image(image: Image.Image, args: Namespace, corner: np.ndarray, fli
     size = args.resolution
     resized = TVF.resize(image, size, INTERPOLATION_MODES[args.image_interpolation_mode])
     resized = TVF.horizontal_flip(resized) if flip else resized
-    down, across = resized.height - size, resized.width - size
-    top, left = ((round(down / 2), round(across / 2)) if args.center_crop
-                 else (int(corner[0] * (down + 1)), int(corner[1] * (across + 1))))
+    room = np.array([resized.height, resized.width]) - size
+    top, left = (np.round(room / 2) if args.center_crop else corner * (room + 1)).astype(int).tolist()
     cropped = TVF.crop(resized, top, left, size, size)
     return {"images": np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1)),
             "time_ids": np.array([image.height, image.width, top, left, size, size], np.float32)}
@@ -537,36 +487,33 @@ def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
 
 
 class Samples:
-    """What each visit to a sample trains on: its image, caption, and every random number that its loss needs."""
+    """What each use of a sample trains on: its image, caption, and every random number that its loss needs."""
 
-    def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int,
-                 latent_shape: tuple[int, int, int], num_timesteps: int, extra_noises: dict[str, tuple]) -> None:
+    def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int, latent_shape: tuple[int, int, int],
+                 num_timesteps: int, extra_noises: dict[str, tuple]) -> None:
         self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
+        self.rows = np.arange(len(images))  # of the data, for each sample
+        if (args.max_train_samples or math.inf) < len(images):
+            self.rows = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
         self.timestep_cdf = compute_timestep_cdf(args, num_timesteps)
-        self.latents: EncodedRows | None = None  # with --cache_latents
-        self.text_states: EncodedRows | None = None  # with --cache_text_embeddings
-        self.caption_rows: dict[str, int] = {}  # in them
         self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape, **extra_noises}
-        self.num_threads = count_cores_per_process()  # 1 in a loader process
-        self.num_crops = args.cache_crops or (1 if args.center_crop else 4)  # of each image in the cache
+        self.num_crops = args.cache_crops or (1 if args.center_crop else 4)
+        self.num_variants = self.num_crops * (1 + args.random_flip)  # crops, with --random_flip mirrored as well
+        self.latents = None  # EncodedRows with --cache_latents: the variants of each image
+        self.text_states = None  # EncodedRows with --cache_text_embeddings
+        self.caption_rows: dict[str, int] = {}  # in them
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
 
-    def __getitems__(self, visits: list[Visit]) -> list[dict]:
-        """Return several samples."""
-        return self.map_in_threads(self.__getitem__, visits)
+    def __getitems__(self, uses: list[SampleUse]) -> list[dict]:
+        return map_in_threads(self.__getitem__, uses)
 
-    def map_in_threads(self, function, things) -> list:
-        """Return the results of a function for several things at once."""
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            return list(pool.map(function, things))
-
-    def __getitem__(self, visit: Visit) -> dict:
+    def __getitem__(self, use: SampleUse) -> dict:
         """Return one sample: image and caption, or what is cached of them, `timesteps` and noises."""
-        rng, where = partial(make_rng, self.seed), (visit.epoch, visit.index)
+        rng, where = partial(make_rng, self.seed), (use.epoch, use.index)
         corner, flip = rng("crop", *where).random(2), rng("flip", *where).random() < 0.5
-        image, captions, source = self.get_image(visit.index, corner, self.args.random_flip and flip)
+        image, captions, source = self.get_image(use.index, corner, self.args.random_flip and flip)
         caption = captions[rng("caption", *where).integers(len(captions))]
         if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
             caption = ""
@@ -574,8 +521,8 @@ class Samples:
                   for purpose, shape in self.noise_shapes.items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
         return {**image, **self.get_text(caption), **noises, "timesteps": np.int64(timestep),
-                "indices": np.int64(source), "num_skipped": np.int64((source - visit.index) % len(self)),
-                "weights": np.float32(visit.weight)}
+                "indices": np.int64(source), "num_skipped": np.int64((source - use.index) % len(self)),
+                "weights": np.float32(use.weight)}
 
     def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
         """Return an image, its captions and its index: `index`, or that of the readable one found in its place.
@@ -587,16 +534,9 @@ class Samples:
             image, captions, source = self.read(index)
             return transform_image(image, self.args, corner, flip), captions, source
         crop = int(corner[0] * self.num_crops)
-        cached = self.latents.read(index * self.count_variants() + crop * (1 + self.args.random_flip) + flip)
+        cached = self.latents.read(index * self.num_variants + crop * (1 + self.args.random_flip) + flip)
         source = int(cached.pop("sources"))
-        if source != index and not self.args.skip_broken_images:
-            self.read(index)  # raises an error that names the image
         return cached, self.read_captions(source), source
-
-    def read_captions(self, index: int) -> list[str]:
-        """Return the captions of an item."""
-        read = getattr(self.images, "read_captions", None)
-        return read(index) if read else self.images[index]["captions"]
 
     def get_text(self, caption: str) -> dict:
         """Return the caption, or its cached text states."""
@@ -607,10 +547,6 @@ class Samples:
                              "the same captions each time.")
         return self.text_states.read(self.caption_rows[caption])
 
-    def count_variants(self) -> int:
-        """Return how many rows an image has in the cache: its crops, with --random_flip each mirrored as well."""
-        return self.num_crops * (1 + self.args.random_flip)
-
     def make_variants(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
         """Return the crops of images that are cached, the same for any seed; `sources` is the index of the image."""
         def make(index: int) -> list[dict[str, np.ndarray]]:
@@ -619,13 +555,22 @@ class Samples:
             return [{**transform_image(image, self.args, corner, flip), "sources": np.int64(source)}
                     for corner in corners for flip in range(1 + self.args.random_flip)]
 
-        return [variant for variants in self.map_in_threads(make, indices) for variant in variants]
+        return [variant for variants in map_in_threads(make, indices) for variant in variants]
+
+    def get_item(self, index: int) -> dict:
+        return self.images[int(self.rows[index])]
+
+    def read_captions(self, index: int) -> list[str]:
+        if hasattr(self.images, "captions"):
+            return self.images.captions[int(self.rows[index])]
+        return self.get_item(index)["captions"]
 
     def read(self, index: int) -> tuple[Image.Image, list[str], int]:
-        """Return image, captions and index of an item, with --skip_broken_images of the next one that can be read."""
-        for source in (*range(index, len(self)), *range(index)):
+        """Return image, captions and index of a sample, with --skip_broken_images of the next one that can be read."""
+        for skipped in range(len(self)):
+            source = (index + skipped) % len(self)
             try:
-                item = self.images[source]
+                item = self.get_item(source)
                 return decode_image(item["image"], make_row_name(source, item)), item["captions"], source
             except ValueError as error:
                 if not self.args.skip_broken_images:
@@ -634,21 +579,24 @@ class Samples:
         raise ValueError(f"none of the {len(self)} images can be read.")
 
 
+def map_in_threads(function, things) -> list:
+    """Return the results of a function for several things at once, in a loader process one after the other."""
+    with ThreadPoolExecutor(1 if multiprocessing.parent_process() else 8) as pool:
+        return list(pool.map(function, things))
+
+
 def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
               configs: dict[str, dict]) -> Data:
     """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
     side = args.resolution // compute_vae_factor(configs["vae"])
     shape = (configs["vae"]["latent_channels"], side, side)
     sizes = {"latent_shape": shape, "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
-    if args.max_train_samples is not None and args.max_train_samples < len(images):
-        chosen = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
-        images = images.select(chosen)
     train = Samples(images, args, seed=seed, extra_noises=list_extra_noises(args, shape), **sizes)
     if held_out_images is None:
         return Data(train, None)
-    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0,
-             "timestep_bias_strategy": "none"}
-    plain_args = Namespace(**{**vars(args), **plain})
+    plain_args = Namespace(**{
+        **vars(args), "center_crop": True, "random_flip": False, "proportion_empty_prompts": 0,
+        "timestep_bias_strategy": "none", "max_train_samples": None})
     return Data(train, Samples(held_out_images, plain_args, seed=0, extra_noises={}, **sizes))
 
 
@@ -670,29 +618,16 @@ def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, mic
             first = last
 
 
-class VisitBatches:
-    """This process's share of each micro step as a list of visits: the batch sampler of a DataLoader.
-
-    `pending` are the micro steps whose visits have been handed out, for the loader to hand on with their batches.
-    """
-
-    def __init__(self, steps, num_samples: int, seed: int, rank: int, num_processes: int) -> None:
-        self.steps, self.num_samples, self.seed = steps, num_samples, seed
-        self.rank, self.num_processes, self.pending = rank, num_processes, collections.deque()
-
-    def __iter__(self):
-        """Yield one list of visits per micro step: a contiguous part of it, so that processes make one large batch."""
-        epoch = None
-        for step in self.steps:
-            if step.epoch != epoch:
-                epoch = step.epoch
-                order = make_rng(self.seed, "order", epoch).permutation(self.num_samples)
+def share_samples(steps, num_samples: int, seed: int, rank: int, num_processes: int):
+    """Yield this process's part of each micro step: a contiguous one, so that processes make one large batch."""
+    for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step.epoch):
+        order = make_rng(seed, "order", epoch).permutation(num_samples).tolist()
+        for step in steps_of_epoch:
             count = step.last - step.first
-            begin = step.first + count * self.rank // self.num_processes
-            end = step.first + count * (self.rank + 1) // self.num_processes
-            idle = [Visit(epoch, int(order[step.first]), weight=0.0)]
-            self.pending.append(step)
-            yield [Visit(epoch, int(index)) for index in order[begin:end]] or idle
+            begin = step.first + count * rank // num_processes
+            end = step.first + count * (rank + 1) // num_processes
+            padding = [SampleUse(epoch, order[step.first], weight=0.0)]
+            yield [SampleUse(epoch, index) for index in order[begin:end]] or padding
 
 
 def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, Tensor]:
@@ -711,23 +646,22 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, T
 def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator):
     """Yield each micro step with this process's batch of it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader processes
-    batches = VisitBatches(steps, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
+    steps, planned = itertools.tee(steps)
+    shares = share_samples(planned, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
     tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
     loader = iter(torch.utils.data.DataLoader(
-        samples, batch_sampler=batches, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
-        pin_memory=accelerator.device.type == "cuda", worker_init_fn=start_loader_process,
+        samples, batch_sampler=shares, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
+        pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_stop_signals,
         generator=torch.Generator()))  # its own, to leave the global one alone
     try:
-        for batch in loader:
-            yield batches.pending.popleft(), batch
+        yield from zip(steps, loader, strict=True)
     finally:
         if num_workers:
             loader._shutdown_workers()  # which otherwise waits for the last reference to go
 
 
-def start_loader_process(worker_id: int) -> None:
-    """Ignore the signals that reach a whole process group: the training process ends its loaders by itself."""
-    torch.utils.data.get_worker_info().dataset.num_threads = 1
+def ignore_stop_signals(worker_id: int) -> None:
+    """Leave the signals that reach a whole process group to the training process, which ends its loaders by itself."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -745,12 +679,6 @@ def iterate_ahead(batches):
                 yield batch
     finally:
         batches.close()
-
-
-def count_cores_per_process() -> int:
-    """Return how many threads may load data in one training process: its share of the cores, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -772,19 +700,19 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
         losses = compute_loss(models.unet, objective, *encode_batch(models, batch), batch)
         loss = (losses * batch["weights"]).sum() / step.window_size
         accelerator.backward(loss * scale)
-    image_losses = get_image_losses(accelerator, models.debug_images, batch, losses)
+    image_losses = get_image_losses(accelerator, models.debug_samples, batch, losses)
     return {"train_loss": loss.detach(), **image_losses}
 
 
-def get_image_losses(accelerator: Accelerator, images: CaptionedImages | None, batch: dict[str, Tensor],
+def get_image_losses(accelerator: Accelerator, samples: Samples | None, batch: dict[str, Tensor],
                      losses: Tensor) -> dict[str, float]:
-    """Return the loss of each image of a micro step on all processes, as `loss_for_<file>`; none without `images`."""
-    if images is None:
+    """Return the loss of each image of a micro step on all processes, as `loss_for_<file>`; none without `samples`."""
+    if samples is None:
         return {}
     rows = [(index, loss) for index, loss, weight in zip(
         batch["indices"].tolist(), losses.tolist(), batch["weights"].tolist(), strict=True) if weight]
     rows = gather_object(rows) if accelerator.num_processes > 1 else rows
-    return {f"loss_for_{make_file_name(index, images[index])}": loss for index, loss in rows}
+    return {f"loss_for_{make_file_name(index, samples.get_item(index))}": loss for index, loss in rows}
 
 
 def train(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
@@ -1862,7 +1790,7 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
         moments = torch.cat([torch.cat(encode_images(vae, batch), dim=1).cpu() for batch in batches])
         return {"moments": moments.numpy()[places], **arrays}
 
-    rows = EncodedRows(folder / f"images-{key}", row, len(samples), samples.count_variants())
+    rows = EncodedRows(folder / f"images-{key}", row, len(samples), samples.num_variants)
     rows.fill(accelerator, samples.make_variants, encode)
     return rows
 
@@ -1963,7 +1891,7 @@ def make_key(*facts) -> str:
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
-        image, content = samples.images[index]["image"], b""
+        image, content = samples.get_item(index)["image"], b""
         with contextlib.suppress(OSError):  # reading the image will say so, or skip it
             content = (image.tobytes() if isinstance(image, Image.Image)
                        else image.get("bytes") or Path(image["path"] or "").read_bytes())
@@ -1972,7 +1900,7 @@ def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     whole, count = hashlib.blake2b(digest_size=12), len(samples)
     if accelerator.is_main_process:
         for start in tqdm(range(0, count, 1000), desc="reading images"):
-            whole.update(b"".join(samples.map_in_threads(digest, range(start, min(start + 1000, count)))))
+            whole.update(b"".join(map_in_threads(digest, range(start, min(start + 1000, count)))))
         for variant in samples.make_variants([0, count // 2, count - 1]):
             whole.update(b"".join(array.tobytes() for array in variant.values()))
     return gather_object([whole.hexdigest()])[0]
@@ -2848,7 +2776,7 @@ def main(argv: list[str] | None = None) -> None:
     with explained_load(args):
         models = load_models(args, accelerator, configs)
     set_lora_weights(models, initial_adapter)
-    models.debug_images = data.train.images if args.debug_loss else None
+    models.debug_samples = data.train if args.debug_loss else None
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))

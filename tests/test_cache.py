@@ -92,7 +92,7 @@ def test_visits_draw_all_variants(script, tiny_model, image_folder, tmp_path):
     rows = read_cache(tmp_path / "encoded", "images")["moments"][3 * 12 : 4 * 12]
     counts = np.zeros(12)
     for epoch in range(600):
-        moments = samples[script.Visit(epoch, 3)]["moments"]
+        moments = samples[script.SampleUse(epoch, 3)]["moments"]
         same = [number for number in range(12) if np.array_equal(rows[number], moments)]
         assert same and len({number % 2 for number in same}) == 1  # two crops may fall on one place
         counts[same] += 1 / len(same)
@@ -105,7 +105,7 @@ def test_moments_of_latents_are_those_of_training_without(script, tiny_model, im
     for name, flags in (("plain", UNCACHED), ("cached", {**CACHED, "encoded_dir": tmp_path / "encoded"})):
         _, models, samples = prepare(script, make_args(
             tiny_model, image_folder, tmp_path / "out", **flags, random_flip=True))
-        visits = [samples[script.Visit(epoch, index)] for epoch in range(12) for index in range(10)]
+        visits = [samples[script.SampleUse(epoch, index)] for epoch in range(12) for index in range(10)]
         batch = script.collate(visits, script.list_tokenizers(models))
         found[name] = script.encode_batch(models, batch)[0].double()
     for statistic in (torch.mean, torch.std):
@@ -261,8 +261,8 @@ def test_samples_can_be_sent_to_loader_processes(script, tiny_model, image_folde
     """With caches made, samples can be pickled, as loader processes that are not forked need, and read the same."""
     _, _, samples = prepare(script, make_args(
         tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", **CACHED))
-    sample = samples.__getitems__([script.Visit(0, 3)])[0]
-    other = pickle.loads(pickle.dumps(samples))[script.Visit(0, 3)]
+    sample = samples.__getitems__([script.SampleUse(0, 3)])[0]
+    other = pickle.loads(pickle.dumps(samples))[script.SampleUse(0, 3)]
     assert sample.keys() == other.keys() and all(np.array_equal(sample[name], other[name]) for name in sample)
 
 
@@ -270,9 +270,9 @@ def test_captions_that_were_not_encoded_are_refused(script, tiny_model, image_fo
     """A data set that returns other captions later is told so, in place of getting another caption's states."""
     _, _, samples = prepare(script, make_args(
         tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", **CACHED))
-    samples.images.read_captions = lambda index: ["never seen"]
+    samples.images.captions = [["never seen"]] * 10
     with pytest.raises(ValueError, match="'never seen' was not there"):
-        samples[script.Visit(0, 0)]
+        samples[script.SampleUse(0, 0)]
 
 
 
@@ -330,9 +330,9 @@ def test_broken_images_bring_the_caption_of_what_replaces_them(script, tiny_mode
     _, _, samples = prepare(script, make_args(
         tiny_model, data, tmp_path / "out", encoded_dir=tmp_path / "encoded", cache_latents=True,
         no_cache_text_embeddings=True, skip_broken_images=True))
-    sample = samples[script.Visit(0, 1)]
+    sample = samples[script.SampleUse(0, 1)]
     assert sample["caption"] == "picture number 2" and sample["num_skipped"] == 1
-    assert samples[script.Visit(0, 3)]["num_skipped"] == 0
+    assert samples[script.SampleUse(0, 3)]["num_skipped"] == 0
 
 
 @in_first_script

@@ -883,7 +883,7 @@ def test_loader_processes_read_what_threads_read(flax, tiny_model, image_folder,
     args = flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out"))
     images = flax.make_captioned_images(args, args.train_data_dir)
     data = flax.make_data(args, images, None, 0, flax.load_model_configs(args))
-    visits = [[flax.Visit(0, 1), flax.Visit(0, 4), flax.Visit(0, 2)], [flax.Visit(1, 3)], [flax.Visit(1, 0)]]
+    visits = [[flax.SampleUse(0, index) for index in (1, 4, 2)], [flax.SampleUse(1, 3)], [flax.SampleUse(1, 0)]]
     threads, processes = (list(flax.read_samples(data.train, visits, count)) for count in (0, 2))
     assert [len(samples) for samples in processes] == [3, 1, 1]
     for expected, found in zip(threads, processes, strict=True):

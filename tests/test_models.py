@@ -35,7 +35,8 @@ def test_clip_skip_gives_the_states_of_the_pipeline(script, tiny_model, image_fo
         _, models, samples = prepare(script, make_args(
             tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded" if cached else None,
             clip_skip=clip_skip, **flags))
-        batch = script.collate([samples[script.Visit(0, index)] for index in range(2)], script.list_tokenizers(models))
+        items = [samples[script.SampleUse(0, index)] for index in range(2)]
+        batch = script.collate(items, script.list_tokenizers(models))
         found.append(script.encode_batch(models, batch)[1]["encoder_hidden_states"])
     captions = [f"picture number {index}" for index in range(2)]
     torch.testing.assert_close(found[0], encode_as_the_pipeline(tiny_model, captions, 1), rtol=1e-5, atol=1e-5)
@@ -68,7 +69,7 @@ def test_layers_that_are_skipped_are_not_trained(script, tiny_model, image_folde
     _, models, samples = prepare(script, make_args(
         tiny_model, image_folder, tmp_path / "out", clip_skip=1, **flags))
     models.text_encoder.train()
-    batch = script.collate([samples[script.Visit(0, 0)]], script.list_tokenizers(models))
+    batch = script.collate([samples[script.SampleUse(0, 0)]], script.list_tokenizers(models))
     states = script.encode_captions(models, batch)
     sum(tensor.square().sum() for tensor in states.values()).backward()
     parameters = [(name, parameter) for name, parameter in models.text_encoder.named_parameters()

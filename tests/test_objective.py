@@ -53,7 +53,7 @@ def assemble(script, tiny_model, image_folder, tmp_path):
         for name, parameter in models.unet.named_parameters():
             if "lora_B" in name:  # at 0, where it starts, an adapter does nothing and only B has a gradient
                 torch.nn.init.normal_(parameter, std=0.1)
-        samples = [data.train[script.Visit(0, index)] for index in range(4)]
+        samples = [data.train[script.SampleUse(0, index)] for index in range(4)]
         batch = script.collate(samples, script.list_tokenizers(models))
         if timesteps is not None:
             batch["timesteps"] = timesteps.clone()

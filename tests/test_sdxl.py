@@ -70,7 +70,7 @@ def assemble(sdxl_script, tiny_model, image_folder, tmp_path):
 
 def make_batch(script, parts, visits) -> dict[str, torch.Tensor]:
     """Return samples as a batch."""
-    return script.collate([parts.samples[script.Visit(*visit)] for visit in visits],
+    return script.collate([parts.samples[script.SampleUse(*visit)] for visit in visits],
                           script.list_tokenizers(parts.models))
 
 

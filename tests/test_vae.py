@@ -35,7 +35,7 @@ def hub_cache(tiny_model, vae_folder, tmp_path) -> Path:
 def load_parts(script, model, data: Path, out: Path, **flags):
     """Return the models of a run that caches nothing, and a batch of four samples."""
     _, models, samples = prepare(script, make_args(model, data, out, **UNCACHED, **flags))
-    batch = script.collate([samples[script.Visit(0, index)] for index in range(4)], script.list_tokenizers(models))
+    batch = script.collate([samples[script.SampleUse(0, index)] for index in range(4)], script.list_tokenizers(models))
     return models, batch
 
 
