@@ -54,7 +54,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -75,9 +74,9 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from filelock import FileLock, Timeout
-from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -89,6 +88,7 @@ from transformers import CLIPTokenizer
 
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.optimization import get_scheduler
 
 # ---- Types ----------------------------------------------------------------------------------------------------------
@@ -687,16 +687,16 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     if progress.global_step > last_step:
         logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
         last_step = progress.global_step + 1
-    steps = plan_micro_steps(dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
+    steps = plan_micro_steps(progress, last_step - progress.global_step, len(data.train),
                              args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, steps, models, args.dataloader_num_workers, accelerator)
     parameters = list(name_trained_parameters(accelerator, models).values())
     meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
 
     ahead = contextlib.closing(iterate_ahead(loader))
-    with StopRequest(accelerator) as stop_request, meter, logging_redirect_tqdm(), ahead as batches:
+    with StopRequest(accelerator) as stop_request, logging_redirect_tqdm(), ahead as batches:
         for step, batch in meter.time_waits(batches):
-            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
             meter.add(step, batch, train_step(accelerator, models, objective, batch, step))
             if not step.ends_update:
                 continue
@@ -717,13 +717,12 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             if ends_run or progress.global_step % args.checkpointing_steps == 0:
                 meter.flush()
                 save_checkpoint(args, accelerator, models, progress, record)
-                meter.restart_clock()
             if ends_run:
                 break
-            if is_validation_due(args, progress, step):
+            ends_nth_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
+            if ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0):
                 meter.flush()
                 validate(args, accelerator, models, objective, data, progress)
-                meter.restart_clock()
     return signal_number
 
 
@@ -2113,15 +2112,11 @@ MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
 RESULT = "model_index.json"  # in --output_dir: marks a finished run
 
 
-def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
-           progress: Progress) -> None:
-    """Export the model with its card, send the last pictures to the trackers, and upload."""
+def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int, progress: Progress) -> None:
+    """Export the model with its card, and upload both."""
     if accelerator.is_main_process:
         export_model(args, accelerator, models)
-        save_model_card(args, images, seed, progress)
-        if images:
-            with log_failure("sending the last pictures to the trackers"):
-                log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
+        save_model_card(args, seed, progress)
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:  # after the barrier, so that no process waits for the upload
         push_to_hub(args)
@@ -2146,20 +2141,15 @@ def get_validation_prompts(args: Namespace) -> list[str]:
     return (args.validation_prompts or []) + repeated
 
 
-def is_validation_due(args: Namespace, progress: Progress, step: MicroStep) -> bool:
-    """Return whether the update that `step` ends is one to validate after."""
-    if not get_validation_prompts(args) and args.validation_data_dir is None:
-        return False
-    by_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
-    return by_epoch or (args.validation_steps is not None and progress.global_step % args.validation_steps == 0)
-
-
 def validate(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
-             progress: Progress) -> list[Image.Image]:
-    """Draw the prompts and measure the held-out loss, with the EMA weights if there are any; return the pictures."""
+             progress: Progress, tags: tuple[str, ...] = ("validation",)) -> None:
+    """Draw the prompts and measure the held-out loss, with the EMA weights if there are any.
+
+    `tags` are the names of the pictures in trackers.
+    """
     prompts, images = get_validation_prompts(args), []
     if not prompts and data.held_out is None:
-        return images
+        return
     for network in list_trained(models):
         network.eval()
     with averaged_weights(models), encoders_on_device(args, accelerator, models):
@@ -2167,22 +2157,21 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
             images = draw_images(args, accelerator, models, prompts, data.train.seed)
         if data.held_out is not None:
             loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
-            log_rows(accelerator, [(progress.global_step, {"validation_loss": loss})])
             logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
+            with log_failure("sending the held-out loss to the trackers"):
+                accelerator.log({"validation_loss": loss}, step=progress.global_step)
     for network in list_trained(models):
         network.train()
     if images and accelerator.is_main_process:
         with log_failure("saving the validation pictures"):
-            save_images(images, prompts, Path(args.output_dir, "validation", f"step-{progress.global_step}"))
-            log_images(accelerator, "validation", images, prompts, progress.global_step)
-    return images
+            save_images(args, accelerator, images, progress.global_step, tags)
 
 
 def draw_images(args: Namespace, accelerator: Accelerator, models: Models, prompts: list[str],
                 seed: int) -> list[Image.Image]:
-    """Return a picture per prompt on every process, or none if drawing failed; the noise is the same at every call.
+    """Return a picture per prompt, from the same noise at every call, or none if drawing failed.
 
-    The processes share the prompts.
+    The processes share the prompts; each gets all pictures.
     """
     drawn = []
     with log_failure("drawing validation pictures"):
@@ -2195,17 +2184,16 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
                                    num_inference_steps=args.validation_inference_steps, output_type="latent",
                                    guidance_scale=args.validation_guidance_scale, clip_skip=args.clip_skip).images
             drawn.append((index, decode_latents(models.vae, latents)))
-    drawn = gather_object(drawn) if accelerator.num_processes > 1 else drawn
-    return [image for _, image in sorted(drawn, key=lambda pair: pair[0])] if len(drawn) == len(prompts) else []
+    drawn = sorted(gather_object(drawn))
+    return [image for _, image in drawn] if len(drawn) == len(prompts) else []
 
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
     """Decode latents [1, c, h, w] to a picture in the VAE's own dtype, since fp16 autocast may overflow."""
     latents = latents.float() / vae.config.scaling_factor
-    pixel_values = vae.decode(latents.to(vae.dtype), return_dict=False)[0][0].float()  # [3, H, W] in [-1, 1]
-    pixels = ((pixel_values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    pixel_values = vae.decode(latents.to(vae.dtype)).sample.float()  # [1, 3, H, W] in [-1, 1]
+    return VaeImageProcessor().postprocess(pixel_values)[0]
 
 
 @torch.no_grad()
@@ -2216,41 +2204,38 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
     It is nan if a process failed.
     """
     plain = dataclasses.replace(objective, args=Namespace(dream_training=False, snr_gamma=None))
-    steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_processes,
-                             len(held_out))
-    loader = make_dataloader(held_out, steps, models, 0, accelerator)
-    networks, losses = unwrap_models(accelerator, models), [torch.full((1,), math.nan, device=accelerator.device)]
-    with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(loader)) as batches:
-        for _, batch in batches:
-            batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+    networks, count = unwrap_models(accelerator, models), len(held_out)
+    steps = plan_micro_steps(Progress(), 1, count, args.train_batch_size * accelerator.num_processes, count)
+    losses = [torch.full((1,), math.nan, device=accelerator.device)]
+    with log_failure("measuring the held-out loss"):
+        for _, batch in make_dataloader(held_out, steps, models, 0, accelerator):
+            batch = send_to_device(batch, accelerator.device)
             losses.append(compute_loss(networks.unet, plain, *encode_batch(networks, batch), batch) * batch["weights"])
         losses[0].zero_()
-    return accelerator.reduce(torch.cat(losses).sum(), "sum").item() / len(held_out)
+    return accelerator.reduce(torch.cat(losses).sum(), "sum").item() / count
 
 
-def save_images(images: list[Image.Image], prompts: list[str], folder: Path) -> None:
-    """Save pictures as 00.png, 01.png, ... and together as grid.png."""
+def save_images(args: Namespace, accelerator: Accelerator, images: list[Image.Image], step: int,
+                tags: tuple[str, ...]) -> None:
+    """Save pictures one by one and side by side, and send them to the trackers."""
+    folder, pixels = Path(args.output_dir, "validation", f"step-{step}"), [np.asarray(image) for image in images]
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         image.save(folder / f"{index:02d}.png")
-    make_labeled_grid(images, prompts).save(folder / "grid.png")
+    Image.fromarray(np.hstack(pixels)).save(folder / "grid.png")
     logger.info(f"saved {len(images)} pictures and grid.png in {folder}")
+    for tracker in accelerator.trackers:
+        for tag in tags:
+            if tracker.name == "tensorboard":
+                tracker.log_images({tag: np.stack(pixels)}, step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                import wandb
 
-
-def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
-    """Return the pictures in rows of up to four, each with its label below."""
-    columns, line = min(4, len(images)), 14  # pixels per line of PIL's own font, about 6 per character
-    width, height = max(128, images[0].width), max(128, images[0].height)
-    texts = [textwrap.wrap(label, width // 6)[:3] for label in labels]
-    cell = height + line * max(map(len, texts), default=1) + 6
-    grid = Image.new("RGB", (columns * (width + 4), math.ceil(len(images) / columns) * cell), "white")
-    draw = ImageDraw.Draw(grid)
-    for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
-        left, top = index % columns * (width + 4), index // columns * cell
-        grid.paste(image.resize((width, height)) if image.size != (width, height) else image, (left, top))
-        for row, text in enumerate(lines):
-            draw.text((left + 2, top + height + 2 + row * line), text, fill="black")
-    return grid
+                prompts = get_validation_prompts(args)
+                captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
+                tracker.log({tag: captioned}, step=step)
+            else:
+                logger.warning(f"--report_to {tracker.name} shows no pictures: they are in {folder}")
 
 
 def load_extra_parts(args: Namespace) -> dict:
@@ -2289,38 +2274,33 @@ def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     return f"All weights of the {trained}", code, tags
 
 
-def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progress: Progress) -> None:
-    """Write README.md, the model card, with a grid of the last pictures."""
-    prompts, folder, base = get_validation_prompts(args), Path(args.output_dir), args.pretrained_model_name_or_path
-    prompt = prompts[0] if prompts else "a prompt like the captions it was trained on"
-    trained, code, tags = describe_model(args, prompt)
+def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
+    """Write README.md, the model card, with the pictures drawn after the last update."""
+    folder, base = Path(args.output_dir), args.pretrained_model_name_or_path
+    prompts = get_validation_prompts(args) or ["a prompt like the captions it was trained on"]
+    trained, code, tags = describe_model(args, prompts[0])
     text = f"# Fine-tuned {base}\n\n{trained} were trained on {args.dataset_name or 'images in a local folder'}.\n"
-    if images:
-        make_labeled_grid(images, prompts).save(folder / "val_imgs_grid.png")
+    grid = folder / "validation" / f"step-{progress.global_step}" / "grid.png"
+    if grid.is_file():
+        shutil.copyfile(grid, folder / "val_imgs_grid.png")
         text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
-    names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
-             "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
-             "prediction_type", "clip_skip", "rank", "lora_alpha")
-    facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
-    text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
-    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,
-                                           base_model=None if Path(base).exists() else base, inference=True)
+    facts = {**vars(args), "updates": progress.global_step, "seed": seed}
+    for name in ("updates", "seed", "learning_rate", "train_batch_size", "gradient_accumulation_steps", "resolution",
+                 "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "clip_skip", "rank", "lora_alpha"):
+        text += f"- {name}: {facts[name]}\n" if facts.get(name) is not None else ""
+    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags, inference=True,
+                                           base_model=None if Path(base).exists() else base)
     (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
 def push_to_hub(args: Namespace) -> None:
-    """Upload --output_dir without checkpoints and logs; an error names the command that repeats the upload."""
-    logs = os.path.relpath(Path(args.output_dir, args.logging_dir, args.tracker_project_name), args.output_dir)
-    ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{logs.split(os.sep)[0]}/**"]
-    try:
-        huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
-                                      commit_message="End of training", ignore_patterns=[*ignored])
-    except Exception as error:
-        excluded = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
-        message = (f"the upload to {args.hub_model_id} failed: {error}. Nothing is lost: {args.output_dir} holds the "
-                   f"model. Try: hf upload {args.hub_model_id} {args.output_dir} . {excluded}")
-        raise RuntimeError(message) from error
+    """Upload --output_dir without checkpoints and logs."""
+    logger.info(f"uploading {args.output_dir} to {args.hub_model_id}: if it fails, repeat the command with "
+                "--resume_from_checkpoint latest")
+    ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{Path(args.logging_dir)}/**"]
+    huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
+                                  commit_message="End of training", ignore_patterns=ignored)
 
 
 # ---- Logging --------------------------------------------------------------------------------------------------------
@@ -2338,19 +2318,8 @@ class Meter:
         self.accelerator, self.logging_steps = accelerator, args.logging_steps
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
         self.numbers, self.updates = {}, []  # of the current update, and (step, numbers) of those not read yet
-        self.counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # skipped images, long captions
-        self.restart_clock()
-
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(self, *error) -> None:
-        with contextlib.suppress(OSError):
-            self.bar.close()
-
-    def restart_clock(self) -> None:
-        """Start measuring speed anew, after a pause that is not training."""
-        self.started, self.waited, self.num_images = time.perf_counter(), 0.0, 0
+        self.counts = torch.zeros(2, device=accelerator.device)  # skipped images, long captions
+        self.started, self.waited, self.num_images = time.perf_counter(), 0.0, 0  # since the last reading
 
     def time_waits(self, batches):
         """Yield what `batches` yields, and measure how long each was waited for."""
@@ -2359,6 +2328,8 @@ class Meter:
             self.waited += time.perf_counter() - began
             yield step_and_batch
             began = time.perf_counter()
+            if not self.num_images:  # just read: what was done since, such as saving, is not training
+                self.started = began
 
     def add(self, step: MicroStep, batch: dict[str, Tensor], numbers: dict) -> None:
         """Add the numbers of a micro step to those of its update."""
@@ -2372,56 +2343,35 @@ class Meter:
         """Finish an update; every --logging_steps of them, read and log the numbers."""
         self.updates.append((global_step, {**self.numbers, **numbers}))
         self.numbers = {}
-        with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not end the run
-            self.bar.update(1)
         if len(self.updates) >= self.logging_steps:
             self.flush()
+        with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not end the run
+            self.bar.update(1)
 
     def flush(self) -> None:
         """Read the numbers from the device and log them; raise RuntimeError if a loss or gradient is not finite."""
         if not self.updates:
             return
-        losses = torch.stack([numbers["train_loss"] for _, numbers in self.updates]).float()
-        summed = self.accelerator.reduce(torch.cat([losses, self.counts.float()]), "sum")
+        losses = torch.stack([numbers["train_loss"] for _, numbers in self.updates])
+        summed = self.accelerator.reduce(torch.cat([losses, self.counts]), "sum")
         *losses, skipped, long = summed.tolist()  # the only place where the loop waits for the device
-        rows = [(step, {name: number.item() if isinstance(number, Tensor) else number
-                        for name, number in {**numbers, "train_loss": loss}.items()})
+        rows = [(step, {name: float(number) for name, number in {**numbers, "train_loss": loss}.items()})
                 for (step, numbers), loss in zip(self.updates, losses, strict=True)]
         seconds, latest = time.perf_counter() - self.started, rows[-1][1]
         latest |= {"images_per_second": self.num_images / seconds, "data_wait": self.waited / seconds,
                    **get_peak_memory(self.accelerator.device), "skipped_images": skipped, "long_captions": long}
-        log_rows(self.accelerator, rows)
-        with contextlib.suppress(OSError):
-            self.bar.set_postfix_str(f"loss {latest['train_loss']:.4f}, lr {latest['lr']:.2e}, "
-                                     f"{latest['images_per_second']:.2f} images/s")
-        self.updates.clear()
-        self.restart_clock()
+        with log_failure("sending numbers to the trackers"):
+            for step, numbers in rows:
+                self.accelerator.log(numbers, step=step)
+        self.bar.set_postfix(loss=latest["train_loss"], lr=latest["lr"], refresh=False)
+        self.updates, self.waited, self.num_images = [], 0.0, 0
         for step, numbers in rows:
             norm = 0.0 if self.accelerator.scaler else numbers.get("grad_norm", 0.0)  # fp16 skips such an update
             if not math.isfinite(numbers["train_loss"] + norm):
                 raise RuntimeError(
                     f"the loss is {numbers['train_loss']} at step {step} (gradient norm {norm}, lr "
-                    f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}). Usual causes: too high a "
-                    "learning rate, or fp16 with this model; try --mixed_precision bf16 or a lower --learning_rate. "
-                    "Earlier checkpoints are untouched.")
-
-
-def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
-    """Send the numbers of several updates to the trackers, each with its own step."""
-    for tracker in accelerator.trackers:
-        with log_failure(f"sending numbers to {tracker.name}"):
-            send_rows(tracker, rows)
-
-
-def send_rows(tracker, rows: list[tuple[int, dict[str, float]]]) -> None:
-    """Send the numbers of several updates to one tracker."""
-    if tracker.name != "tensorboard":
-        for step, numbers in rows:
-            tracker.log(numbers, step=step)
-        return
-    for step, name, number in ((step, *item) for step, numbers in rows for item in numbers.items()):
-        tracker.writer.add_scalar(name, number, step)
-    tracker.writer.flush()  # once; the tracker's own `log` flushes at every row
+                    f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}): too high a learning rate? "
+                    "Try a lower one, and --mixed_precision bf16 in place of fp16. Checkpoints are untouched.")
 
 
 @contextlib.contextmanager
@@ -2431,23 +2381,6 @@ def log_failure(what: str):
         yield
     except Exception:  # anything from out of memory to a full disk
         logger.exception(f"{what} failed; the run goes on", main_process_only=False)
-
-
-def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
-    """Send pictures to the trackers that can show them."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_images(tag, np.stack([np.asarray(image) for image in images]), step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            import wandb
-
-            captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
-            tracker.log({tag: captioned}, step=step)
-        elif tracker.name == "comet_ml":
-            for i, image in enumerate(images):
-                tracker.writer.log_image(image, name=f"{tag}-{i}: {prompts[i]}", step=step)
-        else:
-            logger.warning(f"--report_to {tracker.name} shows no pictures; they are in --output_dir/validation/.")
 
 
 def get_peak_memory(device: torch.device) -> dict[str, float]:
@@ -2493,8 +2426,8 @@ def main(argv: list[str] | None = None) -> None:
     log_run_header(args, accelerator, models, len(data.train), seed, checkpoint)
     signal_number = train(args, accelerator, models, objective, data, progress, record)
     if not signal_number:
-        last_images = validate(args, accelerator, models, objective, data, progress)
-        finish(args, accelerator, models, last_images, seed, progress)
+        validate(args, accelerator, models, objective, data, progress, tags=("validation", "test"))
+        finish(args, accelerator, models, seed, progress)
     with log_failure("closing the trackers"):
         accelerator.end_training()
     if signal_number:

@@ -58,7 +58,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
@@ -83,7 +82,7 @@ from filelock import FileLock, Timeout
 from jax import Array as Tensor
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from PIL import Image, ImageCms, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_arrays
 from tqdm.auto import tqdm
@@ -863,12 +862,12 @@ def compile_train_step(models: Models, batch: dict[str, Tensor]) -> jax.stages.C
 
 def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data, progress: Progress,
           record: dict) -> int:
-    """Train until the last update, moving `progress` along; return the signal that stopped it early, or 0."""
+    """Train until the last update, advancing `progress`; return the signal that stopped it early, or 0."""
     last_step = compute_last_step(args, len(data.train), accelerator.num_devices)
     if progress.global_step > last_step:
         logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
         last_step = progress.global_step + 1
-    steps = plan_micro_steps(dataclasses.replace(progress), last_step - progress.global_step, len(data.train),
+    steps = plan_micro_steps(progress, last_step - progress.global_step, len(data.train),
                              args.train_batch_size * accelerator.num_devices, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, steps, models, args.dataloader_num_workers, accelerator,
                              args.train_batch_size)
@@ -877,11 +876,11 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
     ahead = contextlib.closing(iterate_ahead(make_updates(args, accelerator, loader, stop_request)))
     compiled, signal_number = None, 0
 
-    with stop_request, meter, logging_redirect_tqdm(), ahead as updates:
-        for step, batch in meter.iterate(updates):
+    with stop_request, logging_redirect_tqdm(), ahead as updates:
+        for step, batch in meter.time_waits(updates):
             if compiled is None:
                 compiled = compile_train_step(models, batch)
-                meter.restart_clock()
+                meter.started = time.perf_counter()
             models.state, metrics = compiled(models.state, models.placed, batch)
             progress.advance(step)
             meter.end_update(progress.global_step, step, metrics)
@@ -891,13 +890,12 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
             if ends_run or progress.global_step % args.checkpointing_steps == 0:
                 meter.flush()
                 save_checkpoint(args, accelerator, models, progress, record)
-                meter.restart_clock()
             if ends_run:
                 break
-            if is_validation_due(args, progress, step):
+            ends_nth_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
+            if ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0):
                 meter.flush()
                 validate(args, accelerator, models, data, progress)
-                meter.restart_clock()
     return signal_number
 
 
@@ -2627,15 +2625,11 @@ MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
 RESULT = "model_index.json"  # in --output_dir: marks a finished run
 
 
-def finish(args: Namespace, accelerator: Accelerator, models: Models, images: list[Image.Image], seed: int,
-           progress: Progress) -> None:
-    """Export the model with its card, send the last pictures to the trackers, and upload."""
+def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int, progress: Progress) -> None:
+    """Export the model with its card, and upload both."""
     export_model(args, accelerator, models)
     if accelerator.is_main_process:
-        save_model_card(args, images, seed, progress)
-        if images:
-            with log_failure("sending the last pictures to the trackers"):
-                log_images(accelerator, "test", images, get_validation_prompts(args), progress.global_step)
+        save_model_card(args, seed, progress)
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:  # after the barrier, so that no process waits for the upload
         push_to_hub(args)
@@ -2647,20 +2641,15 @@ def get_validation_prompts(args: Namespace) -> list[str]:
     return (args.validation_prompts or []) + repeated
 
 
-def is_validation_due(args: Namespace, progress: Progress, step: MicroStep) -> bool:
-    """Return whether the update that `step` ends is one to validate after."""
-    if not get_validation_prompts(args) and args.validation_data_dir is None:
-        return False
-    by_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
-    return by_epoch or (args.validation_steps is not None and progress.global_step % args.validation_steps == 0)
+def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Data, progress: Progress,
+             tags: tuple[str, ...] = ("validation",)) -> None:
+    """Draw the prompts and measure the held-out loss, with the EMA weights if there are any.
 
-
-def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
-             progress: Progress) -> list[Image.Image]:
-    """Draw the prompts and compute the held-out loss, with the EMA weights if there are any; return the pictures."""
+    `tags` are the names of the pictures in trackers.
+    """
     prompts, images = get_validation_prompts(args), []
     if not prompts and data.held_out is None:
-        return images
+        return
     frozen = place_frozen(accelerator, models, [part for part in SETTINGS if part not in models.trained])
     if prompts:
         images = draw_images(args, accelerator, models, frozen, prompts, data.train.seed)
@@ -2670,9 +2659,7 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Da
         logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
     if images and accelerator.is_main_process:
         with log_failure("saving the validation pictures"):
-            save_images(images, prompts, Path(args.output_dir, "validation", f"step-{progress.global_step}"))
-            log_images(accelerator, "validation", images, prompts, progress.global_step)
-    return images
+            save_images(args, accelerator, images, progress.global_step, tags)
 
 
 def get_best_weights(models: Models) -> dict[str, Tensor]:
@@ -2760,40 +2747,28 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
 
     It is nan if measuring failed.
     """
-    steps = plan_micro_steps(Progress(), 1, len(held_out), args.train_batch_size * accelerator.num_devices,
-                             len(held_out))
-    batches, losses = make_dataloader(held_out, steps, models, 0, accelerator, args.train_batch_size), []
-    with log_failure("measuring the held-out loss"), contextlib.closing(iterate_ahead(batches)) as ahead:
-        for _, batch in ahead:
+    count, losses = len(held_out), []
+    steps = plan_micro_steps(Progress(), 1, count, args.train_batch_size * accelerator.num_devices, count)
+    with log_failure("measuring the held-out loss"):
+        for _, batch in make_dataloader(held_out, steps, models, 0, accelerator, args.train_batch_size):
             losses.append(models.programs.compute_losses(get_best_weights(models), frozen,
                                                          accelerator.place_batch(batch, axis=0)))
-        return float(sum(jax.device_get(losses))) / len(held_out)
+        return float(sum(jax.device_get(losses))) / count
     return math.nan
 
 
-def save_images(images: list[Image.Image], prompts: list[str], folder: Path) -> None:
-    """Save pictures as 00.png, 01.png, ... and together as grid.png."""
+def save_images(args: Namespace, accelerator: Accelerator, images: list[Image.Image], step: int,
+                tags: tuple[str, ...]) -> None:
+    """Save pictures one by one and side by side, and send them to the trackers."""
+    folder = Path(args.output_dir, "validation", f"step-{step}")
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         image.save(folder / f"{index:02d}.png")
-    make_labeled_grid(images, prompts).save(folder / "grid.png")
+    Image.fromarray(np.hstack(images)).save(folder / "grid.png")
     logger.info(f"saved {len(images)} pictures and grid.png in {folder}")
-
-
-def make_labeled_grid(images: list[Image.Image], labels: list[str]) -> Image.Image:
-    """Return the pictures in rows of up to four, each with its label below."""
-    columns, line = min(4, len(images)), 14  # pixels per line of PIL's own font, about 6 per character
-    width, height = max(128, images[0].width), max(128, images[0].height)
-    texts = [textwrap.wrap(label, width // 6)[:3] for label in labels]
-    cell = height + line * max(map(len, texts), default=1) + 6
-    grid = Image.new("RGB", (columns * (width + 4), math.ceil(len(images) / columns) * cell), "white")
-    draw = ImageDraw.Draw(grid)
-    for index, (image, lines) in enumerate(zip(images, texts, strict=True)):
-        left, top = index % columns * (width + 4), index // columns * cell
-        grid.paste(image.resize((width, height)) if image.size != (width, height) else image, (left, top))
-        for row, text in enumerate(lines):
-            draw.text((left + 2, top + height + 2 + row * line), text, fill="black")
-    return grid
+    for tracker in accelerator.trackers:
+        for tag in tags:
+            tracker.log_images(tag, images, get_validation_prompts(args), step)
 
 
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
@@ -2864,38 +2839,33 @@ def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     return f"All weights of the {trained}", code, tags
 
 
-def save_model_card(args: Namespace, images: list[Image.Image], seed: int, progress: Progress) -> None:
-    """Write README.md, the model card, with a grid of the last pictures."""
-    prompts, folder, base = get_validation_prompts(args), Path(args.output_dir), args.pretrained_model_name_or_path
-    prompt = prompts[0] if prompts else "a prompt like the captions it was trained on"
-    trained, code, tags = describe_model(args, prompt)
+def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
+    """Write README.md, the model card, with the pictures drawn after the last update."""
+    folder, base = Path(args.output_dir), args.pretrained_model_name_or_path
+    prompts = get_validation_prompts(args) or ["a prompt like the captions it was trained on"]
+    trained, code, tags = describe_model(args, prompts[0])
     text = f"# Fine-tuned {base}\n\n{trained} were trained on {args.dataset_name or 'images in a local folder'}.\n"
-    if images:
-        make_labeled_grid(images, prompts).save(folder / "val_imgs_grid.png")
+    grid = folder / "validation" / f"step-{progress.global_step}" / "grid.png"
+    if grid.is_file():
+        shutil.copyfile(grid, folder / "val_imgs_grid.png")
         text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
     text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
-    names = ("learning_rate", "lr_scheduler", "train_batch_size", "gradient_accumulation_steps", "resolution",
-             "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "snr_gamma", "noise_offset",
-             "prediction_type", "clip_skip", "rank", "lora_alpha")
-    facts = {"updates": progress.global_step, "seed": seed, **{name: getattr(args, name, None) for name in names}}
-    text += "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None) + "\n"
-    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags,
-                                           base_model=None if Path(base).exists() else base, inference=True)
+    facts = {**vars(args), "updates": progress.global_step, "seed": seed}
+    for name in ("updates", "seed", "learning_rate", "train_batch_size", "gradient_accumulation_steps", "resolution",
+                 "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "clip_skip", "rank", "lora_alpha"):
+        text += f"- {name}: {facts[name]}\n" if facts.get(name) is not None else ""
+    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags, inference=True,
+                                           base_model=None if Path(base).exists() else base)
     (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
 def push_to_hub(args: Namespace) -> None:
-    """Upload --output_dir without checkpoints and logs; an error names the command that repeats the upload."""
-    logs = os.path.relpath(Path(args.output_dir, args.logging_dir, args.tracker_project_name), args.output_dir)
-    ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{logs.split(os.sep)[0]}/**"]
-    try:
-        huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
-                                      commit_message="End of training", ignore_patterns=[*ignored])
-    except Exception as error:
-        excluded = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
-        message = (f"the upload to {args.hub_model_id} failed: {error}. Nothing is lost: {args.output_dir} holds the "
-                   f"model. Try: hf upload {args.hub_model_id} {args.output_dir} . {excluded}")
-        raise RuntimeError(message) from error
+    """Upload --output_dir without checkpoints and logs."""
+    logger.info(f"uploading {args.output_dir} to {args.hub_model_id}: if it fails, repeat the command with "
+                "--resume_from_checkpoint latest")
+    ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{Path(args.logging_dir)}/**"]
+    huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
+                                  commit_message="End of training", ignore_patterns=ignored)
 
 
 # ---- Logging --------------------------------------------------------------------------------------------------------
@@ -2913,28 +2883,17 @@ class Meter:
         self.accelerator, self.logging_steps = accelerator, args.logging_steps
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
         self.updates, self.counts = [], {"skipped_images": 0, "long_captions": 0}
-        self.restart_clock()
+        self.started, self.waited = time.perf_counter(), 0.0  # since the last reading
 
-    def __enter__(self) -> Meter:
-        return self
-
-    def __exit__(self, *error) -> None:
-        with contextlib.suppress(OSError):
-            self.bar.close()
-
-    def restart_clock(self) -> None:
-        """Restart the measurement of speed, after something that is not training."""
-        self.started, self.waited = time.perf_counter(), 0.0
-
-    def iterate(self, updates):
-        """Yield each update's last micro step with its batch, measuring how long the batch was waited for."""
-        while True:
-            began = time.perf_counter()
-            update = next(updates, None)
+    def time_waits(self, updates):
+        """Yield each update's last micro step with its batch, and measure how long each was waited for."""
+        began = time.perf_counter()
+        for update in updates:
             self.waited += time.perf_counter() - began
-            if update is None:
-                return
             yield update
+            began = time.perf_counter()
+            if not self.updates:  # all read: what was done since, such as saving, is not training
+                self.started = began
 
     def end_update(self, global_step: int, step: MicroStep, metrics: dict[str, Tensor]) -> None:
         """Take an update's metrics; wait for the update before it, so that the devices stay busy with this one.
@@ -2944,17 +2903,17 @@ class Meter:
         self.updates.append((global_step, step, metrics))
         if len(self.updates) > 1:
             jax.block_until_ready(self.updates[-2][2])
-        with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not cost the run
-            self.bar.update(1)
         if len(self.updates) > self.logging_steps:
             self.read(self.logging_steps)
+        with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not end the run
+            self.bar.update(1)
 
     def flush(self) -> None:
-        """Read and log all numbers; raise RuntimeError at a loss that is not finite."""
+        """Read and log all numbers; raise RuntimeError if a loss or gradient is not finite."""
         self.read(len(self.updates))
 
     def read(self, count: int) -> None:
-        """Read the oldest numbers from the devices and log them; raise RuntimeError at a loss that is not finite."""
+        """Read the oldest numbers from the devices and log them; raise RuntimeError if one is not finite."""
         chosen, self.updates = self.updates[:count], self.updates[count:]
         if not chosen:
             return
@@ -2964,25 +2923,20 @@ class Meter:
             for name in self.counts:
                 self.counts[name] += int(metrics.pop(name))
             metrics.pop("signal")
-            numbers = {name: float(value) for name, value in metrics.items()}
-            rows.append((global_step, {"epoch": step.epoch, **numbers}))
-        seconds = time.perf_counter() - self.started
-        rows[-1][1].update(images_per_second=sum(step.window_size for _, step, _ in chosen) / seconds,
-                           data_wait=self.waited / seconds, **get_peak_memory(), **self.counts)
+            rows.append((global_step, {"epoch": step.epoch, **{name: float(metrics[name]) for name in metrics}}))
+        seconds, latest = time.perf_counter() - self.started, rows[-1][1]
+        latest |= {"images_per_second": sum(step.window_size for _, step, _ in chosen) / seconds,
+                   "data_wait": self.waited / seconds, **get_peak_memory(), **self.counts}
         log_rows(self.accelerator, rows)
-        latest = rows[-1][1]
-        with contextlib.suppress(OSError):
-            self.bar.set_postfix_str(f"loss {latest['train_loss']:.4f}, lr {latest['lr']:.2e}, "
-                                     f"{latest['images_per_second']:.2f} images/s")
-        self.restart_clock()
+        self.bar.set_postfix(loss=latest["train_loss"], lr=latest["lr"], refresh=False)
+        self.started, self.waited = time.perf_counter(), 0.0
         for global_step, numbers in rows:
             norm = 0.0 if "loss_scale" in numbers else numbers["grad_norm"]  # fp16 skips an overflow
             if not math.isfinite(numbers["train_loss"] + norm):
                 raise RuntimeError(
-                    f"the loss is {numbers['train_loss']} at step {global_step} (gradient norm "
-                    f"{numbers['grad_norm']}, lr {numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}). "
-                    "Usual causes: too high a learning rate, or fp16 with this model; try a lower one, or "
-                    "--mixed_precision bf16. Earlier checkpoints are untouched.")
+                    f"the loss is {numbers['train_loss']} at step {global_step} (gradient norm {norm}, lr "
+                    f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}): too high a learning rate? "
+                    "Try a lower one, and --mixed_precision bf16 in place of fp16. Checkpoints are untouched.")
 
 
 def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
@@ -2999,12 +2953,6 @@ def log_failure(what: str):
         yield
     except Exception:  # anything from out of memory to a full disk
         logger.exception(f"{what} failed; the run goes on", main_process_only=False)
-
-
-def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
-    """Send pictures to every tracker."""
-    for tracker in accelerator.trackers:
-        tracker.log_images(tag, images, prompts, step)
 
 
 def get_peak_memory() -> dict[str, float]:
@@ -3121,8 +3069,8 @@ def main(argv: list[str] | None = None) -> None:
     log_run_header(args, accelerator, models, len(data.train), seed, checkpoint)
     signal_number = train(args, accelerator, models, data, progress, record)
     if not signal_number:
-        last_images = validate(args, accelerator, models, data, progress)
-        finish(args, accelerator, models, last_images, seed, progress)
+        validate(args, accelerator, models, data, progress, tags=("validation", "test"))
+        finish(args, accelerator, models, seed, progress)
     with log_failure("closing the trackers"):
         accelerator.end_training()
     if signal_number:

@@ -59,13 +59,12 @@ OWN = {
 OWN_OF = {
     "train_text_to_image_lora_sdxl.py": {"train_step"},
     "train_text_to_image_flax.py": set(
-        "--allow_tf32 --mixed_precision INTERPOLATION_MODES Meter StopRequest TRACKERS cache_encodings cache_latents "
-        "cache_text_states "
-        "collate compute_held_out_loss compute_loss compute_snr_weights "
-        "compute_target digest_network draw_images encode_captions encode_images "
-        "finish get_peak_memory load_model_configs locate_model "
-        "log_images log_rows log_run_header logger make_accelerator make_dataloader make_objective make_run_record "
-        "prepare_training resume save_state start_loader_process start_run train train_step transform_image "
+        "--allow_tf32 --mixed_precision INTERPOLATION_MODES Meter StopRequest TRACKERS cache_encodings "
+        "cache_latents cache_text_states collate compute_held_out_loss compute_loss compute_snr_weights "
+        "compute_target digest_network draw_images encode_captions encode_images finish get_peak_memory "
+        "load_model_configs locate_model log_rows log_run_header logger make_accelerator make_dataloader "
+        "make_objective make_run_record prepare_training resume save_images save_state start_loader_process "
+        "start_run train train_step transform_image "
         "validate".split()
     )
 }

@@ -103,13 +103,11 @@ def test_pictures_are_drawn_when_asked_for_and_at_the_end(drawn):
 
 
 def test_pictures_have_the_resolution_of_the_run(drawn):
-    """They are as large as what is trained on, not as the model was once; the grid holds both with their prompts."""
+    """They are as large as what is trained on, not as the model was once; the grid holds them side by side."""
     folder = drawn / "validation/step-11"
-    assert read_pixels(folder / "00.png").shape == read_pixels(folder / "01.png").shape == (48, 48, 3)
-    grid = read_pixels(folder / "grid.png")
-    assert grid.shape[0] > 128 and grid.shape[1] > 2 * 128  # enlarged to be seen
-    below = grid[128:]
-    assert all((part < 128).any() and (part > 200).any() for part in np.split(below, 2, axis=1)), "no text"
+    pictures = [read_pixels(folder / name) for name in ("00.png", "01.png")]
+    assert pictures[0].shape == pictures[1].shape == (48, 48, 3)
+    assert (read_pixels(folder / "grid.png") == np.hstack(pictures)).all()
 
 
 def test_pictures_come_from_the_same_noise_each_time(drawn):
@@ -246,8 +244,8 @@ def test_gradient_that_is_not_finite_stops_the_run(script, args, tmp_path):
     """Its update has ruined the weights, though the loss was still a number; but for fp16, which skips that update."""
     namespace = script.parse_args(args(tmp_path / "out"))
     accelerator = SimpleNamespace(
-        device=torch.device("cpu"), is_main_process=False, trackers=[], mixed_precision="no", num_processes=1,
-        reduce=lambda tensor, reduction: tensor)
+        device=torch.device("cpu"), is_main_process=False, mixed_precision="no", num_processes=1,
+        reduce=lambda tensor, reduction: tensor, log=lambda numbers, step: None)
     for scaler, is_fatal in ((None, True), ("GradScaler", False)):
         accelerator.scaler = scaler
         meter = script.Meter(namespace, accelerator, 0, 9)
@@ -349,22 +347,19 @@ def test_two_processes_log_the_losses_of_all_images(debug_script, tiny_models, i
 
 
 @in_first_script
-def test_a_tracker_that_fails_costs_no_run(script, args, tmp_path, caplog):
+def test_a_tracker_that_fails_costs_no_run(script, args, tmp_path, monkeypatch, caplog):
     """The run goes on and is exported, with the reason in the log: here the pipe of the event file is closed."""
-    original, closed = script.send_rows, []
+    original, closed = script.train_step, []
 
-    def send_rows(tracker, rows):
+    def train_step(accelerator, *given):
         if not closed:
-            closed.append(tracker.writer.close())
-            tracker.writer.file_writer.event_writer._async_writer._writer.close()
-        original(tracker, rows)
+            (tracker,) = accelerator.trackers
+            closed.append(tracker.writer.file_writer.event_writer.close())
+        return original(accelerator, *given)
 
-    script.send_rows = send_rows
-    try:
-        run(script, args(tmp_path / "out", max_train_steps=3, logging_steps=1, report_to="tensorboard"))
-    finally:
-        script.send_rows = original
-    assert "sending numbers to tensorboard failed; the run goes on" in caplog.text
+    monkeypatch.setattr(script, "train_step", train_step)
+    run(script, args(tmp_path / "out", max_train_steps=3, logging_steps=1, report_to="tensorboard"))
+    assert "sending numbers to the trackers failed; the run goes on" in caplog.text
     assert list_names(tmp_path / "out", "*") >= {"checkpoint-3", "model_index.json", "README.md"}
 
 
@@ -420,7 +415,7 @@ def test_model_card_of_a_model_from_the_hub(script, args, tmp_path):
         (tmp_path / "out").mkdir(exist_ok=True)
         flags = script.parse_args(args(tmp_path / "out", pretrained_model_name_or_path=base,
                                        dataset_name="somebody/fruit"))
-        script.save_model_card(flags, [], 5, script.Progress(3))
+        script.save_model_card(flags, 5, script.Progress(3))
         card = ModelCard.load(tmp_path / "out/README.md")
         assert card.data.base_model == named and "somebody/fruit" in card.text
 
@@ -483,16 +478,15 @@ def hub():
 
 @in_first_script
 def test_upload_that_fails_loses_nothing(script, args, hub, drawn, tmp_path):
-    """The model is saved by then, the error says how to repeat the upload, and the token is written nowhere."""
+    """The model is saved by then, the log says how to repeat the upload, and the token is written nowhere."""
     out = tmp_path / "out"
     argv = args(out, push_to_hub=True, hub_model_id="apples", hub_private_repo=True, hub_token=TOKEN,
                 validation_prompts=["a"], report_to="tensorboard")
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(get_command(script, argv), env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stderr
-    message = done.stderr.partition("RuntimeError: the upload to somebody/apples failed: ")[2]
-    assert "no room left for somebody" in message and f"hf upload somebody/apples {out} . " in message
-    assert re.findall(r"--exclude '(.*?)'", message) == ["checkpoint-*/**", ".partial-*/**", "wandb/**", "logs/**"]
+    message = done.stderr.partition(f"uploading {out} to somebody/apples: ")[2]
+    assert "no room left for somebody" in message and "--resume_from_checkpoint latest" in message
     assert {path.name for path in out.iterdir()} >= {path.name for path in drawn.iterdir()} - list_names(drawn) - {
         "validation"}
     path, _, asked = Hub.requests[0]
