@@ -42,7 +42,6 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -1795,9 +1794,6 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
     check_model_configs(args, configs)
     for part in SETTINGS:
         configs[part] = check_settings(locate_part(args, part)[0], part, configs[part])
-    num_layers = configs["text_encoder"]["num_hidden_layers"]
-    if (args.clip_skip or 0) >= num_layers:
-        raise ValueError(f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the text encoder.")
     configs["text_encoder"]["num_hidden_layers"] -= args.clip_skip or 0  # later layers are not loaded
     unknown = {name: value for name, value in configs["scheduler"].items()
                if value and name not in SCHEDULER_SETTINGS and name[0] != "_"}
@@ -1829,41 +1825,40 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
-    where, unet, vae = args.pretrained_model_name_or_path, configs["unet"], configs["vae"]
-    factor, latent_channels = compute_vae_factor(vae), vae.get("latent_channels", 4)
-    prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
-    num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
-    sampler = str(configs["scheduler"].get("_class_name"))
+    where, vae, scheduler = args.pretrained_model_name_or_path, configs["vae"], configs["scheduler"]
+    factor, num_layers = compute_vae_factor(vae), configs["text_encoder"]["num_hidden_layers"]
+    in_channels, latent_channels = configs["unet"].get("in_channels", 4), vae.get("latent_channels", 4)
+    sampler, own_type = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
+    prediction_type, num_timesteps = args.prediction_type or own_type, scheduler.get("num_train_timesteps", 1000)
     refusals = (
-        (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
-         f"{where} was trained for {sampler} to predict {prediction_type}: its noise is not that of {MODEL_KIND}, "
-         f"which predicts {' or '.join(PREDICTION_TYPES)}."),
-        (args.resolution % factor,
-         f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
-         f"try {max(1, args.resolution // factor) * factor}."),
-        (unet.get("in_channels", 4) != latent_channels,
-         f"the UNet of {where} takes {unet['in_channels']} channels and the VAE of {locate_part(args, 'vae')[0]} "
-         f"makes {latent_channels}: inpainting models cannot be trained here, nor with a VAE of another kind."),
+        (prediction_type not in PREDICTION_TYPES or str(sampler).startswith(("FlowMatch", "EDM")),
+         f"{where} is for {sampler} with prediction type {own_type}; this script trains models for noise as DDPM adds "
+         f"it, with prediction type {', '.join(PREDICTION_TYPES)}."),
+        (args.resolution % factor, f"--resolution {args.resolution} must be a multiple of {factor}, for the VAE: try "
+         f"{max(1, args.resolution // factor) * factor}."),
+        (in_channels != latent_channels,
+         f"the UNet of {where} takes {in_channels} channels and the VAE of {locate_part(args, 'vae')[0]} makes "
+         f"{latent_channels}: inpainting models cannot be trained, and a VAE must be made for this kind of model."),
         (args.dream_training and prediction_type != "epsilon",
-         f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
+         f"--dream_training needs prediction type epsilon; this run has {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
-         f"--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, and {where} predicts epsilon."),
+         "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample; this run has epsilon."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
          f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
+        ((args.clip_skip or 0) >= num_layers,
+         f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the text encoder."),
+        *((not set(configs[part].get("architectures") or accepted) <= set(accepted),
+           f"the {part} of {where} is a {configs[part].get('architectures')}; {MODEL_KIND} has "
+           f"{' or '.join(accepted)}.") for part, accepted in TEXT_ENCODERS.items()),
     )
     for is_wrong, message in refusals:
         if is_wrong:
             raise ValueError(message)
     scale = vae.get("scaling_factor", 0.18215)
     if scale != VAE_SCALE and scale in (0.18215, 0.13025):
-        logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, which is not that of "
-                       f"{MODEL_KIND}: set it to {VAE_SCALE} in the VAE's config.json if it is for such models, or "
-                       "name another with --pretrained_vae_model_name_or_path.")
-    for part, accepted in TEXT_ENCODERS.items():
-        found = (configs[part].get("architectures") or accepted)[0]
-        if found not in accepted:
-            raise ValueError(f"{where} is no {MODEL_KIND} model: its {part} is a {found}, not a "
-                             f"{' or '.join(accepted)}.")
+        logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, but {MODEL_KIND} has "
+                       f"{VAE_SCALE}: if the VAE is made for it, set it to {VAE_SCALE} in its config.json; else take "
+                       "another.")
 
 
 def compute_vae_factor(vae_config: dict) -> int:
@@ -1881,35 +1876,21 @@ def make_scheduler_config(args: Namespace, config: dict) -> dict:
     return config
 
 
-REQUIREMENTS = "requirements_flax.txt"
-# How the libraries say that a package is missing, or is of a version that does not fit.
-INSTALLATION_ERROR = re.compile(r"version of \w+ you are using|pip install|is required but|is not installed")
-
-
-def check_installation(error: Exception) -> None:
-    """Raise ImportError, with the versions found, for an error that is about missing or clashing packages."""
-    if not isinstance(error, ImportError) and not INSTALLATION_ERROR.search(str(error)):
-        return
-    found = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    names = "torch torchvision jax flax diffusers transformers accelerate peft".split()
-    versions = ", ".join(f"{name} {found.get(name, 'missing')}" for name in names)
-    raise ImportError(f"a package is missing, or packages do not fit together: {str(error).rstrip('.')}. Found: "
-                      f"{versions}. Install the versions that were tested together: pip install -r {REQUIREMENTS} "
-                      "-c constraints.txt") from error
-
-
 @contextlib.contextmanager
 def explained_load(args: Namespace, part: str = ""):
-    """Say which flag has named files that cannot be loaded; an installation at fault is reported as such."""
+    """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
     except (ImportError, OSError, SafetensorError, ValueError) as error:
-        check_installation(error)
+        if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
+            raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
+                              "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
+                              ) from error
         vae = args.pretrained_vae_model_name_or_path
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                         f"{part and f'its {part}: '}{error} Give a folder in diffusers format with model_index.json, "
-                         "unet/, vae/ ..., or a name on the hub (`hf auth login` for a gated one).") from error
+                         f"{part and f'its {part}: '}{error} Give a folder in diffusers format (unet/, vae/ ...) or a "
+                         "name on the hub (`hf auth login` for a gated one).") from error
 
 
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:

@@ -47,7 +47,6 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -84,7 +83,7 @@ from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwarg
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from filelock import FileLock, Timeout
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -1252,13 +1251,20 @@ class StopRequest:
 # ---- Models ---------------------------------------------------------------------------------------------------------
 
 PIPELINE = StableDiffusionXLPipeline
-EXTRA_PARTS = ("feature_extractor", "image_encoder")  # of the pipeline: not trained with
-ADDITION_EMBED_TYPE = "text_time"  # of the UNet: what tells this kind of model from the other
-VAE_SCALE = 0.13025  # the scaling_factor that the UNets of this kind were trained with
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXT_ENCODERS = {  # with the classes that each may be of; the second must have a pooled output
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
+}
+VAE_SCALE = 0.13025  # the scaling_factor that the UNets of this kind were trained with
+VAE_TILE = 512  # pixels on a side, with --vae_tiling
+ADDITION_EMBED_TYPE = "text_time"  # of the UNet: tells this kind of model from the other
+# Settings with the only value that works here: others need inputs that training lacks, or no pipeline undoes them.
+REQUIRED_SETTINGS = {
+    "unet": {"addition_embed_type": ADDITION_EMBED_TYPE, "class_embed_type": None, "num_class_embeds": None,
+             "encoder_hid_dim_type": None, "time_cond_proj_dim": None},
+    "vae": {"_class_name": "AutoencoderKL", "shift_factor": None, "latents_mean": None, "latents_std": None},
+    "scheduler": {"use_flow_sigmas": None},
 }
 # What the names that --lora_target knows stand for in the UNet, and in a text encoder: ends of the names of layers.
 LORA_TARGETS = {
@@ -1281,92 +1287,74 @@ SGM_LAYERS = {
     "add_embedding.linear_2": "label_emb.0.2", "conv1": "in_layers.2", "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
 }
-VAE_TILE = 512  # pixels on a side, with --vae_tiling
-# Settings that need other inputs than training has, or that no pipeline undoes, with the value that does nothing.
-NEUTRAL_SETTINGS = {"attention_type": "default", **dict.fromkeys(
-    "class_embed_type num_class_embeds encoder_hid_dim encoder_hid_dim_type time_cond_proj_dim shift_factor "
-    "latents_mean latents_std snr_shift_scale use_flow_sigmas quantization_config".split())}
-SINGLE_FILE_KINDS = {  # by the start of a tensor's name
-    "conditioner.embedders.1.": "Stable Diffusion XL", "cond_stage_model.": "Stable Diffusion 1.x or 2.x",
-    "conditioner.embedders.0.": "Stable Diffusion XL refiner",
-}
 
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
-    """Return the configuration of each network and of the noise schedule, and the tokenizers.
+    """Return the tokenizers, and the configurations of the networks and of the noise schedule.
 
-    Whatever cannot be trained is refused here, before any weights are read.
+    A model that this script cannot train is refused here, before any weights are read.
     """
-    configs, kinds = {}, {"unet": UNet2DConditionModel, "scheduler": DDPMScheduler}
+    configs = {}
     for part in ("unet", "vae", "scheduler", *TEXT_ENCODERS):
         with explained_load(args, part):
             where, files = locate_part(args, part)
-            configs[part] = kinds.get(part, AutoencoderKL).load_config(where, **files)  # reads any config.json
-            kind, added = configs[part].get("_class_name", "AutoencoderKL"), configs[part].get("addition_embed_type")
-            if part == "unet" and added != ADDITION_EMBED_TYPE:
-                raise ValueError(f"its addition_embed_type {added} is not that of {MODEL_KIND}. The scripts for SDXL "
-                                 "have sdxl in their names, those for Stable Diffusion have not.")
-            if part == "vae" and kind != "AutoencoderKL":
-                raise ValueError(f"it is a {kind}, no AutoencoderKL: name the folder of a VAE itself, such as "
-                                 "MODEL/vae.")
-    for part, text_encoder in zip(TOKENIZERS, TEXT_ENCODERS, strict=True):
-        with explained_load(args, part):
-            configs[part] = load_tokenizer(args, part, configs[text_encoder])
+            kind = DDPMScheduler if part == "scheduler" else UNet2DConditionModel  # which reads any config.json
+            configs[part] = kind.load_config(where, **files)
+        for name, required in {"quantization_config": None, **REQUIRED_SETTINGS.get(part, {})}.items():
+            value = configs[part].get(name) or None
+            if value != required:
+                raise ValueError(f"the {part} of {where} has {name} = {value!r}: this script trains {MODEL_KIND} "
+                                 f"models with {required!r} there. Scripts for SDXL have sdxl in their names.")
+    known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
+    for part, tokenizer in zip(TEXT_ENCODERS, TOKENIZERS, strict=True):
+        with explained_load(args, tokenizer):
+            configs[tokenizer] = load_tokenizer(args, tokenizer, configs[part])
+        unknown = {name: value for name, value in configs[part].items() if value and name not in known}
+        if unknown:  # diffusers warns of those of the other parts
+            logger.warning(f"unknown settings of the {part} are ignored: {unknown}")
     check_model_configs(args, configs)
-    check_settings_are_known(args, configs)
     return configs
 
 
 def load_tokenizer(args: Namespace, part: str, text_config: dict) -> CLIPTokenizer:
-    """Return a tokenizer that knows the longest text of its text encoder, which not every tool saves."""
+    """Return a tokenizer with the text encoder's longest text as its own, which not every tool saves."""
     where, files = locate_part(args, part)
     tokenizer = CLIPTokenizer.from_pretrained(where, **files)
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.get("max_position_embeddings", 77))
     if not 512 < len(tokenizer) <= text_config["vocab_size"]:  # 256 bytes, each also at the end of a word
-        raise OSError(f"it has a vocabulary of {len(tokenizer)}, where more than 512 and at most the "
-                      f"{text_config['vocab_size']} of its text encoder are possible: tokenizer.json, or vocab.json "
-                      "and merges.txt, are missing or belong to another model.")
+        raise OSError(f"it has a vocabulary of {len(tokenizer)}, and its text encoder one of "
+                      f"{text_config['vocab_size']}: tokenizer.json, or vocab.json and merges.txt, are missing or of "
+                      "another model.")
     return tokenizer
 
 
 def locate_model(args: Namespace) -> str:
-    """Return the folder, or name on the hub, of the base model; a single file is converted once, into the cache."""
+    """Return the folder, or name on the hub, of the base model; one in a single file is converted once, and cached."""
     file = Path(args.pretrained_model_name_or_path)
     if not file.is_file():
         return args.pretrained_model_name_or_path
     key = make_key(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns, args.single_file_config)
     folder = Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "converted", f"{file.stem}-{key}")
     if not folder.is_dir():
-        convert_single_file(args, file, folder)
+        convert_single_file(args, str(file), folder)
     return str(folder)
 
 
-def convert_single_file(args: Namespace, file: Path, folder: Path) -> None:
-    """Write a model in one file as a folder in diffusers layout; ValueError where it is of another kind."""
-    if file.suffix != ".safetensors":
-        raise ValueError(f"{file} is no .safetensors file, and others may run code when they are read: take the model "
-                         "as .safetensors, or convert it where you trust it")
+def convert_single_file(args: Namespace, file: str, folder: Path) -> None:
+    """Write a model in one file as a folder in diffusers format."""
+    logger.info(f"converting {file} to {folder}, once")
     with safe_open(file, framework="pt") as weights:
         names = list(weights.keys())
-    kind = next((kind for start, kind in SINGLE_FILE_KINDS.items() if any(name.startswith(start) for name in names)),
-                "unknown (no UNet with its text encoders)")
-    if kind != MODEL_KIND:
-        raise ValueError(f"{file} is a model of the kind {kind}, and this script trains {MODEL_KIND}")
-    logger.info(f"converting {file} to {folder}, once")
-    config = args.single_file_config and os.path.expanduser(args.single_file_config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as aside:
-        try:
-            pipeline = PIPELINE.from_single_file(str(file), config=config, cache_dir=args.cache_dir)
-            if "v_pred" in names:  # how files say it that hold no configuration
-                pipeline.scheduler.register_to_config(prediction_type="v_prediction",
-                                                      rescale_betas_zero_snr="ztsnr" in names)
-            pipeline.save_pretrained(Path(aside, "model"))
-        except Exception as error:  # of several libraries
-            raise ValueError(f"{error} The configurations and tokenizers that a single file lacks come from the hub, "
-                             "or from the model folder that --single_file_config names.") from error
-        with contextlib.suppress(OSError):  # another run was faster
-            Path(aside, "model").rename(folder)
+    try:
+        pipeline = PIPELINE.from_single_file(file, config=args.single_file_config, cache_dir=args.cache_dir)
+    except Exception as error:  # of several libraries
+        raise ValueError(f"{error} Is it a {MODEL_KIND} model? The configurations and tokenizers that one file lacks "
+                         "come from the hub, or from the model folder that --single_file_config names.") from error
+    if "v_pred" in names:  # a file says it so, as it has no configuration
+        pipeline.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in names)
+    aside = folder.with_name(f".partial-{folder.name}")
+    pipeline.save_pretrained(aside)
+    aside.rename(folder)
 
 
 def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
@@ -1377,92 +1365,42 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
     return locate_model(args), {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
 
 
-def check_settings_are_known(args: Namespace, configs: dict[str, dict]) -> None:
-    """Refuse settings that training cannot honor, and warn of those that are not known."""
-    for part in ("unet", "vae", "scheduler", *TEXT_ENCODERS):
-        for name in configs[part].keys() & NEUTRAL_SETTINGS.keys():
-            if configs[part][name] and configs[part][name] != NEUTRAL_SETTINGS[name]:
-                raise ValueError(f"the {part} of {locate_part(args, part)[0]} has {name} = {configs[part][name]!r}, "
-                                 f"which this script cannot train with: take a {MODEL_KIND} model without it.")
-    known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
-    for part in TEXT_ENCODERS:
-        unknown = {name: value for name, value in configs[part].items() if value and name not in known}
-        if unknown:  # diffusers says so itself of the other parts
-            logger.warning(f"unknown settings of the {part} are ignored: {unknown}")
-        if (args.clip_skip or 0) >= configs[part]["num_hidden_layers"]:
-            raise ValueError(f"--clip_skip {args.clip_skip} must be below {configs[part]['num_hidden_layers']}, the "
-                             f"layers of the {part}.")
-
-
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
-    where, unet, vae = args.pretrained_model_name_or_path, configs["unet"], configs["vae"]
-    factor, latent_channels = compute_vae_factor(vae), vae.get("latent_channels", 4)
-    prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
-    num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
-    sampler = str(configs["scheduler"].get("_class_name"))
+    where, vae, scheduler = args.pretrained_model_name_or_path, configs["vae"], configs["scheduler"]
+    factor, num_layers = compute_vae_factor(vae), configs["text_encoder"]["num_hidden_layers"]
+    in_channels, latent_channels = configs["unet"].get("in_channels", 4), vae.get("latent_channels", 4)
+    sampler, own_type = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
+    prediction_type, num_timesteps = args.prediction_type or own_type, scheduler.get("num_train_timesteps", 1000)
     refusals = (
-        (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
-         f"{where} was trained for {sampler} to predict {prediction_type}: its noise is not that of {MODEL_KIND}, "
-         f"which predicts {' or '.join(PREDICTION_TYPES)}."),
-        (args.resolution % factor,
-         f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
-         f"try {max(1, args.resolution // factor) * factor}."),
-        (unet.get("in_channels", 4) != latent_channels,
-         f"the UNet of {where} takes {unet['in_channels']} channels and the VAE of {locate_part(args, 'vae')[0]} "
-         f"makes {latent_channels}: inpainting models cannot be trained here, nor with a VAE of another kind."),
+        (prediction_type not in PREDICTION_TYPES or str(sampler).startswith(("FlowMatch", "EDM")),
+         f"{where} is for {sampler} with prediction type {own_type}; this script trains models for noise as DDPM adds "
+         f"it, with prediction type {', '.join(PREDICTION_TYPES)}."),
+        (args.resolution % factor, f"--resolution {args.resolution} must be a multiple of {factor}, for the VAE: try "
+         f"{max(1, args.resolution // factor) * factor}."),
+        (in_channels != latent_channels,
+         f"the UNet of {where} takes {in_channels} channels and the VAE of {locate_part(args, 'vae')[0]} makes "
+         f"{latent_channels}: inpainting models cannot be trained, and a VAE must be made for this kind of model."),
         (args.dream_training and prediction_type != "epsilon",
-         f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
+         f"--dream_training needs prediction type epsilon; this run has {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
-         f"--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, and {where} predicts epsilon."),
+         "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample; this run has epsilon."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
          f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
+        ((args.clip_skip or 0) >= num_layers,
+         f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the text encoder."),
+        *((not set(configs[part].get("architectures") or accepted) <= set(accepted),
+           f"the {part} of {where} is a {configs[part].get('architectures')}; {MODEL_KIND} has "
+           f"{' or '.join(accepted)}.") for part, accepted in TEXT_ENCODERS.items()),
     )
     for is_wrong, message in refusals:
         if is_wrong:
             raise ValueError(message)
     scale = vae.get("scaling_factor", 0.18215)
     if scale != VAE_SCALE and scale in (0.18215, 0.13025):
-        logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, which is not that of "
-                       f"{MODEL_KIND}: set it to {VAE_SCALE} in the VAE's config.json if it is for such models, or "
-                       "name another with --pretrained_vae_model_name_or_path.")
-    for part, accepted in TEXT_ENCODERS.items():
-        found = (configs[part].get("architectures") or accepted)[0]
-        if found not in accepted:
-            raise ValueError(f"{where} is no {MODEL_KIND} model: its {part} is a {found}, not a "
-                             f"{' or '.join(accepted)}.")
-
-
-def get_vae_dtype(args: Namespace, vae_config: dict, weight_dtype: torch.dtype) -> torch.dtype:
-    """Return the VAE's number format: float32 unless it is known to be safe in the run's precision.
-
-    SDXL's own overflows in fp16, to NaN and black pictures, and its configuration says so (`force_upcast`). One that
-    the flags name and that says nothing is taken for one that does not.
-    """
-    is_named = args.pretrained_vae_model_name_or_path is not None
-    return torch.float32 if vae_config.get("force_upcast", not is_named) else weight_dtype
-
-
-def list_lora_shapes(args: Namespace, configs: dict[str, dict]) -> dict[str, torch.Size]:
-    """Return names and shapes of the weights to train, without loading any; refuse --lora_target without a layer."""
-    with torch.device("meta"):
-        networks = {"unet": UNet2DConditionModel.from_config(configs["unet"])}
-        for part in TEXT_ENCODERS if args.train_text_encoder else ():
-            kind = getattr(transformers, (configs[part].get("architectures") or TEXT_ENCODERS[part])[0])
-            networks[part] = kind(kind.config_class.from_dict(configs[part]))
-    can_adapt = {f".{name}": isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-                 for name, module in networks["unet"].named_modules()}
-    for name in args.lora_target:
-        matched = [can for layer, can in can_adapt.items() if layer.endswith(f".{name}")]
-        if name not in LORA_TARGETS and not (matched and all(matched)):
-            ends = sorted({re.sub(r".*\.(?=\D)", "", layer) for layer, can in can_adapt.items() if can})
-            raise ValueError(f"--lora_target {name} must select linear or convolution layers of the UNet: give some "
-                             f"of {', '.join(LORA_TARGETS)}, separated by spaces, or endings of layer names such as "
-                             f"{', '.join(ends)}.")
-    with torch.device("meta"):
-        for part, config in make_lora_configs(args, networks).items():
-            inject_adapter_in_model(config, networks[part])
-    return {name: tensor.shape for name, tensor in name_lora_weights(networks).items()}
+        logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, but {MODEL_KIND} has "
+                       f"{VAE_SCALE}: if the VAE is made for it, set it to {VAE_SCALE} in its config.json; else take "
+                       "another.")
 
 
 def compute_vae_factor(vae_config: dict) -> int:
@@ -1485,82 +1423,114 @@ def get_weight_dtype(mixed_precision: str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
-REQUIREMENTS = "requirements.txt"
-# How the libraries say that a package is missing, or is of a version that does not fit.
-INSTALLATION_ERROR = re.compile(r"version of \w+ you are using|pip install|is required but|is not installed")
-
-
-def check_installation(error: Exception) -> None:
-    """Raise ImportError, with the versions found, for an error that is about missing or clashing packages."""
-    if not isinstance(error, ImportError) and not INSTALLATION_ERROR.search(str(error)):
-        return
-    found = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    names = "torch torchvision jax flax diffusers transformers accelerate peft".split()
-    versions = ", ".join(f"{name} {found.get(name, 'missing')}" for name in names)
-    raise ImportError(f"a package is missing, or packages do not fit together: {str(error).rstrip('.')}. Found: "
-                      f"{versions}. Install the versions that were tested together: pip install -r {REQUIREMENTS} "
-                      "-c constraints.txt") from error
-
-
 @contextlib.contextmanager
 def explained_load(args: Namespace, part: str = ""):
-    """Say which flag has named files that cannot be loaded; an installation at fault is reported as such."""
+    """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
     except (ImportError, OSError, SafetensorError, ValueError) as error:
-        check_installation(error)
+        if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
+            raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
+                              "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
+                              ) from error
         vae = args.pretrained_vae_model_name_or_path
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                         f"{part and f'its {part}: '}{error} Give a folder in diffusers format with model_index.json, "
-                         "unet/, vae/ ..., or a name on the hub (`hf auth login` for a gated one).") from error
+                         f"{part and f'its {part}: '}{error} Give a folder in diffusers format (unet/, vae/ ...) or a "
+                         "name on the hub (`hf auth login` for a gated one).") from error
 
 
-def load_pretrained(kind: type, where: str, **options):
-    """Load a pipeline or network; if it only has weights named *.fp16.*, load those without --variant, too."""
-    try:
-        return kind.from_pretrained(where, **options)
-    except OSError:
-        if options.get("variant") or not list(Path(where).rglob("*.fp16.*")):
-            raise
-        logger.info(f"{where} has weights named *.fp16.* only, which are loaded as with --variant fp16")
-        return kind.from_pretrained(where, **{**options, "variant": "fp16"})
+def get_network_class(part: str, config: dict) -> type:
+    if part in TEXT_ENCODERS:
+        return getattr(transformers, (config.get("architectures") or TEXT_ENCODERS[part])[0])
+    return AutoencoderKL if part == "vae" else UNet2DConditionModel
 
 
-def load_pipeline(args: Namespace, configs: dict[str, dict], dtypes: dict[str, torch.dtype]):
-    """Return the base model's pipeline, its networks frozen and in the number formats `dtypes`."""
-    parts = {**{part: configs[part] for part in TOKENIZERS}, **dict.fromkeys(EXTRA_PARTS)}
-    for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
-        where, files = locate_part(args, part)
-        if files.get("revision") != args.revision or "subfolder" not in files:  # not the pipeline's own
-            parts[part] = load_pretrained(kind, where, **files, dtype=dtypes.get(part, dtypes["default"]),
-                                          variant=args.variant if "subfolder" in files else None)
-    pipeline = load_pretrained(PIPELINE, where, revision=args.revision, cache_dir=args.cache_dir, variant=args.variant,
-                               dtype=dtypes, **parts)
-    check_weights(pipeline)
-    for part in ("unet", "vae", *TEXT_ENCODERS):
-        getattr(pipeline, part).requires_grad_(False).eval()
+def load_network(args: Namespace, part: str, config: dict, dtype: torch.dtype) -> torch.nn.Module:
+    """Load a network, frozen; OSError if its files lack weights, in whose place libraries put random values.
+
+    A part without files of --variant is loaded from those without a variant, or else of fp16.
+    """
+    (where, files), failures = locate_part(args, part), []
+    own = args.variant if "subfolder" in files else None  # --variant is not for a VAE named separately
+    for variant in dict.fromkeys((own, None, "fp16")):
+        try:
+            network, report = get_network_class(part, config).from_pretrained(
+                where, **files, variant=variant, dtype=dtype, output_loading_info=True)
+        except OSError as error:
+            failures.append(error)
+            continue
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise OSError(f"the weights of its {part} lack {', '.join(missing[:3])} ({len(missing)} tensors in all).")
+        return network.requires_grad_(False).eval()
+    raise failures[0]
+
+
+def load_parts(args: Namespace, configs: dict[str, dict], weight_dtype: torch.dtype, **dtypes: torch.dtype) -> dict:
+    """Return tokenizers and frozen networks, these in `weight_dtype` where `dtypes` names no other."""
+    parts = {part: load_network(args, part, configs[part], dtypes.get(part, weight_dtype))
+             for part in (*TEXT_ENCODERS, "vae", "unet")}
     if args.vae_tiling:
-        vae = pipeline.vae
+        vae = parts["vae"]
         vae.enable_tiling()
         vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
         vae.tile_latent_min_size = vae.tile_sample_min_size // compute_vae_factor(vae.config)
-    return pipeline
+    return {**{part: configs[part] for part in TOKENIZERS}, **parts}
 
 
-def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
+def get_vae_dtype(args: Namespace, vae_config: dict, weight_dtype: torch.dtype) -> torch.dtype:
+    """Return the VAE's number format: float32 unless it is known to be safe in the run's precision.
+
+    SDXL's own overflows in fp16, to NaN and black pictures, and its configuration says so (`force_upcast`). One that
+    the flags name and that says nothing is taken for one that does not.
+    """
+    is_named = args.pretrained_vae_model_name_or_path is not None
+    return torch.float32 if vae_config.get("force_upcast", not is_named) else weight_dtype
+
+
+def load_force_zeros(args: Namespace) -> bool:
+    """Return whether the base model's pipeline takes zeros as the text states of an empty prompt."""
+    try:
+        config = PIPELINE.load_config(locate_model(args), revision=args.revision, cache_dir=args.cache_dir)
+    except OSError:  # no model_index.json
+        config = {}
+    return config.get("force_zeros_for_empty_prompt", True)
+
+
+def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict],
+                initial_adapter: dict[str, Tensor] | None = None) -> Models:
     """Load the networks, frozen and in the run's precision but the VAE; give adapters to those that are trained."""
     weight_dtype = get_weight_dtype(accelerator.mixed_precision)
-    pipeline = load_pipeline(args, configs, {
-        "default": weight_dtype, "vae": get_vae_dtype(args, configs["vae"], weight_dtype)})
-    adapters = make_lora_configs(args, pipeline.components)
-    models = Models(**{part: getattr(pipeline, part) for part in (*TOKENIZERS, *TEXT_ENCODERS, "vae", "unet")},
-                    scheduler_config=make_scheduler_config(args, configs["scheduler"]),
-                    force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
-                    clip_skip=args.clip_skip, trained=tuple(adapters), metadata=make_lora_metadata(args, adapters))
+    parts = load_parts(args, configs, weight_dtype, vae=get_vae_dtype(args, configs["vae"], weight_dtype))
+    adapters = make_lora_configs(args, parts)
+    models = Models(**parts, scheduler_config=make_scheduler_config(args, configs["scheduler"]),
+                    force_zeros_for_empty_prompt=load_force_zeros(args), clip_skip=args.clip_skip,
+                    trained=tuple(adapters), metadata=make_lora_metadata(args, adapters))
     for part, config in adapters.items():
         add_adapter(getattr(models, part), config)
+    if initial_adapter:
+        copy_weights(name_lora_weights(vars(models)), initial_adapter, "the adapter to start from")
     return models
+
+
+def make_empty_adapter(args: Namespace, configs: dict[str, dict]) -> dict[str, Tensor]:
+    """Return the weights to train, without values and by name; refuse --lora_target without a layer."""
+    with torch.device("meta"):
+        networks = {"unet": UNet2DConditionModel.from_config(configs["unet"])}
+        for part in TEXT_ENCODERS if args.train_text_encoder else ():
+            kind = get_network_class(part, configs[part])
+            networks[part] = kind(kind.config_class.from_dict(configs[part]))
+    layers = [f".{name}" for name, module in networks["unet"].named_modules()
+              if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    for name in args.lora_target:
+        if name not in LORA_TARGETS and not any(layer.endswith(f".{name}") for layer in layers):
+            raise ValueError(f"--lora_target {name} is no linear or convolution layer of the UNet: give some of "
+                             f"{', '.join(LORA_TARGETS)}, or ends of layer names such as to_q.")
+    with torch.device("meta"):
+        for part, config in make_lora_configs(args, networks).items():
+            inject_adapter_in_model(config, networks[part])
+    return name_lora_weights(networks)
 
 
 def make_lora_configs(args: Namespace, networks: dict[str, torch.nn.Module]) -> dict[str, LoraConfig]:
@@ -1612,22 +1582,22 @@ def list_text_targets(args: Namespace, text_encoder: torch.nn.Module, num_unused
             and not any(layer in name for layer in unused)]
 
 
-def load_initial_adapter(args: Namespace, configs: dict[str, dict], shapes: dict[str, torch.Size],
+def load_initial_adapter(args: Namespace, configs: dict[str, dict], places: dict[str, Tensor],
                          checkpoint: Path | None) -> dict[str, Tensor]:
-    """Return the weights of --pretrained_lora_model_name_or_path, which must have these names and shapes.
+    """Return the weights of --pretrained_lora_model_name_or_path, if they have the names and shapes of `places`.
 
     Empty without the flag, and on resume: the checkpoint holds the adapter. With another --lora_alpha than the file
     has, B is rescaled, so that the adapter does the same.
     """
-    if args.pretrained_lora_model_name_or_path is None or checkpoint is not None:
+    where = args.pretrained_lora_model_name_or_path
+    if where is None or checkpoint is not None:
         return {}
-    where = Path(args.pretrained_lora_model_name_or_path).expanduser()
     flag = f"--pretrained_lora_model_name_or_path {where}"
     try:
         weights, alphas, facts = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            str(where), unet_config=Namespace(**configs["unet"]), cache_dir=args.cache_dir, return_lora_metadata=True)
-        if (where / "adapter_config.json").is_file():  # PEFT's own format, for a UNet
-            config = json.loads((where / "adapter_config.json").read_text())
+            where, unet_config=Namespace(**configs["unet"]), cache_dir=args.cache_dir, return_lora_metadata=True)
+        if Path(where, "adapter_config.json").is_file():  # PEFT's own format, for a UNet
+            config = json.loads(Path(where, "adapter_config.json").read_text())
             facts = {f"unet.{name}": value for name, value in config.items()}
     except Exception as error:  # of several libraries, about files that are missing, damaged or no LoRA
         raise ValueError(f"{flag} cannot be read: {error}. Give a folder with {LORA_FILE}, a .safetensors file, or a "
@@ -1636,51 +1606,22 @@ def load_initial_adapter(args: Namespace, configs: dict[str, dict], shapes: dict
     alphas = {name.removesuffix(".alpha").split(".lora_A.")[0]: alpha for name, alpha in alphas.items()}
     if not alphas and not facts:
         logger.warning(f"{flag} does not tell its alpha: its rank is assumed")
+    # An adapter with B = 0 does nothing, such as one of an unused layer of a text encoder.
+    weights = {name: tensor for name, tensor in weights.items()
+               if name in places or weights.get(name.replace(".lora_A.", ".lora_B."), tensor).any()}
     for name in [name for name in weights if ".lora_B." in name]:
-        layer, part, rank = name.split(".lora_B.")[0], name.split(".")[0], weights[name].shape[1]
+        part, layer, rank = name.split(".")[0], name.split(".lora_B.")[0], weights[name].shape[1]
         alpha = alphas.get(layer, facts.get(f"{part}.lora_alpha", rank))
         scale = compute_lora_scale(alpha, rank, facts.get(f"{part}.use_rslora", False))
-        if not weights[name].any() and name not in shapes:  # does nothing, such as an unused layer of a text encoder
-            weights = {other: tensor for other, tensor in weights.items() if not other.startswith(f"{layer}.lora_")}
-        else:
-            scale /= compute_lora_scale(args.lora_alpha, args.rank, args.use_rslora)
-            weights[name] = weights[name].float() * scale
-    odd = [name for name in sorted(weights.keys() | shapes.keys())
-           if name not in weights or name not in shapes or weights[name].shape != shapes[name]]
-    if odd:
-        found = {name: "missing" if name not in weights else "not trained here" if name not in shapes
-                 else tuple(weights[name].shape) for name in odd[:3]}
-        ranks = sorted({tensor.shape[0] for name, tensor in weights.items() if ".lora_A." in name})
-        raise ValueError(f"{flag} has rank {ranks} and does not fit --rank {args.rank}, the layers to train, or this "
-                         f"base model: {len(odd)} tensors differ, among them {found}. Give --rank, --lora_target, "
-                         "--use_dora and --train_text_encoder as it was trained with.")
+        scale /= compute_lora_scale(args.lora_alpha, args.rank, args.use_rslora)
+        weights[name] = weights[name].float() * scale
+    copy_weights(places, weights, flag)  # on meta: checks names and shapes
     return weights
 
 
 def compute_lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
     """Return what B A is multiplied by."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
-
-
-def set_lora_weights(models: Models, weights: dict[str, Tensor]) -> None:
-    """Put weights by the names of `name_lora_weights` into the adapters, if there are any."""
-    for part in models.trained if weights else ():
-        network = getattr(models, part)
-        names = get_peft_model_state_dict(network, save_embedding_layers=False)
-        set_peft_model_state_dict(
-            network, {name: weights[f"{part}.{name.removeprefix('text_model.')}"] for name in names})
-
-
-def check_weights(pipeline) -> None:
-    """Raise OSError if files lack weights: diffusers gives them no values, transformers random ones."""
-    for part, network in pipeline.components.items():
-        if isinstance(network, torch.nn.Module):
-            is_drawn = isinstance(network, transformers.PreTrainedModel)
-            lacking = [name for name, tensor in network.state_dict(keep_vars=True).items()
-                       if tensor.is_meta or is_drawn and not getattr(tensor, "_is_hf_initialized", False)]
-            if lacking:
-                raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in "
-                              "all).")
 
 
 def set_up_networks(args: Namespace, models: Models) -> None:
@@ -1722,20 +1663,15 @@ def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[st
 
     Names in text encoders have no `text_model.` in front, which not every version of transformers has.
     """
+    plain = unwrap_models(accelerator, models)
     return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
-            for name, parameter in unwrap_model(accelerator, getattr(models, part)).named_parameters()
-            if parameter.requires_grad}
-
-
-def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """Return the network without the wrappers of accelerate and torch.compile."""
-    return accelerator.unwrap_model(model, keep_torch_compile=False)
+            for name, parameter in getattr(plain, part).named_parameters() if parameter.requires_grad}
 
 
 def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
-    """Return the models with their networks unwrapped."""
-    return dataclasses.replace(
-        models, **{part: unwrap_model(accelerator, getattr(models, part)) for part in models.trained})
+    """Return the models with their networks as they were before accelerate and torch.compile wrapped them."""
+    return dataclasses.replace(models, **{
+        part: accelerator.unwrap_model(getattr(models, part), keep_torch_compile=False) for part in models.trained})
 
 
 @contextlib.contextmanager
@@ -2485,11 +2421,11 @@ def save_kohya_file(args: Namespace, accelerator: Accelerator, models: Models, p
     Their scale is alpha / rank in every layer, so with --use_rslora alpha grows by sqrt(rank).
     """
     alpha = args.lora_alpha * (math.sqrt(args.rank) if args.use_rslora else 1)
-    unet_config, weights = unwrap_model(accelerator, models.unet).config, {}
-    for name, tensor in name_lora_weights(vars(unwrap_models(accelerator, models))).items():
+    plain, weights = unwrap_models(accelerator, models), {}
+    for name, tensor in name_lora_weights(vars(plain)).items():
         part, _, rest = name.partition(".")
         layer, _, kind = rest.partition(".lora_")
-        layer = make_kohya_name(part, layer, unet_config)
+        layer = make_kohya_name(part, layer, plain.unet.config)
         kind = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(kind, "dora_scale")
         if kind == "dora_scale":  # one norm per output, as a column beside the weights of that output
             tensor = tensor.reshape(-1, *[1] * (weights[f"{layer}.lora_down.weight"].ndim - 1))
@@ -2497,7 +2433,7 @@ def save_kohya_file(args: Namespace, accelerator: Accelerator, models: Models, p
     save_file(weights, path, metadata={
         "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(args.rank),
         "ss_network_alpha": str(alpha), "modelspec.sai_model_spec": "1.0.0",
-        **make_kohya_facts(models.scheduler_config["prediction_type"], unet_config)})
+        **make_kohya_facts(models.scheduler_config["prediction_type"], plain.unet.config)})
 
 
 def make_kohya_name(part: str, layer: str, unet_config: dict) -> str:
@@ -2689,11 +2625,11 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = make_accelerator(args)
     with accelerator.local_main_process_first():
         configs = load_model_configs(args)
-    lora_shapes = list_lora_shapes(args, configs)
+    empty_adapter = make_empty_adapter(args, configs)
     lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     check_checkpoint(args, checkpoint)
-    initial_adapter = load_initial_adapter(args, configs, lora_shapes, checkpoint)
+    initial_adapter = load_initial_adapter(args, configs, empty_adapter, checkpoint)
     with accelerator.main_process_first():
         images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
         held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
@@ -2701,8 +2637,7 @@ def main(argv: list[str] | None = None) -> None:
     data = make_data(args, images, held_out_images, seed, configs)
 
     with explained_load(args):
-        models = load_models(args, accelerator, configs)
-    set_lora_weights(models, initial_adapter)
+        models = load_models(args, accelerator, configs, initial_adapter)
     models.debug_samples = data.train if args.debug_loss else None
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)

@@ -44,7 +44,6 @@ import csv
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -1211,100 +1210,89 @@ class StopRequest:
 # ---- Models ---------------------------------------------------------------------------------------------------------
 
 PIPELINE = StableDiffusionXLPipeline
-EXTRA_PARTS = ("feature_extractor", "image_encoder")  # of the pipeline: not trained with
-ADDITION_EMBED_TYPE = "text_time"  # of the UNet: what tells this kind of model from the other
-VAE_SCALE = 0.13025  # the scaling_factor that the UNets of this kind were trained with
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXT_ENCODERS = {  # with the classes that each may be of; the second must have a pooled output
     "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
 }
+VAE_SCALE = 0.13025  # the scaling_factor that the UNets of this kind were trained with
 VAE_TILE = 512  # pixels on a side, with --vae_tiling
-# Settings that need other inputs than training has, or that no pipeline undoes, with the value that does nothing.
-NEUTRAL_SETTINGS = {"attention_type": "default", **dict.fromkeys(
-    "class_embed_type num_class_embeds encoder_hid_dim encoder_hid_dim_type time_cond_proj_dim shift_factor "
-    "latents_mean latents_std snr_shift_scale use_flow_sigmas quantization_config".split())}
-SINGLE_FILE_KINDS = {  # by the start of a tensor's name
-    "conditioner.embedders.1.": "Stable Diffusion XL", "cond_stage_model.": "Stable Diffusion 1.x or 2.x",
-    "conditioner.embedders.0.": "Stable Diffusion XL refiner",
+ADDITION_EMBED_TYPE = "text_time"  # of the UNet: tells this kind of model from the other
+# Settings with the only value that works here: others need inputs that training lacks, or no pipeline undoes them.
+REQUIRED_SETTINGS = {
+    "unet": {"addition_embed_type": ADDITION_EMBED_TYPE, "class_embed_type": None, "num_class_embeds": None,
+             "encoder_hid_dim_type": None, "time_cond_proj_dim": None},
+    "vae": {"_class_name": "AutoencoderKL", "shift_factor": None, "latents_mean": None, "latents_std": None},
+    "scheduler": {"use_flow_sigmas": None},
 }
 
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
-    """Return the configuration of each network and of the noise schedule, and the tokenizers.
+    """Return the tokenizers, and the configurations of the networks and of the noise schedule.
 
-    Whatever cannot be trained is refused here, before any weights are read.
+    A model that this script cannot train is refused here, before any weights are read.
     """
-    configs, kinds = {}, {"unet": UNet2DConditionModel, "scheduler": DDPMScheduler}
+    configs = {}
     for part in ("unet", "vae", "scheduler", *TEXT_ENCODERS):
         with explained_load(args, part):
             where, files = locate_part(args, part)
-            configs[part] = kinds.get(part, AutoencoderKL).load_config(where, **files)  # reads any config.json
-            kind, added = configs[part].get("_class_name", "AutoencoderKL"), configs[part].get("addition_embed_type")
-            if part == "unet" and added != ADDITION_EMBED_TYPE:
-                raise ValueError(f"its addition_embed_type {added} is not that of {MODEL_KIND}. The scripts for SDXL "
-                                 "have sdxl in their names, those for Stable Diffusion have not.")
-            if part == "vae" and kind != "AutoencoderKL":
-                raise ValueError(f"it is a {kind}, no AutoencoderKL: name the folder of a VAE itself, such as "
-                                 "MODEL/vae.")
-    for part, text_encoder in zip(TOKENIZERS, TEXT_ENCODERS, strict=True):
-        with explained_load(args, part):
-            configs[part] = load_tokenizer(args, part, configs[text_encoder])
+            kind = DDPMScheduler if part == "scheduler" else UNet2DConditionModel  # which reads any config.json
+            configs[part] = kind.load_config(where, **files)
+        for name, required in {"quantization_config": None, **REQUIRED_SETTINGS.get(part, {})}.items():
+            value = configs[part].get(name) or None
+            if value != required:
+                raise ValueError(f"the {part} of {where} has {name} = {value!r}: this script trains {MODEL_KIND} "
+                                 f"models with {required!r} there. Scripts for SDXL have sdxl in their names.")
+    known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
+    for part, tokenizer in zip(TEXT_ENCODERS, TOKENIZERS, strict=True):
+        with explained_load(args, tokenizer):
+            configs[tokenizer] = load_tokenizer(args, tokenizer, configs[part])
+        unknown = {name: value for name, value in configs[part].items() if value and name not in known}
+        if unknown:  # diffusers warns of those of the other parts
+            logger.warning(f"unknown settings of the {part} are ignored: {unknown}")
     check_model_configs(args, configs)
-    check_settings_are_known(args, configs)
     return configs
 
 
 def load_tokenizer(args: Namespace, part: str, text_config: dict) -> CLIPTokenizer:
-    """Return a tokenizer that knows the longest text of its text encoder, which not every tool saves."""
+    """Return a tokenizer with the text encoder's longest text as its own, which not every tool saves."""
     where, files = locate_part(args, part)
     tokenizer = CLIPTokenizer.from_pretrained(where, **files)
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.get("max_position_embeddings", 77))
     if not 512 < len(tokenizer) <= text_config["vocab_size"]:  # 256 bytes, each also at the end of a word
-        raise OSError(f"it has a vocabulary of {len(tokenizer)}, where more than 512 and at most the "
-                      f"{text_config['vocab_size']} of its text encoder are possible: tokenizer.json, or vocab.json "
-                      "and merges.txt, are missing or belong to another model.")
+        raise OSError(f"it has a vocabulary of {len(tokenizer)}, and its text encoder one of "
+                      f"{text_config['vocab_size']}: tokenizer.json, or vocab.json and merges.txt, are missing or of "
+                      "another model.")
     return tokenizer
 
 
 def locate_model(args: Namespace) -> str:
-    """Return the folder, or name on the hub, of the base model; a single file is converted once, into the cache."""
+    """Return the folder, or name on the hub, of the base model; one in a single file is converted once, and cached."""
     file = Path(args.pretrained_model_name_or_path)
     if not file.is_file():
         return args.pretrained_model_name_or_path
     key = make_key(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns, args.single_file_config)
     folder = Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "converted", f"{file.stem}-{key}")
     if not folder.is_dir():
-        convert_single_file(args, file, folder)
+        convert_single_file(args, str(file), folder)
     return str(folder)
 
 
-def convert_single_file(args: Namespace, file: Path, folder: Path) -> None:
-    """Write a model in one file as a folder in diffusers layout; ValueError where it is of another kind."""
-    if file.suffix != ".safetensors":
-        raise ValueError(f"{file} is no .safetensors file, and others may run code when they are read: take the model "
-                         "as .safetensors, or convert it where you trust it")
+def convert_single_file(args: Namespace, file: str, folder: Path) -> None:
+    """Write a model in one file as a folder in diffusers format."""
+    logger.info(f"converting {file} to {folder}, once")
     with safe_open(file, framework="pt") as weights:
         names = list(weights.keys())
-    kind = next((kind for start, kind in SINGLE_FILE_KINDS.items() if any(name.startswith(start) for name in names)),
-                "unknown (no UNet with its text encoders)")
-    if kind != MODEL_KIND:
-        raise ValueError(f"{file} is a model of the kind {kind}, and this script trains {MODEL_KIND}")
-    logger.info(f"converting {file} to {folder}, once")
-    config = args.single_file_config and os.path.expanduser(args.single_file_config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as aside:
-        try:
-            pipeline = PIPELINE.from_single_file(str(file), config=config, cache_dir=args.cache_dir)
-            if "v_pred" in names:  # how files say it that hold no configuration
-                pipeline.scheduler.register_to_config(prediction_type="v_prediction",
-                                                      rescale_betas_zero_snr="ztsnr" in names)
-            pipeline.save_pretrained(Path(aside, "model"))
-        except Exception as error:  # of several libraries
-            raise ValueError(f"{error} The configurations and tokenizers that a single file lacks come from the hub, "
-                             "or from the model folder that --single_file_config names.") from error
-        with contextlib.suppress(OSError):  # another run was faster
-            Path(aside, "model").rename(folder)
+    try:
+        pipeline = PIPELINE.from_single_file(file, config=args.single_file_config, cache_dir=args.cache_dir)
+    except Exception as error:  # of several libraries
+        raise ValueError(f"{error} Is it a {MODEL_KIND} model? The configurations and tokenizers that one file lacks "
+                         "come from the hub, or from the model folder that --single_file_config names.") from error
+    if "v_pred" in names:  # a file says it so, as it has no configuration
+        pipeline.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in names)
+    aside = folder.with_name(f".partial-{folder.name}")
+    pipeline.save_pretrained(aside)
+    aside.rename(folder)
 
 
 def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
@@ -1315,70 +1303,42 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
     return locate_model(args), {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
 
 
-def check_settings_are_known(args: Namespace, configs: dict[str, dict]) -> None:
-    """Refuse settings that training cannot honor, and warn of those that are not known."""
-    for part in ("unet", "vae", "scheduler", *TEXT_ENCODERS):
-        for name in configs[part].keys() & NEUTRAL_SETTINGS.keys():
-            if configs[part][name] and configs[part][name] != NEUTRAL_SETTINGS[name]:
-                raise ValueError(f"the {part} of {locate_part(args, part)[0]} has {name} = {configs[part][name]!r}, "
-                                 f"which this script cannot train with: take a {MODEL_KIND} model without it.")
-    known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
-    for part in TEXT_ENCODERS:
-        unknown = {name: value for name, value in configs[part].items() if value and name not in known}
-        if unknown:  # diffusers says so itself of the other parts
-            logger.warning(f"unknown settings of the {part} are ignored: {unknown}")
-        if (args.clip_skip or 0) >= configs[part]["num_hidden_layers"]:
-            raise ValueError(f"--clip_skip {args.clip_skip} must be below {configs[part]['num_hidden_layers']}, the "
-                             f"layers of the {part}.")
-
-
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
-    where, unet, vae = args.pretrained_model_name_or_path, configs["unet"], configs["vae"]
-    factor, latent_channels = compute_vae_factor(vae), vae.get("latent_channels", 4)
-    prediction_type = args.prediction_type or configs["scheduler"].get("prediction_type", "epsilon")
-    num_timesteps = configs["scheduler"].get("num_train_timesteps", 1000)
-    sampler = str(configs["scheduler"].get("_class_name"))
+    where, vae, scheduler = args.pretrained_model_name_or_path, configs["vae"], configs["scheduler"]
+    factor, num_layers = compute_vae_factor(vae), configs["text_encoder"]["num_hidden_layers"]
+    in_channels, latent_channels = configs["unet"].get("in_channels", 4), vae.get("latent_channels", 4)
+    sampler, own_type = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
+    prediction_type, num_timesteps = args.prediction_type or own_type, scheduler.get("num_train_timesteps", 1000)
     refusals = (
-        (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
-         f"{where} was trained for {sampler} to predict {prediction_type}: its noise is not that of {MODEL_KIND}, "
-         f"which predicts {' or '.join(PREDICTION_TYPES)}."),
-        (args.resolution % factor,
-         f"--resolution {args.resolution} is no multiple of {factor}, by which this model's VAE shrinks images: "
-         f"try {max(1, args.resolution // factor) * factor}."),
-        (unet.get("in_channels", 4) != latent_channels,
-         f"the UNet of {where} takes {unet['in_channels']} channels and the VAE of {locate_part(args, 'vae')[0]} "
-         f"makes {latent_channels}: inpainting models cannot be trained here, nor with a VAE of another kind."),
+        (prediction_type not in PREDICTION_TYPES or str(sampler).startswith(("FlowMatch", "EDM")),
+         f"{where} is for {sampler} with prediction type {own_type}; this script trains models for noise as DDPM adds "
+         f"it, with prediction type {', '.join(PREDICTION_TYPES)}."),
+        (args.resolution % factor, f"--resolution {args.resolution} must be a multiple of {factor}, for the VAE: try "
+         f"{max(1, args.resolution // factor) * factor}."),
+        (in_channels != latent_channels,
+         f"the UNet of {where} takes {in_channels} channels and the VAE of {locate_part(args, 'vae')[0]} makes "
+         f"{latent_channels}: inpainting models cannot be trained, and a VAE must be made for this kind of model."),
         (args.dream_training and prediction_type != "epsilon",
-         f"--dream_training is defined for epsilon only, and {where} predicts {prediction_type}."),
+         f"--dream_training needs prediction type epsilon; this run has {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
-         f"--rescale_betas_zero_snr needs --prediction_type v_prediction or sample, and {where} predicts epsilon."),
+         "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample; this run has epsilon."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
          f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
+        ((args.clip_skip or 0) >= num_layers,
+         f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the text encoder."),
+        *((not set(configs[part].get("architectures") or accepted) <= set(accepted),
+           f"the {part} of {where} is a {configs[part].get('architectures')}; {MODEL_KIND} has "
+           f"{' or '.join(accepted)}.") for part, accepted in TEXT_ENCODERS.items()),
     )
     for is_wrong, message in refusals:
         if is_wrong:
             raise ValueError(message)
     scale = vae.get("scaling_factor", 0.18215)
     if scale != VAE_SCALE and scale in (0.18215, 0.13025):
-        logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, which is not that of "
-                       f"{MODEL_KIND}: set it to {VAE_SCALE} in the VAE's config.json if it is for such models, or "
-                       "name another with --pretrained_vae_model_name_or_path.")
-    for part, accepted in TEXT_ENCODERS.items():
-        found = (configs[part].get("architectures") or accepted)[0]
-        if found not in accepted:
-            raise ValueError(f"{where} is no {MODEL_KIND} model: its {part} is a {found}, not a "
-                             f"{' or '.join(accepted)}.")
-
-
-def get_vae_dtype(args: Namespace, vae_config: dict, weight_dtype: torch.dtype) -> torch.dtype:
-    """Return the VAE's number format: float32 unless it is known to be safe in the run's precision.
-
-    SDXL's own overflows in fp16, to NaN and black pictures, and its configuration says so (`force_upcast`). One that
-    the flags name and that says nothing is taken for one that does not.
-    """
-    is_named = args.pretrained_vae_model_name_or_path is not None
-    return torch.float32 if vae_config.get("force_upcast", not is_named) else weight_dtype
+        logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, but {MODEL_KIND} has "
+                       f"{VAE_SCALE}: if the VAE is made for it, set it to {VAE_SCALE} in its config.json; else take "
+                       "another.")
 
 
 def compute_vae_factor(vae_config: dict) -> int:
@@ -1401,80 +1361,89 @@ def get_weight_dtype(mixed_precision: str) -> torch.dtype:
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
 
 
-REQUIREMENTS = "requirements.txt"
-# How the libraries say that a package is missing, or is of a version that does not fit.
-INSTALLATION_ERROR = re.compile(r"version of \w+ you are using|pip install|is required but|is not installed")
-
-
-def check_installation(error: Exception) -> None:
-    """Raise ImportError, with the versions found, for an error that is about missing or clashing packages."""
-    if not isinstance(error, ImportError) and not INSTALLATION_ERROR.search(str(error)):
-        return
-    found = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    names = "torch torchvision jax flax diffusers transformers accelerate peft".split()
-    versions = ", ".join(f"{name} {found.get(name, 'missing')}" for name in names)
-    raise ImportError(f"a package is missing, or packages do not fit together: {str(error).rstrip('.')}. Found: "
-                      f"{versions}. Install the versions that were tested together: pip install -r {REQUIREMENTS} "
-                      "-c constraints.txt") from error
-
-
 @contextlib.contextmanager
 def explained_load(args: Namespace, part: str = ""):
-    """Say which flag has named files that cannot be loaded; an installation at fault is reported as such."""
+    """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
     except (ImportError, OSError, SafetensorError, ValueError) as error:
-        check_installation(error)
+        if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
+            raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
+                              "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
+                              ) from error
         vae = args.pretrained_vae_model_name_or_path
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                          f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                         f"{part and f'its {part}: '}{error} Give a folder in diffusers format with model_index.json, "
-                         "unet/, vae/ ..., or a name on the hub (`hf auth login` for a gated one).") from error
+                         f"{part and f'its {part}: '}{error} Give a folder in diffusers format (unet/, vae/ ...) or a "
+                         "name on the hub (`hf auth login` for a gated one).") from error
 
 
-def load_pretrained(kind: type, where: str, **options):
-    """Load a pipeline or network; if it only has weights named *.fp16.*, load those without --variant, too."""
-    try:
-        return kind.from_pretrained(where, **options)
-    except OSError:
-        if options.get("variant") or not list(Path(where).rglob("*.fp16.*")):
-            raise
-        logger.info(f"{where} has weights named *.fp16.* only, which are loaded as with --variant fp16")
-        return kind.from_pretrained(where, **{**options, "variant": "fp16"})
+def get_network_class(part: str, config: dict) -> type:
+    if part in TEXT_ENCODERS:
+        return getattr(transformers, (config.get("architectures") or TEXT_ENCODERS[part])[0])
+    return AutoencoderKL if part == "vae" else UNet2DConditionModel
 
 
-def load_pipeline(args: Namespace, configs: dict[str, dict], dtypes: dict[str, torch.dtype]):
-    """Return the base model's pipeline, its networks frozen and in the number formats `dtypes`."""
-    parts = {**{part: configs[part] for part in TOKENIZERS}, **dict.fromkeys(EXTRA_PARTS)}
-    for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
-        where, files = locate_part(args, part)
-        if files.get("revision") != args.revision or "subfolder" not in files:  # not the pipeline's own
-            parts[part] = load_pretrained(kind, where, **files, dtype=dtypes.get(part, dtypes["default"]),
-                                          variant=args.variant if "subfolder" in files else None)
-    pipeline = load_pretrained(PIPELINE, where, revision=args.revision, cache_dir=args.cache_dir, variant=args.variant,
-                               dtype=dtypes, **parts)
-    check_weights(pipeline)
-    for part in ("unet", "vae", *TEXT_ENCODERS):
-        getattr(pipeline, part).requires_grad_(False).eval()
+def load_network(args: Namespace, part: str, config: dict, dtype: torch.dtype) -> torch.nn.Module:
+    """Load a network, frozen; OSError if its files lack weights, in whose place libraries put random values.
+
+    A part without files of --variant is loaded from those without a variant, or else of fp16.
+    """
+    (where, files), failures = locate_part(args, part), []
+    own = args.variant if "subfolder" in files else None  # --variant is not for a VAE named separately
+    for variant in dict.fromkeys((own, None, "fp16")):
+        try:
+            network, report = get_network_class(part, config).from_pretrained(
+                where, **files, variant=variant, dtype=dtype, output_loading_info=True)
+        except OSError as error:
+            failures.append(error)
+            continue
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise OSError(f"the weights of its {part} lack {', '.join(missing[:3])} ({len(missing)} tensors in all).")
+        return network.requires_grad_(False).eval()
+    raise failures[0]
+
+
+def load_parts(args: Namespace, configs: dict[str, dict], weight_dtype: torch.dtype, **dtypes: torch.dtype) -> dict:
+    """Return tokenizers and frozen networks, these in `weight_dtype` where `dtypes` names no other."""
+    parts = {part: load_network(args, part, configs[part], dtypes.get(part, weight_dtype))
+             for part in (*TEXT_ENCODERS, "vae", "unet")}
     if args.vae_tiling:
-        vae = pipeline.vae
+        vae = parts["vae"]
         vae.enable_tiling()
         vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
         vae.tile_latent_min_size = vae.tile_sample_min_size // compute_vae_factor(vae.config)
-    return pipeline
+    return {**{part: configs[part] for part in TOKENIZERS}, **parts}
+
+
+def get_vae_dtype(args: Namespace, vae_config: dict, weight_dtype: torch.dtype) -> torch.dtype:
+    """Return the VAE's number format: float32 unless it is known to be safe in the run's precision.
+
+    SDXL's own overflows in fp16, to NaN and black pictures, and its configuration says so (`force_upcast`). One that
+    the flags name and that says nothing is taken for one that does not.
+    """
+    is_named = args.pretrained_vae_model_name_or_path is not None
+    return torch.float32 if vae_config.get("force_upcast", not is_named) else weight_dtype
+
+
+def load_force_zeros(args: Namespace) -> bool:
+    """Return whether the base model's pipeline takes zeros as the text states of an empty prompt."""
+    try:
+        config = PIPELINE.load_config(locate_model(args), revision=args.revision, cache_dir=args.cache_dir)
+    except OSError:  # no model_index.json
+        config = {}
+    return config.get("force_zeros_for_empty_prompt", True)
 
 
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
     """Load the networks: trainable ones in float32, others in the run's precision, the VAE in its own."""
     trained = ("unet", *TEXT_ENCODERS) if args.train_text_encoder else ("unet",)
     weight_dtype = get_weight_dtype(accelerator.mixed_precision)
-    pipeline = load_pipeline(args, configs, {
-        "default": weight_dtype, "vae": get_vae_dtype(args, configs["vae"], weight_dtype),
-        **dict.fromkeys(trained, torch.float32)})
-    models = Models(**{part: getattr(pipeline, part) for part in (*TOKENIZERS, *TEXT_ENCODERS, "vae", "unet")},
+    dtypes = {"vae": get_vae_dtype(args, configs["vae"], weight_dtype), **dict.fromkeys(trained, torch.float32)}
+    models = Models(**load_parts(args, configs, weight_dtype, **dtypes), trained=trained, clip_skip=args.clip_skip,
                     scheduler_config=make_scheduler_config(args, configs["scheduler"]),
-                    force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt, trained=trained,
-                    clip_skip=args.clip_skip)
+                    force_zeros_for_empty_prompt=load_force_zeros(args))
     for network in list_trained(models):
         network.requires_grad_(True)
     freeze_unused_layers(models.text_encoder, 1 + (args.clip_skip or 0), ".final_layer_norm.", ".text_projection.")
@@ -1488,18 +1457,6 @@ def freeze_unused_layers(text_encoder: torch.nn.Module, num_unused: int, *others
     for name, parameter in text_encoder.named_parameters():
         if any(part in f".{name}" for part in unused):
             parameter.requires_grad_(False)
-
-
-def check_weights(pipeline) -> None:
-    """Raise OSError if files lack weights: diffusers gives them no values, transformers random ones."""
-    for part, network in pipeline.components.items():
-        if isinstance(network, torch.nn.Module):
-            is_drawn = isinstance(network, transformers.PreTrainedModel)
-            lacking = [name for name, tensor in network.state_dict(keep_vars=True).items()
-                       if tensor.is_meta or is_drawn and not getattr(tensor, "_is_hf_initialized", False)]
-            if lacking:
-                raise OSError(f"the weights of its {part} lack {', '.join(lacking[:3])} ({len(lacking)} tensors in "
-                              "all).")
 
 
 def set_up_networks(args: Namespace, models: Models) -> None:
@@ -1541,20 +1498,15 @@ def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[st
 
     Names in text encoders have no `text_model.` in front, which not every version of transformers has.
     """
+    plain = unwrap_models(accelerator, models)
     return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
-            for name, parameter in unwrap_model(accelerator, getattr(models, part)).named_parameters()
-            if parameter.requires_grad}
-
-
-def unwrap_model(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """Return the network without the wrappers of accelerate and torch.compile."""
-    return accelerator.unwrap_model(model, keep_torch_compile=False)
+            for name, parameter in getattr(plain, part).named_parameters() if parameter.requires_grad}
 
 
 def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
-    """Return the models with their networks unwrapped."""
-    return dataclasses.replace(
-        models, **{part: unwrap_model(accelerator, getattr(models, part)) for part in models.trained})
+    """Return the models with their networks as they were before accelerate and torch.compile wrapped them."""
+    return dataclasses.replace(models, **{
+        part: accelerator.unwrap_model(getattr(models, part), keep_torch_compile=False) for part in models.trained})
 
 
 @contextlib.contextmanager
@@ -1992,8 +1944,9 @@ def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
 
 def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
     """Write the trainable networks as model folders that diffusers loads: unet/, or unet_ema/ with EMA weights."""
+    plain = unwrap_models(accelerator, models)
     for part in models.trained:
-        unwrap_model(accelerator, getattr(models, part)).save_pretrained(folder / f"{part}{'_ema' * averaged}")
+        getattr(plain, part).save_pretrained(folder / f"{part}{'_ema' * averaged}")
 
 
 def load_trained(models: Models, places: dict[str, Tensor], folder: Path, *, averaged: bool = False) -> None:

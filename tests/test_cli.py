@@ -359,7 +359,7 @@ def test_non_ema_revision_falls_back_to_revision(full_script, places):
         ({}, {"resolution": 1}, ["--resolution 1", "multiple of 2", "try 2"]),
         ({"unet": {"in_channels": 9}}, {}, ["9 channels", "4", "inpainting"]),
         ({"unet": {"addition_embed_type": "text_image"}}, {}, ["text_image", "SDXL"]),
-        ({"text_encoder": {"architectures": ["T5EncoderModel"]}}, {}, ["text_encoder is a T5EncoderModel", "CLIP"]),
+        ({"text_encoder": {"architectures": ["T5EncoderModel"]}}, {}, ["text_encoder of", "T5EncoderModel", "CLIP"]),
         ({"scheduler": {"prediction_type": "flow_prediction"}}, {}, ["flow_prediction", "epsilon"]),
         ({"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}}, {}, ["FlowMatchEulerDiscreteScheduler"]),
         ({"scheduler": {"prediction_type": "v_prediction"}}, {"dream_training": True},
@@ -386,7 +386,7 @@ def test_the_other_kind_of_model_is_refused(script, tiny_models, image_folder, t
     own, other = ("sdxl", "sd") if "sdxl" in script.__name__ else ("sd", "sdxl")
     model = keep_configs_only(tiny_models[other], tmp_path / "model")
     kinds = {"sd": "Stable Diffusion 1.x or 2.x", "sdxl": "Stable Diffusion XL"}
-    with pytest.raises(ValueError, match=f"is not that of {kinds[own]}. .*have sdxl in their names"):
+    with pytest.raises(ValueError, match=f"addition_embed_type.* trains {kinds[own]} .*have sdxl in their names"):
         script.main(make_args(model, image_folder, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -431,12 +431,12 @@ def import_what_is_missing():
     import_what_is_missing, functools.partial(transformers.utils.check_peft_version, "99.0"),
     functools.partial(diffusers.utils.check_peft_version, "99.0")])
 def test_an_installation_at_fault_does_not_blame_the_model(each_script, tiny_model, image_folder, tmp_path, fail):
-    """A missing package, or one of a version that does not fit, is reported with the versions and how to install."""
+    """A missing package, or one of a version that does not fit, is reported with how to install."""
     args = each_script.parse_args(make_args(tiny_model, image_folder, tmp_path / "out"))
     with pytest.raises(ImportError, match="pip install -r requirements.*-c constraints.txt") as told, \
             each_script.explained_load(args):
         fail()
-    assert f"transformers {transformers.__version__}" in str(told.value)
+    assert "no_such_package" in str(told.value) or "99.0" in str(told.value)
     assert str(tiny_model) not in str(told.value)
 
 

@@ -508,7 +508,7 @@ def test_compiling_keeps_names_and_files(script, assemble, tmp_path):
         script.save_trained(parts.accelerator, parts.models, tmp_path / name)
     assert parts.models.unet._compiled_call_impl is not None
     assert read_trained(tmp_path / "compiled").keys() == read_trained(tmp_path / "plain").keys()
-    unet = script.unwrap_model(parts.accelerator, parts.models.unet)
+    unet = script.unwrap_models(parts.accelerator, parts.models).unet
     assert unet.state_dict().keys() == assemble().models.unet.state_dict().keys()
     assert not any("_orig_mod" in name for name in unet.state_dict())
 
