@@ -353,7 +353,11 @@ def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
     if unused:
         logger.warning(f"{len(unused)} files in {folder} are not used, being neither images that Pillow reads nor "
                        f"their captions, or not in the metadata: {', '.join(unused[:5])}")
-    return datasets.Dataset.from_list(rows)
+    try:
+        return datasets.Dataset.from_list(rows)
+    except (TypeError, ValueError) as error:  # of Arrow
+        raise ValueError(f"--caption_column {args.caption_column} of {folder} holds other things than strings and "
+                         f"lists of strings: {error}") from error
 
 
 def list_files(folder: str, output_dir: str) -> list[Path]:
@@ -386,11 +390,15 @@ def read_metadata(path: Path, args: Namespace) -> list[dict]:
                          "UTF-8; in .csv double quotes around commas.") from error
     rows = [{"image" if name == "file_name" else name.removesuffix("_file_name"): value
              for name, value in row.items()} for row in rows]
+    names = dict.fromkeys(name for row in rows for name in row)  # a row may lack some
+    rows = [{name: row.get(name) if name in (args.image_column, args.caption_column) else None for name in names}
+            for row in rows]  # other columns may mix types, which a data set cannot
     for row in rows:
         if args.image_column in row:
             row[args.image_column] = str(path.parent / str(row[args.image_column]).replace("\\", "/"))
-    return [{name: value if name in (args.image_column, args.caption_column) else None for name, value in row.items()}
-            for row in rows]  # other columns may mix types, which a data set cannot
+        if isinstance(row.get(args.caption_column), str):  # beside lists, which a data set cannot mix with strings
+            row[args.caption_column] = [row[args.caption_column]]
+    return rows
 
 
 def read_caption_file(path: Path) -> list[str] | None:
@@ -1238,6 +1246,8 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             where, files = locate_part(args, part)
             kind = DDPMScheduler if part == "scheduler" else UNet2DConditionModel  # which reads any config.json
             configs[part] = kind.load_config(where, **files)
+            if part == "scheduler":  # a class or schedule that diffusers lacks would only fail at the export
+                getattr(diffusers, configs[part].get("_class_name", "DDPMScheduler")).from_config(configs[part])
         for name, required in {"quantization_config": None, **REQUIRED_SETTINGS.get(part, {})}.items():
             value = configs[part].get(name) or None
             if value != required:
@@ -1366,7 +1376,8 @@ def explained_load(args: Namespace, part: str = ""):
     """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
-    except (ImportError, OSError, SafetensorError, ValueError) as error:
+    except (AttributeError, ImportError, LookupError, NotImplementedError, OSError, SafetensorError, TypeError,
+            ValueError) as error:
         if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
             raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
                               "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"

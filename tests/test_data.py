@@ -971,6 +971,21 @@ def test_one_metadata_file_of_a_folder_is_read(script, tmp_path, caplog):
     assert "metadata.jsonl" in caplog.text
 
 
+def test_rows_of_metadata_that_differ(script, tmp_path):
+    """Strings beside lists are captions, also where the first has none; a row without a file is missing."""
+    names = write_images(tmp_path)[:3]
+    rows = [{"file_name": names[0], "text": "one"}, {"file_name": names[1], "text": ["two", "three"]}]
+    write_metadata(tmp_path, "jsonl", rows)
+    images = load_images(script, tmp_path)
+    assert [images[index]["captions"] for index in range(2)] == [["one"], ["two", "three"]]
+    for row, message in (({"text": "no file"}, "1 of 3 images that the metadata"),
+                         ({"file_name": names[2]}, "1 of 3 images .* have no caption"),
+                         ({"file_name": names[2], "text": 3}, "holds other things than strings")):
+        write_metadata(tmp_path, "jsonl", [row, *rows])
+        with pytest.raises(ValueError, match=message):
+            load_images(script, tmp_path)
+
+
 def test_an_archive_alone_is_to_be_unpacked(script, tmp_path):
     (tmp_path / "images.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match=f"{tmp_path} has no images.*unpack archives"):

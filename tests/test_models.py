@@ -178,6 +178,14 @@ def test_settings_that_training_cannot_honor_are_refused(
         run(script, make_args(model, image_folder, tmp_path / "out"))
 
 
+@pytest.mark.parametrize("change", [{"_class_name": "FlaxPNDMScheduler"}, {"beta_schedule": "unheard of"}])
+def test_a_scheduler_that_diffusers_lacks_is_refused(script, tiny_model, image_folder, tmp_path, change):
+    """Before the training, as the export could not be written after it."""
+    model = keep_configs_only(tiny_model, tmp_path / "model", scheduler=change)
+    with pytest.raises(ValueError, match="cannot be loaded: its scheduler: "):
+        run(script, make_args(model, image_folder, tmp_path / "out"))
+
+
 def test_another_kind_of_vae_is_refused(script, tiny_model, image_folder, tmp_path):
     model = keep_configs_only(tiny_model, tmp_path / "model", vae={"_class_name": "AutoencoderTiny"})
     with pytest.raises(ValueError, match="_class_name = 'AutoencoderTiny': .* with 'AutoencoderKL'"):
