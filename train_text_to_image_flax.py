@@ -313,7 +313,9 @@ def compute_alphas_cumprod(config: dict) -> np.ndarray:
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+UNREADABLE_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow identifies these files and cannot decode them
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
+                  if name in Image.OPEN and name not in UNREADABLE_FORMATS}
 INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
                        for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
 MOST_ASPECT = 100  # longer side over shorter: resizing a thinner strip by its shorter side would take gigabytes
@@ -393,7 +395,7 @@ def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
         {args.image_column: str(path), args.caption_column: read_caption_file(path.with_suffix(".txt"))}
         for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     images = [Path(row[args.image_column]) for row in rows if args.image_column in row]
-    missing = [path for path in images if not path.is_file() or path.suffix.lower() not in {"", *IMAGE_SUFFIXES}]
+    missing = [path for path in images if not path.is_file() or not is_image(path)]
     if missing and not args.skip_broken_images:
         raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are missing, or "
                          f"of a format that Pillow does not read: the first is {missing[0]}. Fix file_name, unpack "
@@ -408,6 +410,13 @@ def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
     except (TypeError, ValueError) as error:  # of Arrow
         raise ValueError(f"--caption_column {args.caption_column} of {folder} holds other things than strings and "
                          f"lists of strings: {error}") from error
+
+
+def is_image(path: Path) -> bool:
+    """Return whether Pillow reads a file: by its suffix or, if that is an odd one, by its first bytes."""
+    with contextlib.suppress(OSError):
+        return path.suffix.lower() in IMAGE_SUFFIXES or Image.open(path).close() is None
+    return False
 
 
 def list_files(folder: str, output_dir: str) -> list[Path]:

@@ -264,7 +264,9 @@ def make_objective(args: Namespace, scheduler_config: dict, device: torch.device
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+UNREADABLE_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow identifies these files and cannot decode them
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
+                  if name in Image.OPEN and name not in UNREADABLE_FORMATS}
 INTERPOLATION_MODES = {mode.name.lower(): mode for mode in InterpolationMode}
 MOST_ASPECT = 100  # longer side over shorter: resizing a thinner strip by its shorter side would take gigabytes
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: ComfyUI writes a whole workflow as one chunk
@@ -343,7 +345,7 @@ def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
         {args.image_column: str(path), args.caption_column: read_caption_file(path.with_suffix(".txt"))}
         for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     images = [Path(row[args.image_column]) for row in rows if args.image_column in row]
-    missing = [path for path in images if not path.is_file() or path.suffix.lower() not in {"", *IMAGE_SUFFIXES}]
+    missing = [path for path in images if not path.is_file() or not is_image(path)]
     if missing and not args.skip_broken_images:
         raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are missing, or "
                          f"of a format that Pillow does not read: the first is {missing[0]}. Fix file_name, unpack "
@@ -358,6 +360,13 @@ def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
     except (TypeError, ValueError) as error:  # of Arrow
         raise ValueError(f"--caption_column {args.caption_column} of {folder} holds other things than strings and "
                          f"lists of strings: {error}") from error
+
+
+def is_image(path: Path) -> bool:
+    """Return whether Pillow reads a file: by its suffix or, if that is an odd one, by its first bytes."""
+    with contextlib.suppress(OSError):
+        return path.suffix.lower() in IMAGE_SUFFIXES or Image.open(path).close() is None
+    return False
 
 
 def list_files(folder: str, output_dir: str) -> list[Path]:
@@ -1250,7 +1259,7 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
                 getattr(diffusers, configs[part].get("_class_name", "DDPMScheduler")).from_config(configs[part])
         for name, required in {"quantization_config": None, **REQUIRED_SETTINGS.get(part, {})}.items():
             value = configs[part].get(name) or None
-            if value != required:
+            if value != required and (name, value) != ("_class_name", None):
                 raise ValueError(f"the {part} of {where} has {name} = {value!r}: this script trains {MODEL_KIND} "
                                  f"models with {required!r} there. Scripts for SDXL have sdxl in their names.")
     known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
@@ -1293,16 +1302,19 @@ def convert_single_file(args: Namespace, file: str, folder: Path) -> None:
     logger.info(f"converting {file} to {folder}, once")
     with safe_open(file, framework="pt") as weights:
         names = list(weights.keys())
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         pipeline = PIPELINE.from_single_file(file, config=args.single_file_config, cache_dir=args.cache_dir)
+        if "v_pred" in names:  # a file says it so, as it has no configuration
+            pipeline.scheduler.register_to_config(prediction_type="v_prediction",
+                                                  rescale_betas_zero_snr="ztsnr" in names)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True) as aside:
+            pipeline.save_pretrained(Path(aside, "model"))
+            with contextlib.suppress(OSError):  # another process was faster
+                Path(aside, "model").rename(folder)
     except Exception as error:  # of several libraries
         raise ValueError(f"{error} Is it a {MODEL_KIND} model? The configurations and tokenizers that one file lacks "
                          "come from the hub, or from the model folder that --single_file_config names.") from error
-    if "v_pred" in names:  # a file says it so, as it has no configuration
-        pipeline.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr="ztsnr" in names)
-    aside = folder.with_name(f".partial-{folder.name}")
-    pipeline.save_pretrained(aside)
-    aside.rename(folder)
 
 
 def locate_part(args: Namespace, part: str) -> tuple[str, dict]:

@@ -954,11 +954,12 @@ def test_files_that_metadata_promises_are_missing(script, tmp_path, kind):
 
 
 def test_metadata_of_a_format_that_pillow_lacks(script, tmp_path):
-    """A photo of a phone is told before any model is loaded; a file without a suffix may be an image."""
-    for name in ("a.heic", "b"):
+    """A photo of a phone is told before any model is loaded; a file with an odd suffix or none may be an image."""
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" * 9)
+    for name in ("b", "c.jpg_large"):
         make_image(0).save(tmp_path / name, "png")
-    write_metadata(tmp_path, "jsonl", [{"file_name": name, "text": name} for name in ("a.heic", "b")])
-    with pytest.raises(ValueError, match=r"1 of 2 images .*Pillow does not read: the first is .*a\.heic"):
+    write_metadata(tmp_path, "jsonl", [{"file_name": name, "text": name} for name in ("a.heic", "b", "c.jpg_large")])
+    with pytest.raises(ValueError, match=r"1 of 3 images .*Pillow does not read: the first is .*a\.heic"):
         load_images(script, tmp_path)
 
 

@@ -192,6 +192,16 @@ def test_another_kind_of_vae_is_refused(script, tiny_model, image_folder, tmp_pa
         run(script, make_args(model, image_folder, tmp_path / "out"))
 
 
+def test_a_vae_of_before_classes_were_named_is_loaded(script, tiny_model, image_folder, tmp_path):
+    model = keep_configs_only(tiny_model, tmp_path / "model")
+    path = model / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    del config["_class_name"]
+    path.write_text(json.dumps(config))
+    args = script.parse_args(make_args(model, image_folder, tmp_path / "out"))
+    assert script.load_model_configs(args)["vae"]["latent_channels"] == 4
+
+
 def test_what_is_odd_is_named(script, tiny_model, image_folder, tmp_path, caplog):
     """The scaling factor of the other kind of model, and settings that no library knows, stand in the log."""
     other = 0.18215 if "sdxl" in script.__name__ else 0.13025
