@@ -885,13 +885,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
     """Add all flags, in groups."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True,
+    add("--pretrained_model_name_or_path", type=str, required=True,
         help="Model to start from: a folder in diffusers format or a name on the hub.")
-    add("--pretrained_vae_model_name_or_path",
+    add("--pretrained_vae_model_name_or_path", type=str,
         help="VAE folder or hub name to use instead of the model's own; --revision and --variant do not apply.")
-    add("--revision", help="Branch, tag or commit of the model on the hub.")
-    add("--variant", help="Weight files to load: fp16 loads *.fp16.safetensors.")
-    add("--cache_dir", help="Folder for downloaded models and data sets.")
+    add("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
+    add("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
+    add("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
     add("--single_file_config",
         help="Folder or hub name of a model whose configurations and tokenizers go with a model in one .safetensors "
         "file. If not given: diffusers' own choice.")
@@ -921,19 +921,20 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help=f"Also write {KOHYA_FILE}, for ComfyUI, AUTOMATIC1111 and kohya's tools.")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="Data set: a name on the hub, or a local folder that `datasets` can load or has saved.")
-    add("--dataset_config_name", help="Configuration of --dataset_name.")
-    add("--train_data_dir",
+    add("--dataset_name", type=str,
+        help="Data set: a name on the hub, or a local folder that `datasets` loads or has saved.")
+    add("--dataset_config_name", type=str, help="Configuration of --dataset_name.")
+    add("--train_data_dir", type=str,
         help="Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name and "
         "--caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
-    add("--image_column", default="image", help="Column of the images.")
-    add("--caption_column", default="text",
+    add("--image_column", type=str, default="image", help="Column of the images.")
+    add("--caption_column", type=str, default="text",
         help="Column of the captions: a string, or a list of strings of which one is drawn each time.")
     add("--max_train_samples", type=positive_int,
         help="Train on at most this many samples, chosen at random by --seed.")
     add("--resolution", type=positive_int,
         help="Size of the training images in pixels: the shorter side is resized to it, then a square is cropped.")
-    add("--image_interpolation_mode", default="lanczos", choices=tuple(INTERPOLATION_MODES),
+    add("--image_interpolation_mode", type=str, default="lanczos", choices=tuple(INTERPOLATION_MODES),
         help="Filter for resizing images.")
     add("--center_crop", action="store_true", help="Crop at the center, not at random.")
     add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
@@ -972,7 +973,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help="Correct input and target by the UNet's estimate: fewer but slower steps (DREAM, arXiv:2312.00210).")
     add("--dream_detail_preservation", type=nonnegative_float, default=1.0,
         help="Exponent p of DREAM: larger keeps more detail, smaller converges faster.")
-    add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
+    add("--timestep_bias_strategy", type=str, default="none", choices=("earlier", "later", "range", "none"),
         help="Draw some timesteps more often: earlier (less noisy) ones, later ones, or a range.")
     add("--timestep_bias_multiplier", type=positive_float, default=1.0,
         help="How many times as often the chosen timesteps are drawn.")
@@ -1017,7 +1018,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help="Share of the old average kept at update n; (1 + n) / (10 + n) while that is smaller.")
 
     add = parser.add_argument_group("precision and memory").add_argument
-    add("--mixed_precision", choices=("no", "fp16", "bf16"),
+    add("--mixed_precision", type=str, choices=("no", "fp16", "bf16"),
         help="Number format of the forward pass and the frozen networks. If not given: accelerate's setting.")
     add("--allow_tf32", action="store_true",
         help="Multiply float32 matrices in TF32: faster on Ampere GPUs and newer, slightly less exact.")
@@ -1041,8 +1042,8 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--local_rank", type=int, default=-1, help="Accepted for old launchers; not needed.")
 
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="+", help="Prompts to draw, one image each.")
-    add("--validation_prompt", help="Prompt to draw --num_validation_images images of.")
+    add("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one image each.")
+    add("--validation_prompt", type=str, help="Prompt to draw --num_validation_images images of.")
     add("--num_validation_images", type=nonnegative_int, default=4, help="Images to draw of --validation_prompt.")
     add("--validation_epochs", type=positive_int, help="Validate every this many epochs.")
     add("--validation_steps", type=positive_int, help="Also validate every this many updates.")
@@ -1053,26 +1054,27 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--validation_guidance_scale", type=nonnegative_float, default=7.5, help="Scale of classifier-free guidance.")
 
     add = parser.add_argument_group("checkpoints and output").add_argument
-    add("--output_dir", help="Folder for everything that is saved.")
+    add("--output_dir", type=str, help="Folder for everything that is saved.")
     add("--checkpointing_steps", type=positive_int, default=500,
         help="Save a checkpoint every this many updates, and always after the last one.")
     add("--checkpoints_total_limit", type=positive_int,
         help="Checkpoints to keep; the oldest is removed once a newer one is complete.")
-    add("--resume_from_checkpoint", help="Checkpoint to resume from: `latest`, a name in --output_dir, or a path.")
+    add("--resume_from_checkpoint", type=str,
+        help="Checkpoint to resume: `latest`, a name in --output_dir, or a path.")
 
     add = parser.add_argument_group("tracking and hub").add_argument
-    add("--report_to", default="tensorboard",
+    add("--report_to", type=str, default="tensorboard",
         help=f"Where to log: {', '.join(TRACKERS)} (several with commas), or none.")
-    add("--logging_dir", default="logs", help="Folder for logs, inside --output_dir.")
+    add("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
     add("--logging_steps", type=positive_int, default=10,
         help="Fetch the metrics from the device every this many updates; every update is logged.")
     add("--debug_loss", action="store_true",
         help="Log each image's own loss as loss_for_<file name>; images of the same name share one.")
-    add("--tracker_project_name", default="text2image-fine-tune", help="Name of the project in trackers.")
+    add("--tracker_project_name", type=str, default="text2image-fine-tune", help="Name of the project in trackers.")
     add("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
-    add("--hub_model_id", help="Repository to upload to. If not given: --output_dir's name.")
+    add("--hub_model_id", type=str, help="Repository to upload to. If not given: --output_dir's name.")
     add("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    add("--hub_token", help="Token for the upload; `hf auth login` or HF_TOKEN keep it off the command line.")
+    add("--hub_token", type=str, help="Token for the upload; `hf auth login` or HF_TOKEN keeps it off the screen.")
 
 
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
