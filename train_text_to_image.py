@@ -75,7 +75,7 @@ from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwarg
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from filelock import FileLock, Timeout
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -267,14 +267,15 @@ class CaptionedImages:
     """Images with their captions. For data of your own, return a class like it from `make_captioned_images`.
 
     It needs a length and items. An item is a dict of `image`, a PIL picture or the `bytes` or `path` of a file as
-    here, and `captions`, a list of strings of which each use draws one. `captions`, a sequence of such lists, is
-    optional: it spares the caches the images. Draw nothing at random here: crops, flips and captions are drawn in
-    `Samples`.
+    here, and `captions`, a list of strings of which each use draws one. An attribute `captions`, one such list per
+    item, is optional: with it, caches read captions without reading images. Items are read from several threads and
+    from forked loader processes: open files and connections in `__getitem__`. Draw nothing at random here: crops,
+    flips and captions are drawn in `Samples`.
     """
 
     def __init__(self, images: Sequence[dict], captions: list[list[str]]) -> None:
         self.images = images
-        self.captions = datasets.Dataset.from_dict({"captions": captions})["captions"]  # loaders share its memory
+        self.captions = datasets.Dataset.from_dict({"captions": captions})["captions"]  # Arrow: loaders share it
         self.captions_digest = hashlib.blake2b(json.dumps(captions).encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
@@ -285,7 +286,10 @@ class CaptionedImages:
 
 
 def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
-    """Return the images of `folder`, or of --dataset_name where it is None."""
+    """Return the data: of `folder` (--train_data_dir or --validation_data_dir), or of --dataset_name if it is None.
+
+    For data of your own: `if folder is None: return MyImages(args.dataset_name)`; any name gets here.
+    """
     source = folder or args.dataset_name
     rows = load_image_folder(folder, args) if folder else load_rows(args)
     if len(rows) == 0:
@@ -318,9 +322,9 @@ def load_rows(args: Namespace) -> datasets.Dataset:
     name = args.dataset_name
     try:
         if Path(name, "dataset_dict.json").is_file():
-            return datasets.load_from_disk(Path(name, "train"))
+            return datasets.load_from_disk(Path(name, "train")).with_format(None)
         if Path(name, "state.json").is_file():
-            return datasets.load_from_disk(name)
+            return datasets.load_from_disk(name).with_format(None)
         return datasets.load_dataset(name, args.dataset_config_name, split="train", cache_dir=args.cache_dir,
                                      data_dir=args.train_data_dir)
     except Exception as error:  # `datasets` raises many kinds
@@ -344,8 +348,8 @@ def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
     used = {*metadata, *images, *(path.with_suffix(".txt") for path in images if not metadata)}
     unused = [str(path) for path in files if path not in used]
     if unused:
-        logger.warning(f"{len(unused)} files in {folder} are not used, being neither images that Pillow reads nor "
-                       f"their captions, or not in the metadata: {', '.join(unused[:5])}")
+        logger.warning(f"{len(unused)} files in {folder} are not used, being neither images that Pillow can "
+                       f"read nor captions, or not listed in the metadata: {', '.join(unused[:5])}")
     try:
         return datasets.Dataset.from_list(rows)
     except (TypeError, ValueError) as error:  # of Arrow
@@ -361,7 +365,7 @@ def is_image(path: Path) -> bool:
 
 
 def list_files(folder: str, output_dir: str) -> list[Path]:
-    """Return the files in a folder and its subfolders, also linked ones, but for hidden ones and --output_dir."""
+    """Return the files in a folder and its subfolders, also linked ones, except hidden ones and --output_dir."""
     files, seen = [], {os.path.realpath(output_dir)}
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in seen:  # links may lead around in a circle
@@ -421,7 +425,8 @@ def decode_image(image: Image.Image | dict, name: str) -> Image.Image:
         with contextlib.suppress(Exception):  # a sound picture may have broken EXIF data
             image = ImageOps.exif_transpose(image)
         if image.mode == "F" or max(image.size) > MOST_ASPECT * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode} are too thin, or floats")
+            raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}: a strip 100 times as "
+                             "long as wide, or floats, cannot be trained on")
         profile = image.info.get("icc_profile")
         if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
             image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
@@ -437,14 +442,15 @@ def decode_image(image: Image.Image | dict, name: str) -> Image.Image:
 
 
 def convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Return an image in sRGB. An ICC profile that is broken, or is sRGB but for rounding, changes nothing."""
+    """Return an image in sRGB. An ICC profile that is broken, or is sRGB up to rounding, changes nothing."""
     plain = image.convert("RGB")
     try:
         converted = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
                                               outputMode="RGB")
     except ImageCms.PyCMSError:
         return plain
-    return converted if np.abs(np.subtract(converted, plain, dtype=int)).max() > 2 else plain
+    changes = ImageChops.difference(converted, plain).getextrema()
+    return converted if max(most for _, most in changes) > 2 else plain
 
 
 def make_row_name(index: int, item: dict) -> str:
@@ -491,7 +497,7 @@ class Samples:
             self.rows = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
         self.timestep_cdf = compute_timestep_cdf(args, num_timesteps)
         self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape, **extra_noises}
-        self.num_crops = args.cache_crops or (1 if args.center_crop else 4)
+        self.num_crops = 1 if args.center_crop else args.cache_crops or 4
         self.num_variants = self.num_crops * (1 + args.random_flip)  # crops, with --random_flip mirrored as well
         self.latents = None  # EncodedRows with --cache_latents: the variants of each image
         self.text_states = None  # EncodedRows with --cache_text_embeddings
@@ -566,7 +572,7 @@ class Samples:
             try:
                 item = self.get_item(source)
                 return decode_image(item["image"], make_row_name(source, item)), item["captions"], source
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 if not self.args.skip_broken_images:
                     raise
                 logging.getLogger(__name__).warning(f"skipped: {error}")
@@ -583,7 +589,7 @@ def make_data(args: Namespace, images: CaptionedImages, held_out_images: Caption
               configs: dict[str, dict]) -> Data:
     """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
     side = args.resolution // compute_vae_factor(configs["vae"])
-    shape = (configs["vae"]["latent_channels"], side, side)
+    shape = (configs["vae"].get("latent_channels", 4), side, side)
     sizes = {"latent_shape": shape, "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
     train = Samples(images, args, seed=seed, extra_noises=list_extra_noises(args, shape), **sizes)
     if held_out_images is None:
@@ -633,7 +639,7 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, T
     for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
         batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
                                 max_length=tokenizer.model_max_length).input_ids
-    batch["num_long"] = (batch["input_ids"][:, -2] != tokenizers[0].pad_token_id).long()  # full: perhaps cut
+    batch["num_long"] = (batch["input_ids"][:, -2] != tokenizers[0].pad_token_id).long()  # full: perhaps truncated
     return batch
 
 
@@ -810,7 +816,7 @@ uint32 = make_type(int, f"must not be negative or above {2**32 - 1}", lambda val
 positive_float = make_type(float, "must be positive and finite", lambda value: 0 < value < math.inf)
 nonnegative_float = make_type(float, "must not be negative or infinite", lambda value: 0 <= value < math.inf)
 fraction = make_type(float, "must be from 0 to 1", lambda value: 0 <= value <= 1)
-fraction_below_1 = make_type(float, "must be from 0 to 1, without 1", lambda value: 0 <= value < 1)
+fraction_below_1 = make_type(float, "must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -1030,6 +1036,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
     out, trackers = Path(args.output_dir).resolve(), args.report_to.split(",")
     earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
+    earlier += [path.parent.name for path in out.glob(f".partial-checkpoint-*/{RUN_RECORD}")]  # left by a kill
     sources = [Path(folder).resolve() for folder in (args.pretrained_model_name_or_path, args.train_data_dir,
                                                      args.validation_data_dir) if folder]
     packages = {f"report_to {name}": name for name in trackers if name in TRACKERS and name != "all"}
@@ -1041,6 +1048,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
          "or --dataset_name NAME."),
         (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
+        (not args.output_dir or os.path.isfile(args.output_dir), f"--output_dir {args.output_dir!r} is no folder."),
         (earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
          "overwrite: add --resume_from_checkpoint latest to continue it, or name another folder."),
@@ -1112,8 +1120,11 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | Non
     """
     lock, folder = None, Path(args.output_dir).resolve()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".partial-probe").touch()  # fails now, not at the first checkpoint, if it cannot be written
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".partial-probe").touch()
+        except OSError as error:
+            raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
         digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
         lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), thread_local=False,
                         is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
@@ -1234,8 +1245,8 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             where, files = locate_part(args, part)
             kind = DDPMScheduler if part == "scheduler" else UNet2DConditionModel  # which reads any config.json
             configs[part] = kind.load_config(where, **files)
-            if part == "scheduler":  # a class or schedule that diffusers lacks would only fail at the export
-                getattr(diffusers, configs[part].get("_class_name", "DDPMScheduler")).from_config(configs[part])
+            if part == "scheduler":
+                check_scheduler(configs[part])
         for name, required in {"quantization_config": None, **REQUIRED_SETTINGS.get(part, {})}.items():
             value = configs[part].get(name) or None
             if value != required and (name, value) != ("_class_name", None):
@@ -1250,6 +1261,14 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             logger.warning(f"unknown settings of the {part} are ignored: {unknown}")
     check_model_configs(args, configs)
     return configs
+
+
+def check_scheduler(config: dict) -> None:
+    """Refuse a class or schedule that diffusers lacks, which would only fail at the export."""
+    try:
+        getattr(diffusers, config.get("_class_name", "DDPMScheduler")).from_config(config)
+    except (AttributeError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"diffusers does not support it: {error}.") from error
 
 
 def load_tokenizer(args: Namespace, part: str, text_config: dict) -> CLIPTokenizer:
@@ -1307,7 +1326,7 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
     where, vae, scheduler = args.pretrained_model_name_or_path, configs["vae"], configs["scheduler"]
-    factor, num_layers = compute_vae_factor(vae), configs["text_encoder"]["num_hidden_layers"]
+    factor, num_layers = compute_vae_factor(vae), configs["text_encoder"].get("num_hidden_layers", 12)
     in_channels, latent_channels = configs["unet"].get("in_channels", 4), vae.get("latent_channels", 4)
     sampler, own_type = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
     prediction_type, num_timesteps = args.prediction_type or own_type, scheduler.get("num_train_timesteps", 1000)
@@ -1344,7 +1363,7 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
 
 def compute_vae_factor(vae_config: dict) -> int:
     """Return how many pixels one latent value spans in each direction."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+    return 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
 
 
 def make_scheduler_config(args: Namespace, config: dict) -> dict:
@@ -1367,8 +1386,7 @@ def explained_load(args: Namespace, part: str = ""):
     """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
-    except (AttributeError, ImportError, LookupError, NotImplementedError, OSError, SafetensorError, TypeError,
-            ValueError) as error:
+    except (ImportError, OSError, SafetensorError, ValueError) as error:
         if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
             raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
                               "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
@@ -1601,7 +1619,7 @@ class EncodedRows:
         then renamed: a run that was killed goes on with the next file, and two runs that write the same do no harm.
         """
         mine = [file for file in range(accelerator.process_index, len(self.items), accelerator.num_processes)
-                if not self.get_path(file).is_file()]
+                if not self.is_whole(file)]
         inputs = iterate_ahead(make_inputs(self.items[file]) for file in mine)
         bar = tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
         for file, encoded in zip(bar, map(encode, inputs), strict=True):
@@ -1614,7 +1632,15 @@ class EncodedRows:
                                        f"finite as {rows[name].dtype}: try --mixed_precision no, --cache_dtype fp32.")
             self.save(rows, self.get_path(file))
         accelerator.wait_for_everyone()
-        logger.info(f"cache {self.folder}: {len(mine)} of {len(self.items)} files written now")
+        if not all(map(self.is_whole, range(len(self.items)))):
+            raise ValueError(f"{self.folder} lacks files that other machines wrote: name an --encoded_dir that all "
+                             "machines share.")
+        logger.info(f"cache {self.folder}: this process wrote {len(mine)} of {len(self.items)} files")
+
+    def is_whole(self, file: int) -> bool:
+        with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
+            return len(open_rows(self.get_path(file))) > 0
+        return False
 
     def save(self, rows: np.ndarray, path: Path) -> None:
         aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
@@ -1643,10 +1669,11 @@ def make_key(*facts) -> str:
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
-        image, content = samples.get_item(index)["image"], b""
-        with contextlib.suppress(OSError):  # reading the image will say so, or skip it
+        content = b""
+        with contextlib.suppress(OSError, ValueError):  # reading the image will say so, or skip it
+            image = samples.get_item(index)["image"]
             content = (image.tobytes() if isinstance(image, Image.Image)
-                       else image.get("bytes") or Path(image["path"] or "").read_bytes())
+                       else image.get("bytes") or Path(image.get("path") or "").read_bytes())
         return hashlib.blake2b(content).digest()
 
     whole, count = hashlib.blake2b(digest_size=12), len(samples)
