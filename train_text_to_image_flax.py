@@ -740,7 +740,7 @@ def read_samples(samples: Samples, shares, num_workers: int):
 
 
 def end_with_parent() -> None:
-    """End this loader process when the one that trains has ended, even by a signal that it could not heed."""
+    """End this loader process when the one that trains has ended, even if it was killed."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -1408,7 +1408,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--use_ema", action="store_true",
         help="Keep an exponential moving average of the weights; use it for validation and export.")
     add("--ema_decay", type=fraction, default=0.9999,
-        help="Share of the old average kept at update n; (1 + n) / (10 + n) while that is smaller.")
+        help="Share of the old average kept at update n; n / (9 + n) while that is smaller.")
 
     add = parser.add_argument_group("precision, memory and devices").add_argument
     add("--mixed_precision", type=str, default="no", choices=("no", "fp16", "bf16"),
@@ -1945,8 +1945,8 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
     size, most = len(tokenizer), configs["text_encoder"]["vocab_size"]
     if not 512 < size <= most:  # two entries for each byte, at least
         raise OSError(f"its tokenizer has a vocabulary of {size}, where more than 512 and at most the {most} of its "
-                      "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are not there or "
-                      "another model's.")
+                      "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are missing "
+                      "or belong to another model.")
     tokenizer.model_max_length = min(tokenizer.model_max_length, configs["text_encoder"]["max_position_embeddings"])
     scheduler_config = make_scheduler_config(args, configs["scheduler"])
     return Models(tokenizer, **networks, configs=configs, scheduler_config=scheduler_config, trained=trained,
@@ -1996,7 +1996,7 @@ def check_settings(where: str, part: str, config: dict) -> dict:
         if len(config["heads"]) != len(config["block_out_channels"]):
             odd.append(f"attention_head_dim {heads}")
     if odd:
-        raise ValueError(f"{part}/config.json of {where} has {', '.join(odd)}, which this script has not implemented. "
+        raise ValueError(f"{part}/config.json of {where} has {', '.join(odd)}, which this script does not support. "
                          "Use train_text_to_image.py.")
     return config
 
@@ -2437,7 +2437,7 @@ def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedu
         "linear": lambda: optax.linear_schedule(1.0, 0.0, length),
         "cosine": lambda: optax.cosine_decay_schedule(1.0, length),
         "cosine_with_restarts": lambda: restart,
-        "polynomial": lambda: optax.polynomial_schedule(1.0, 1e-7 / rate, args.lr_power, length),
+        "polynomial": lambda: optax.polynomial_schedule(1.0, 1e-7 / max(rate, 1e-7), args.lr_power, length),
     }
     if args.lr_scheduler in after_warmup:
         return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after_warmup[args.lr_scheduler]()],
@@ -2460,7 +2460,8 @@ INCONSEQUENTIAL_FLAGS = frozenset(
     "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
     "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
     "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format encoded_dir debug_loss optimizer_in_backward".split()
+    "validation_inference_steps save_kohya_format encoded_dir debug_loss optimizer_in_backward "
+    "pretrained_lora_model_name_or_path".split()
 )
 
 
@@ -2494,7 +2495,7 @@ def load_run_record(checkpoint: Path | None) -> dict:
         return {}
     try:
         record = json.loads((checkpoint / RUN_RECORD).read_text())
-        return {**record, "progress": Progress(**record["progress"])}
+        return {**record, "flags": {**record["flags"]}, "progress": Progress(**record["progress"])}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint / RUN_RECORD} is damaged: {error}. Name another checkpoint.") from error
 
@@ -2553,8 +2554,8 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
                     record: dict) -> None:
     """Save everything that the next update depends on, then remove old checkpoints.
 
-    A checkpoint is written aside with its record last, then renamed. At every moment of this a crash leaves the
-    checkpoint of before or the new one, which `remove_leftovers` puts in its place.
+    A checkpoint is written aside with its record last, then renamed. A crash at any point leaves either the old or the
+    new checkpoint, which `remove_leftovers` puts in its place.
     """
     name, limit = f"checkpoint-{progress.global_step}", args.checkpoints_total_limit
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
@@ -2622,7 +2623,12 @@ def resume(args: Namespace, models: Models, checkpoint: Path, record: dict) -> P
 
 
 def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict) -> None:
-    """Warn of settings that differ from the checkpoint's."""
+    """Warn of later checkpoints, and of settings that differ from the checkpoint's."""
+    later = [folder.name for folder in list_checkpoints(args.output_dir)
+             if get_checkpoint_step(folder) > get_checkpoint_step(checkpoint)]
+    if later:
+        logger.warning(f"{args.output_dir} also holds {', '.join(later)}, which --resume_from_checkpoint latest takes "
+                       "until this run has passed them.")
     if not saved:
         logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
         return
@@ -2633,10 +2639,10 @@ def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict
     changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted((before.keys() | now.keys()) - ignored)
                if (before.get(key) or None) != (now.get(key) or None)]  # a flag that is off may be unknown there
     if changed:
-        logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. Training goes on with the new values; results "
-                       "will not match an uninterrupted run.")
+        logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed)}. Training goes on with the new "
+                       "values; results will not match an uninterrupted run.")
     else:
-        logger.info(f"going on from {checkpoint} with the same data, noise and settings")
+        logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
 
 
 # ---- Validation and export ------------------------------------------------------------------------------------------

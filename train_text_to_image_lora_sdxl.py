@@ -1021,7 +1021,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--use_ema", action="store_true",
         help="Keep an exponential moving average of the weights; use it for validation and export.")
     add("--ema_decay", type=fraction, default=0.9999,
-        help="Share of the old average kept at update n; (1 + n) / (10 + n) while that is smaller.")
+        help="Share of the old average kept at update n; n / (9 + n) while that is smaller.")
 
     add = parser.add_argument_group("precision and memory").add_argument
     add("--mixed_precision", type=str, choices=("no", "fp16", "bf16"),
@@ -2079,7 +2079,8 @@ INCONSEQUENTIAL_FLAGS = frozenset(
     "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
     "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
     "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format encoded_dir debug_loss optimizer_in_backward".split()
+    "validation_inference_steps save_kohya_format encoded_dir debug_loss optimizer_in_backward "
+    "pretrained_lora_model_name_or_path".split()
 )
 
 
@@ -2113,7 +2114,7 @@ def load_run_record(checkpoint: Path | None) -> dict:
         return {}
     try:
         record = json.loads((checkpoint / RUN_RECORD).read_text())
-        return {**record, "progress": Progress(**record["progress"])}
+        return {**record, "flags": {**record["flags"]}, "progress": Progress(**record["progress"])}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{checkpoint / RUN_RECORD} is damaged: {error}. Name another checkpoint.") from error
 
@@ -2126,7 +2127,8 @@ def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
     if missing:
         raise ValueError(f"{checkpoint} has no {', '.join(missing)}: another script made it, or it is damaged. Name "
                          "another checkpoint.")
-    before = load_run_record(checkpoint).get("flags", {})
+    reference = {"lora_alpha": args.rank, "use_dora": False, "use_rslora": False}  # which keeps no record
+    before = load_run_record(checkpoint).get("flags", reference)
     before["use_ema"] = (checkpoint / EMA_FOLDER).is_dir()
     for name in FIXED_FLAGS:
         if name in before and before[name] != getattr(args, name):
@@ -2199,8 +2201,8 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
                     record: dict) -> None:
     """Save everything that the next update depends on, then remove old checkpoints.
 
-    A checkpoint is written aside with its record last, then renamed. At every moment of this a crash leaves the
-    checkpoint of before or the new one, which `remove_leftovers` puts in its place.
+    A checkpoint is written aside with its record last, then renamed. A crash at any point leaves either the old or the
+    new checkpoint, which `remove_leftovers` puts in its place.
     """
     name, limit = f"checkpoint-{progress.global_step}", args.checkpoints_total_limit
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
@@ -2304,7 +2306,12 @@ def restore_settings(args: Namespace, optimizer: torch.optim.Optimizer, settings
 
 
 def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict) -> None:
-    """Warn of settings that differ from the checkpoint's."""
+    """Warn of later checkpoints, and of settings that differ from the checkpoint's."""
+    later = [folder.name for folder in list_checkpoints(args.output_dir)
+             if get_checkpoint_step(folder) > get_checkpoint_step(checkpoint)]
+    if later:
+        logger.warning(f"{args.output_dir} also holds {', '.join(later)}, which --resume_from_checkpoint latest takes "
+                       "until this run has passed them.")
     if not saved:
         logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
         return
@@ -2315,10 +2322,10 @@ def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict
     changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted((before.keys() | now.keys()) - ignored)
                if (before.get(key) or None) != (now.get(key) or None)]  # a flag that is off may be unknown there
     if changed:
-        logger.warning(f"not as in {checkpoint}: {'; '.join(changed)}. Training goes on with the new values; results "
-                       "will not match an uninterrupted run.")
+        logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed)}. Training goes on with the new "
+                       "values; results will not match an uninterrupted run.")
     else:
-        logger.info(f"going on from {checkpoint} with the same data, noise and settings")
+        logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
 
 
 # ---- Validation and export ------------------------------------------------------------------------------------------
@@ -2605,12 +2612,12 @@ class Meter:
                 self.started = began
 
     def add(self, step: MicroStep, batch: dict[str, Tensor], numbers: dict) -> None:
-        """Add the numbers of a micro step to those of its update."""
+        """Add a micro step to its update: losses are summed, other numbers replaced."""
         self.num_images += step.last - step.first
         is_used = batch["weights"] > 0
         self.counts += torch.stack([(batch[name] * is_used).sum() for name in ("num_skipped", "num_long")])
-        for name, number in numbers.items():
-            self.numbers[name] = self.numbers.get(name, 0.0) + number
+        loss = self.numbers.get("train_loss", 0.0) + numbers["train_loss"]
+        self.numbers = {**self.numbers, **numbers, "train_loss": loss}
 
     def end_update(self, global_step: int, numbers: dict) -> None:
         """Finish an update; every --logging_steps of them, read and log the numbers."""

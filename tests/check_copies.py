@@ -57,7 +57,8 @@ OWN = {
     "save_trained",
 }
 OWN_OF = {
-    "train_text_to_image_lora_sdxl.py": {"train_step"},
+    "train_text_to_image_lora.py": {"check_checkpoint"},
+    "train_text_to_image_lora_sdxl.py": {"check_checkpoint", "train_step"},
     "train_text_to_image_flax.py": set(
         "--allow_tf32 --mixed_precision INTERPOLATION_MODES Meter StopRequest TRACKERS cache_encodings "
         "cache_latents cache_text_states collate compute_held_out_loss compute_loss compute_snr_weights "

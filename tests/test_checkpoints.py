@@ -368,7 +368,7 @@ def test_leftovers_of_a_killed_save_are_cleared_at_the_next_start(script, args, 
     run(script, args(copied, max_train_steps=5, resume_from_checkpoint="latest"))
     assert list_names(copied) == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
     assert list_names(copied, ".partial*") == set()
-    assert f"going on from {copied / 'checkpoint-4'} with the same data" in caplog.text
+    assert f"resuming from {copied / 'checkpoint-4'} with the same data" in caplog.text
 
 
 def test_a_linked_checkpoint_is_unlinked_and_what_it_points_to_kept(script, tiny_model, image_folder, tmp_path):

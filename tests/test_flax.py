@@ -481,6 +481,14 @@ def test_schedules_are_those_of_the_torch_scripts(flax, tiny_model, image_folder
     np.testing.assert_allclose([factor(step) for step in range(14)], [expected(step) for step in range(14)], atol=1e-6)
 
 
+@pytest.mark.parametrize("rate", [0.0, 1e-8])
+def test_polynomial_does_not_raise_a_tiny_learning_rate(flax, tiny_model, image_folder, tmp_path, rate):
+    """It ends at 1e-7, above such a rate, which then stays as it is."""
+    args = flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", lr_scheduler="polynomial"))
+    factor = flax.make_lr_factor(args, rate, 13)
+    assert [factor(step) for step in (600, 900)] == [1, 1]
+
+
 def train(script, base: Path, images: Path, out: Path, **flags) -> dict[int, float]:
     """Run a script; return its losses by update."""
     script.main(make_args(base, images, out, report_to="tensorboard", **flags))

@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is the run that was never stopped, and what changes in between is said."""
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import accelerate
 import psutil
 import pytest
 import torch
@@ -401,10 +403,24 @@ def test_another_layout_of_the_weights_keeps_the_moments(script, args, tmp_path)
             assert (weights[name][key] - expected).abs().max() < 1e-3 * 0.3, (name, key)
 
 
+@in_first_script
+def test_later_checkpoints_are_told_when_an_earlier_one_is_resumed(script, args, tmp_path, caplog):
+    """`latest` would take them until the run has passed them."""
+    for step in (1, 2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "run_record.json").touch()
+    argv = args(tmp_path, resume_from_checkpoint="latest")
+    for step, told in ((2, True), (10, False)):
+        caplog.clear()
+        accelerate.PartialState()  # accelerate's loggers need it
+        script.warn_of_changes(script.parse_args(argv), tmp_path / f"checkpoint-{step}", {}, {})
+        assert ("also holds checkpoint-10, which" in caplog.text) == told
+
+
 @pytest.mark.parametrize(("name", "damage"), [
     ("optimizer.bin", "cut"), ("scheduler.bin", "cut"), ("run_record.json", "cut"), ("run_record.json", "empty"),
-    ("optimizer.bin", "gone"),
-    ("scheduler.bin", "gone"), ("random_states_0.pkl", "gone"), ("run_record.json", "gone")])
+    ("run_record.json", "flags that are none"), ("optimizer.bin", "gone"), ("scheduler.bin", "gone"),
+    ("random_states_0.pkl", "gone"), ("run_record.json", "gone")])
 def test_damaged_checkpoints_are_told(script, args, never_stopped, tmp_path, name, damage):
     """A file that is cut short or gone is said to be so, with the checkpoint's name; the record may be missing."""
     whole, _ = never_stopped(script, args, checkpointing_steps=3)
@@ -415,6 +431,8 @@ def test_damaged_checkpoints_are_told(script, args, never_stopped, tmp_path, nam
         path.unlink()
     elif damage == "empty":
         path.write_text("{}")
+    elif damage == "flags that are none":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "flags": []}))
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     if (name, damage) == ("run_record.json", "gone"):
