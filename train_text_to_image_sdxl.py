@@ -1907,7 +1907,7 @@ def make_ema(args: Namespace, accelerator: Accelerator, models: Models) -> EmaWe
     ema = EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay, args.offload_ema)
     if args.non_ema_revision != args.revision:
         source_args = Namespace(**{**vars(args), "non_ema_revision": args.revision})
-        with explained_load(args, "unet"):
+        with explained_load(args, f"unet at --revision {args.revision}"):
             source = load_network(source_args, "unet", {}, torch.float32)
         weights = {f"unet.{name}": tensor for name, tensor in source.state_dict().items()}
         copy_weights(ema.averages, {**ema.averages, **weights}, f"the UNet at --revision {args.revision}")

@@ -220,6 +220,17 @@ def test_a_revision_is_trained(script, image_folder, hub_cache, tmp_path):
         assert_close(read_trained(tmp_path / "out"), read_trained(raw))
 
 
+def test_weights_that_the_averaged_unet_lacks_are_told(full_script, image_folder, hub_cache, tmp_path):
+    """Libraries would put random values in their place."""
+    path = next(hub_cache.rglob("a" * 40)) / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    del weights["conv_in.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="its unet at --revision .* lack conv_in.weight"):
+        run(full_script, make_args("team/model", image_folder, tmp_path / "out", cache_dir=hub_cache, use_ema=True,
+                                   non_ema_revision="raw", max_train_steps=1))
+
+
 def test_non_ema_revision_is_trained_and_the_other_averaged(full_script, image_folder, hub_cache, tmp_path):
     """The UNet starts from --non_ema_revision, its average from --revision at full decay, also when resumed."""
     flags = {"cache_dir": hub_cache, "non_ema_revision": "raw", "use_ema": True, "ema_decay": 0.9}
