@@ -1300,12 +1300,12 @@ def convert_single_file(args: Namespace, file: str, folder: Path) -> None:
     logger.info(f"converting {file} to {folder}, once")
     with safe_open(file, framework="pt") as weights:
         names = list(weights.keys())
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         pipeline = PIPELINE.from_single_file(file, config=args.single_file_config, cache_dir=args.cache_dir)
         if "v_pred" in names:  # a file says it so, as it has no configuration
             pipeline.scheduler.register_to_config(prediction_type="v_prediction",
                                                   rescale_betas_zero_snr="ztsnr" in names)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True) as aside:
             pipeline.save_pretrained(Path(aside, "model"))
             with contextlib.suppress(OSError):  # another process was faster

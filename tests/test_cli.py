@@ -45,7 +45,8 @@ IMPOSSIBLE_VALUES = [
     *((flag, value, "must be positive") for flag, value in itertools.product(POSITIVE_REALS, ("0", "-0.5", "nan"))),
     *((flag, "-1", "must not be negative") for flag in NONNEGATIVE_COUNTS),
     *((flag, value, "must not be negative") for flag, value in itertools.product(NONNEGATIVE_REALS, ("-0.1", "nan"))),
-    *((flag, value, "must be from 0 to 1") for flag, value in itertools.product(FRACTIONS, ("-0.1", "1.5", "nan"))),
+    *((flag, value, f"must be {'at least 0 and below' if flag in BELOW_1 else 'from 0 to'} 1")
+      for flag, value in itertools.product(FRACTIONS, ("-0.1", "1.5", "nan"))),
     *((flag, "inf", "must") for flag in POSITIVE_REALS + NONNEGATIVE_REALS + FRACTIONS),
     ("seed", str(2**32), "must"),  # the random number generators of NumPy end there
     *((flag, "1", "must") for flag in BELOW_1),
