@@ -644,7 +644,7 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, T
 
 
 def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator):
-    """Yield each micro step with this process's batch of it."""
+    """Return a generator of each micro step with this process's batch; loader processes start here, in this thread."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader processes
     steps, planned = itertools.tee(steps)
     shares = share_samples(planned, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
@@ -653,11 +653,16 @@ def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, a
         samples, batch_sampler=shares, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
         pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_stop_signals,
         generator=torch.Generator()))  # its own, to leave the global one alone
+    return hand_out(steps, loader)
+
+
+def hand_out(steps, loader):
+    """Yield each micro step with its batch, then end the loader processes."""
     try:
         yield from zip(steps, loader, strict=True)
     finally:
-        if num_workers:
-            loader._shutdown_workers()  # which otherwise waits for the last reference to go
+        if hasattr(loader, "_shutdown_workers"):  # which otherwise waits for the last reference to go
+            loader._shutdown_workers()
 
 
 def ignore_stop_signals(worker_id: int) -> None:
