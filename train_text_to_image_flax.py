@@ -35,7 +35,6 @@ Read these; the rest is plumbing:
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import copy
 import csv
@@ -50,18 +49,16 @@ import logging
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import secrets
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,17 +87,7 @@ from transformers import CLIPTokenizer
 
 # ---- Types ----------------------------------------------------------------------------------------------------------
 
-
-class ProcessLogger(logging.LoggerAdapter):
-    """Logs what the main process says, and from any process what is marked with main_process_only=False."""
-
-    def log(self, level: int, message: object, *args, main_process_only: bool = True, **kwargs) -> None:
-        """Log a message as `logging` does."""
-        if not main_process_only or jax.process_index() == 0:
-            super().log(level, message, *args, **kwargs)
-
-
-logger = ProcessLogger(logging.getLogger(__name__))
+logger = logging.getLogger(__name__)
 MODEL_KIND = "Stable Diffusion 1.x or 2.x"
 
 
@@ -709,8 +696,10 @@ def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, a
     steps, planned = itertools.tee(steps)
     shares = share_samples(planned, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
     tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
-    for step, read in zip(steps, read_samples(samples, shares, num_workers), strict=True):
-        yield step, pad_batch(collate(read, tokenizers), size * jax.local_device_count())
+    with ThreadPoolExecutor(num_workers or 8) as pool:
+        for step, uses in zip(steps, shares, strict=True):
+            batch = collate(list(pool.map(samples.__getitem__, uses)), tokenizers)
+            yield step, pad_batch(batch, size * jax.local_device_count())
 
 
 def pad_batch(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
@@ -721,33 +710,6 @@ def pad_batch(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
     filled = {name: np.concatenate([array, np.repeat(array[:1], missing, axis=0)]) for name, array in batch.items()}
     filled["weights"][size - missing :] = 0
     return filled
-
-
-def read_samples(samples: Samples, shares, num_workers: int):
-    """Yield the samples of each micro step, read in threads, or each micro step in a process of its own."""
-    if num_workers == 0:
-        yield from map(samples.__getitems__, shares)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork would copy locks that JAX's threads hold at that moment
-    with ProcessPoolExecutor(num_workers, spawn, initializer=start_loader_process, initargs=(samples,)) as pool:
-        waiting = collections.deque()
-        for uses in shares:
-            waiting.append(pool.submit(read_in_loader_process, uses))
-            if len(waiting) > num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def end_with_parent() -> None:
-    """End this loader process when the one that trains has ended, even if it was killed."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def read_in_loader_process(uses: list[SampleUse]) -> list[dict]:
-    """Return some samples from those that the process was started with."""
-    return read_in_loader_process.samples.__getitems__(uses)
 
 
 def make_updates(args: Namespace, accelerator: Accelerator, batches, stop_request: StopRequest):
@@ -766,14 +728,6 @@ def make_updates(args: Namespace, accelerator: Accelerator, batches, stop_reques
         batch["signal"] = np.full(batch["weights"].shape, stop_request.signal_number, np.int32)
         yield step, accelerator.place_batch({**batch, "window_size": np.float32(step.window_size)}, axis=1)
         micro_batches = []
-
-
-def start_loader_process(samples: Samples) -> None:
-    """Keep the samples; leave signals, which reach a whole process group, to the process that trains."""
-    read_in_loader_process.samples = samples  # sent once, not with every batch
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def iterate_ahead(batches):
@@ -807,12 +761,12 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, r
     """
     losses, gradients = compute_gradients(accelerator, models, objective, state, frozen, batch)
     norm = optax.tree.norm(gradients)
-    if recipe.max_grad_norm:
-        clip = jnp.minimum(1.0, recipe.max_grad_norm / (norm + 1e-6))  # as torch clips
+    if objective.args.max_grad_norm:
+        clip = jnp.minimum(1.0, objective.args.max_grad_norm / (norm + 1e-6))  # as torch clips
         gradients = jax.tree.map(lambda gradient: gradient * clip, gradients)
 
     factor = recipe.lr_factor(state.step)
-    rates = {part: rate * factor for part, rate in recipe.rates.items() if part in models.trained}
+    rates = {part: rate * factor for part, rate in recipe.rates.items()}
     changes, moments = recipe.optimizer.update(gradients, state.moments, state.weights)
     weights = {name: weight - rates[name.split(".")[0]] * changes[name] for name, weight in state.weights.items()}
 
@@ -826,7 +780,7 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, r
     averages, ema_updates = state.averages, state.ema_updates
     if averages is not None:
         ema_updates = ema_updates + 1
-        decay = metrics["ema_decay"] = compute_ema_decay(ema_updates, recipe.ema_decay, recipe.min_ema_decay)
+        decay = metrics["ema_decay"] = compute_ema_decay(ema_updates, objective.args.ema_decay)
         averages = {name: average + (1 - decay) * (weights[name] - average) for name, average in averages.items()}
     updated = TrainState(state.step + 1, weights, moments, ema_updates, averages, state.loss_scale)
     if state.loss_scale is not None:
@@ -848,27 +802,21 @@ def compute_gradients(accelerator: Accelerator, models: Models, objective: Objec
                       frozen: dict[str, Tensor], batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the losses [a, b] of an update's samples and the gradients of their mean."""
     micro_batches = {name: array for name, array in batch.items() if array.ndim > 1 and name != "signal"}
-    scale = None if state.loss_scale is None else state.loss_scale.scale
+    scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
     def compute_mean(weights: dict[str, Tensor], micro_batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         gathered = accelerator.gather_weights(weights)
         networks = with_weights(models, {**frozen, **gathered})
         losses = compute_loss(networks.unet, objective, *encode_batch(networks, micro_batch), micro_batch)
-        loss = (losses * micro_batch["weights"]).sum() / batch["window_size"]
-        return loss if scale is None else loss * scale, losses
+        return (losses * micro_batch["weights"]).sum() / batch["window_size"] * scale, losses
 
-    def compute_part(micro_batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    def add_part(total: dict[str, Tensor] | None, micro_batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         gradients, losses = jax.grad(compute_mean, has_aux=True)(state.weights, micro_batch)
-        if scale is not None:
-            gradients = jax.tree.map(lambda gradient: gradient / scale, gradients)
-        return accelerator.divide_gradients(gradients), losses
-
-    def add_part(total: dict[str, Tensor], micro_batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        gradients, losses = compute_part(micro_batch)
-        return jax.tree.map(jnp.add, total, gradients), losses
+        gradients = accelerator.divide_gradients(jax.tree.map(lambda gradient: gradient / scale, gradients))
+        return gradients if total is None else jax.tree.map(jnp.add, total, gradients), losses
 
     if len(batch["weights"]) == 1:  # without accumulation, no second set of gradients in memory
-        gradients, losses = compute_part({name: array[0] for name, array in micro_batches.items()})
+        gradients, losses = add_part(None, {name: array[0] for name, array in micro_batches.items()})
         return losses[None], gradients
     gradients, losses = jax.lax.scan(add_part, jax.tree.map(jnp.zeros_like, state.weights), micro_batches)
     return losses, gradients
@@ -1097,7 +1045,9 @@ class UNet(Network):
         config, layers = self.config, self.layers
         channels, count = config["block_out_channels"], config["layers_per_block"]
         last = len(channels) - 1
-        heads, conditions = config["heads"], (self.embed_timesteps(timesteps), encoder_hidden_states)
+        heads = config["attention_head_dim"]  # which is their number, misnamed
+        heads = [heads] * len(channels) if isinstance(heads, int) else heads
+        conditions = self.embed_timesteps(timesteps), encoder_hidden_states
         x = layers.conv("conv_in", noisy_latents, channels[0])
         skips = [x]
         for level, (kind, width) in enumerate(zip(config["down_block_types"], channels, strict=True)):
@@ -1154,18 +1104,14 @@ class VAE(Network):
             x = self.run_resnets(block, x, config["layers_per_block"], channel)
             if level < len(channels) - 1:
                 x = block.conv("downsamplers.0.conv", x, channel, stride=2, padding=((0, 1), (0, 1)))
-        moments = self.run_end(layers, self.run_middle(layers, x), width)
-        if config["use_quant_conv"]:
-            moments = self.layers.conv("quant_conv", moments, width, 1)
+        moments = self.layers.conv("quant_conv", self.run_end(layers, self.run_middle(layers, x), width), width, 1)
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30, 20))
 
     def decode(self, latents: Tensor) -> Tensor:
         """[b, h, w, c] as the UNet knows them -> [b, H, W, 3] in [-1, 1], float32."""
         config, layers, channels = self.config, self.layers.at("decoder"), self.config["block_out_channels"][::-1]
-        x = latents / config["scaling_factor"]
-        if config["use_post_quant_conv"]:
-            x = self.layers.conv("post_quant_conv", x, config["latent_channels"], 1)
+        x = self.layers.conv("post_quant_conv", latents / config["scaling_factor"], config["latent_channels"], 1)
         x = self.run_middle(layers, layers.conv("conv_in", x, channels[0]))
         for level, channel in enumerate(channels):
             block = layers.at(f"up_blocks.{level}")
@@ -1217,11 +1163,10 @@ def run_clip_layer(layers: Layers, x: Tensor, *, config: dict) -> Tensor:
     found = compute_attention(query, key, value, config["num_attention_heads"], is_causal=True)
     x = x + own.linear("out_proj", found, width)
     hidden = layers.linear("mlp.fc1", layers.norm("layer_norm2", x, epsilon), config["intermediate_size"])
-    hidden = (hidden * jax.nn.sigmoid(1.702 * hidden) if config["hidden_act"] == "quick_gelu"
-              else jax.nn.gelu(hidden, approximate=False))
-    return x + layers.linear("mlp.fc2", hidden, width)
+    return x + layers.linear("mlp.fc2", ACTIVATIONS[config["hidden_act"]](hidden), width)
 
 
+ACTIVATIONS = {"gelu": partial(jax.nn.gelu, approximate=False), "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}
 NETWORKS = {"unet": UNet, "vae": VAE, "text_encoder": TextEncoder}
 EXAMPLES = {  # calls that touch every layer
     "unet": lambda unet: unet(jnp.zeros((1, 16, 16, unet.config["in_channels"])), jnp.zeros(1),
@@ -1287,7 +1232,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.set_defaults(output_dir="sd-model-finetuned", resolution=512, validation_epochs=5, seed=0,
                         image_interpolation_mode="bilinear")
     args = read_args(parser, argv)
-    args.non_ema_revision = args.non_ema_revision or args.revision
     check_args(
         parser, args,
         (args.attention == "cudnn" and args.mixed_precision == "no",
@@ -1304,8 +1248,6 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--pretrained_vae_model_name_or_path", type=str,
         help="VAE folder or hub name to use instead of the model's own; --revision and --variant do not apply.")
     add("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
-    add("--non_ema_revision", type=str,
-        help="Revision of the UNet, if not --revision; EMA weights then start from --revision, at full decay.")
     add("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
     add("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
     add("--train_text_encoder", action="store_true",
@@ -1336,7 +1278,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--skip_broken_images", action="store_true",
         help="Replace an image that cannot be read by the next one that can; the logs count them.")
     add("--dataloader_num_workers", type=nonnegative_int, default=0,
-        help="Processes that load data; 0: threads. Raise it if `data_wait` in the logs exceeds a few percent.")
+        help="Threads that load data; 0: 8. Raise it if `data_wait` in the logs exceeds a few percent.")
 
     add = parser.add_argument_group("cache").add_argument
     add("--cache_latents", action="store_true",
@@ -1527,29 +1469,15 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
 
 
 def make_accelerator(args: Namespace) -> Accelerator:
-    """Set up processes, devices and logging."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO,
+    """Set up processes, devices and logging: libraries log warnings only."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING,
                         force=True)  # replaces the handler of Orbax's logging library
-    for name in ("httpx", "absl", "jax", "orbax"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     if args.multi_host:
-        try:
-            jax.distributed.initialize(shutdown_timeout_seconds=30)  # after another process failed
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"--multi_host finds no other machines: {error}. Start it on each of them by Slurm, MPI, "
-                             "Kubernetes or as a TPU slice, or drop the flag.") from error
+        jax.distributed.initialize(shutdown_timeout_seconds=30)  # after another process failed
     if args.mixed_precision == "no" and not args.allow_tf32:  # JAX's default is a shorter format
         jax.config.update("jax_default_matmul_precision", "highest")
     accelerator = Accelerator(args.mixed_precision, fsdp=args.fsdp)
-    if args.fsdp and accelerator.num_devices == 1:
-        logger.warning("--fsdp has no effect: this run has one device")
-    for library in (datasets, transformers):
-        library.utils.logging.set_verbosity(logging.WARNING if accelerator.is_main_process else logging.ERROR)
-        if library is not datasets or not accelerator.is_main_process:
-            library.utils.logging.disable_progress_bar()
-    if args.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"--attention cudnn needs an NVIDIA GPU, and this run uses {jax.default_backend()}: drop "
-                         "the flag.")
+    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     return accelerator
 
 
@@ -1562,7 +1490,8 @@ class Accelerator:
         self.num_devices, self.mixed_precision, self.fsdp = jax.device_count(), mixed_precision, fsdp
         self.mesh = Mesh(np.array(jax.devices()), ("devices",))
         self.whole = NamedSharding(self.mesh, PartitionSpec())  # a copy on every device
-        self.trackers: list[TensorBoardTracker | WandbTracker] = []
+        self.split = NamedSharding(self.mesh, PartitionSpec("devices"))
+        self.trackers = []
 
     def wait_for_everyone(self) -> None:
         """Wait until all processes are here."""
@@ -1583,12 +1512,9 @@ class Accelerator:
         for tracker in self.trackers:
             tracker.finish()
 
-    def place(self, arrays: dict[str, np.ndarray],
-              places: dict[str, NamedSharding] | None = None) -> dict[str, Tensor]:
-        """Put host arrays, which every process has, on the devices: sharded by `places`, else a copy on each."""
-        return {name: jax.make_array_from_callback(
-            array.shape, self.whole if places is None else places[name], array.__getitem__)
-            for name, array in arrays.items()}
+    def place(self, array: np.ndarray, sharding: NamedSharding) -> Tensor:
+        """Put a host array, which every process has, on the devices."""
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
     def choose_sharding(self, array) -> NamedSharding:
         """Return the sharding of an array of the state: a copy on each device, or with --fsdp cut along one axis.
@@ -1625,13 +1551,11 @@ class Accelerator:
 
 
 def gather_object(things: list) -> list:
-    """Return the lists of all processes as one."""
+    """Return the lists of all processes as one; of JSON types, and short."""
     if jax.process_count() == 1:
         return things
-    packed = np.frombuffer(pickle.dumps(things), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(len(packed)))
-    padded = multihost_utils.process_allgather(np.pad(packed, (0, int(sizes.max()) - len(packed))))
-    return [thing for row, size in zip(padded, sizes, strict=True) for thing in pickle.loads(row[:size].tobytes())]
+    packed = np.frombuffer(json.dumps(things).encode().ljust(1000), np.uint8)
+    return [thing for row in multihost_utils.process_allgather(packed) for thing in json.loads(row.tobytes())]
 
 
 def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | None:
@@ -1673,9 +1597,8 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
     if seed is None:
         seed = load_run_record(checkpoint).get("seed", secrets.randbits(32))
     if accelerator.is_main_process:
-        accelerator.trackers = [make_tracker(name, args) for name in args.report_to.split(",") if name != "none"]
-    if accelerator.num_processes > 1:
-        seed, args.hub_model_id = gather_object([(seed, args.hub_model_id)])[0]
+        accelerator.trackers = [start_tracker(name, args) for name in args.report_to.split(",") if name != "none"]
+    seed, args.hub_model_id = gather_object([(seed, args.hub_model_id)])[0]
     return seed
 
 
@@ -1717,7 +1640,7 @@ class StopRequest:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal_number, self.previous = 0, {}
-        self.previous_metrics, self.is_shared = None, accelerator.num_processes > 1
+        self.is_shared, self.previous_metrics = accelerator.num_processes > 1, {"signal": 0}
 
     def __enter__(self) -> StopRequest:
         try:
@@ -1734,15 +1657,14 @@ class StopRequest:
         """Note the signal; a second one of the same kind ends the process at once, even while it waits for another."""
         self.signal_number = number
         signal.signal(number, signal.SIG_DFL)
-        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once",
-                       main_process_only=False)
+        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once")
 
     def agreed(self, metrics: dict[str, Tensor]) -> int:
         """Return the signal that some process received, or 0; the same on every process. Call once per update."""
         if not self.is_shared:
             return self.signal_number
         before, self.previous_metrics = self.previous_metrics, metrics
-        return 0 if before is None else int(before["signal"])
+        return int(before["signal"])
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -1758,90 +1680,92 @@ FLAX_FILES = {"unet": "diffusion_flax_model.msgpack", "vae": "diffusion_flax_mod
               "text_encoder": "flax_model.msgpack"}
 # Settings of networks: those that may differ, with what holds where an old file leaves them out, ...
 SETTINGS = {
-    "unet": {"sample_size": None, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_eps": 1e-5,
+    "unet": {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_eps": 1e-5, "norm_num_groups": 32,
              "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1280, "attention_head_dim": 8,
-             "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "num_attention_heads": None,
-             "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, "norm_num_groups": 32,
-             "use_linear_projection": False, "upcast_attention": False},
-    "vae": {"sample_size": None, "in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 1,
-            "block_out_channels": (64,), "down_block_types": ("DownEncoderBlock2D",), "norm_num_groups": 32,
-            "up_block_types": ("UpDecoderBlock2D",), "scaling_factor": 0.18215, "force_upcast": True,
-            "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True},
+             "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), "use_linear_projection": False,
+             "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3},
+    "vae": {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 32,
+            "block_out_channels": (64,), "scaling_factor": 0.18215, "mid_block_add_attention": True},
     "text_encoder": {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
                      "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
                      "layer_norm_eps": 1e-5},
 }
-# ... and those that must be as here if they are there at all. Others must be unset, False or 0.
+# ... those that must be as here if they are there at all; others must be unset, False or 0, ...
 FIXED_SETTINGS = {
-    "unet": {"act_fn": "silu", "attention_type": "default", "addition_embed_type_num_heads": 64, "conv_in_kernel": 3,
-             "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True, "mid_block_scale_factor": 1,
-             "mid_block_type": "UNetMidBlock2DCrossAttn", "resnet_out_scale_factor": 1,
-             "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-             "transformer_layers_per_block": 1},
-    "vae": {"act_fn": "silu"},
-    "text_encoder": {"model_type": "clip_text_model"},
-}
-BLOCK_TYPES = {"unet": ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-               "vae": ("DownEncoderBlock2D", "UpDecoderBlock2D")}
-# Settings that change no number here.
+    "act_fn": "silu", "attention_type": "default", "addition_embed_type_num_heads": 64, "conv_in_kernel": 3,
+    "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True, "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "resnet_out_scale_factor": 1, "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional", "transformer_layers_per_block": 1,
+    "use_quant_conv": True, "use_post_quant_conv": True, "model_type": "clip_text_model"}
+BLOCK_TYPES = {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "DownEncoderBlock2D",
+               "UpDecoderBlock2D"}
+# ... and those that change no number here.
 IDLE_SETTINGS = frozenset(
     "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_factor initializer_range "
-    "projection_dim transformers_version split_head_dim use_memory_efficient_attention".split())
+    "projection_dim transformers_version split_head_dim use_memory_efficient_attention sample_size upcast_attention "
+    "force_upcast down_block_types up_block_types".split())
 # Settings of schedulers: of the noise, which is honored, and of samplers, of which pictures here take those of DDIM.
 SCHEDULER_SETTINGS = frozenset(
-    "algorithm_type beta_end beta_schedule beta_start clip_sample clip_sample_range disable_corrector "
-    "dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift interpolation_type lambda_min_clipped "
-    "lower_order_final num_train_timesteps original_inference_steps predict_x0 prediction_type rescale_betas_zero_snr "
-    "sample_max_value set_alpha_to_one skip_prk_steps solver_order solver_p solver_type steps_offset thresholding "
-    "time_shift_type timestep_scaling timestep_spacing timestep_type trained_betas use_beta_sigmas "
-    "use_exponential_sigmas use_karras_sigmas use_lu_lambdas variance_type".split())
+    "_class_name _diffusers_version algorithm_type beta_end beta_schedule beta_start clip_sample clip_sample_range "
+    "disable_corrector  dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift interpolation_type "
+    "lambda_min_clipped  lower_order_final num_train_timesteps original_inference_steps predict_x0 prediction_type "
+    "rescale_betas_zero_snr  sample_max_value set_alpha_to_one skip_prk_steps solver_order solver_p solver_type "
+    "steps_offset thresholding  time_shift_type timestep_scaling timestep_spacing timestep_type trained_betas "
+    "use_beta_sigmas  use_exponential_sigmas use_karras_sigmas use_lu_lambdas variance_type".split())
 
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
-    """Return the settings of all parts; refuse a model that cannot be trained before its weights are read."""
-    configs, names = {}, {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-    for part in (*SETTINGS, *names):
-        name, (where, files) = names.get(part, "config.json"), locate_part(args, part)
-        flag = f"--pretrained_{'' if 'subfolder' in files else 'vae_'}model_name_or_path {where}"
-        try:
-            file, reason = find_file(args, part, name), ""
-            configs[part] = json.loads(file.read_text()) if file is not None else None
-        except (OSError, ValueError) as error:
-            file, reason = None, str(error)
-        if file is None:
-            layout = f"{part}/{name} and the others in diffusers layout" if "subfolder" in files else name
-            raise ValueError(f"{flag} has no {part} to load: give a folder with {layout}, or a name on the hub, which "
-                             f"takes a network the first time, and `hf auth login` for a gated one. {reason}".strip())
-    kind = configs["unet"].get("addition_embed_type")
-    if kind != ADDITION_EMBED_TYPE:
-        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} is no {MODEL_KIND} "
-                         f"model: its UNet has addition_embed_type {kind}. The scripts for SDXL have sdxl in their "
-                         "names.")
-    if not {"latent_channels", "block_out_channels"} <= configs["vae"].keys():
-        raise ValueError(f"the vae at {locate_part(args, 'vae')[0]} is a {configs['vae'].get('_class_name')}, no "
-                         "AutoencoderKL: name the folder of a VAE itself, such as MODEL/vae.")
-    configs["unet"].setdefault("in_channels", SETTINGS["unet"]["in_channels"])
+    """Return the settings of each network and of the noise schedule, and the tokenizer.
+
+    A model that cannot be trained is refused here, before its weights are read.
+    """
+    configs = {}
+    for part, name in {**dict.fromkeys(SETTINGS, "config.json"), "scheduler": "scheduler_config.json"}.items():
+        with explained_load(args, part):
+            file = find_file(args, part, name)
+            if file is None:
+                raise OSError(f"{name} is missing.")
+            config = configs[part] = json.loads(file.read_text())
+            kind, added = config.get("_class_name", "AutoencoderKL"), config.get("addition_embed_type")
+            if part == "unet" and added != ADDITION_EMBED_TYPE:
+                raise ValueError(f"its addition_embed_type {added} is not that of {MODEL_KIND}. The scripts for SDXL "
+                                 "have sdxl in their names.")
+            if part == "vae" and kind.removeprefix("Flax") != "AutoencoderKL":
+                raise ValueError(f"it is a {kind}, no AutoencoderKL: name the folder of a VAE itself, such as "
+                                 "MODEL/vae.")
+            if part in SETTINGS:
+                configs[part] = check_settings(part, config)
+    with explained_load(args, "tokenizer"):
+        configs["tokenizer"] = load_tokenizer(args, "tokenizer", configs["text_encoder"])
     check_model_configs(args, configs)
-    for part in SETTINGS:
-        configs[part] = check_settings(locate_part(args, part)[0], part, configs[part])
     configs["text_encoder"]["num_hidden_layers"] -= args.clip_skip or 0  # later layers are not loaded
-    unknown = {name: value for name, value in configs["scheduler"].items()
-               if value and name not in SCHEDULER_SETTINGS and name[0] != "_"}
+    compute_alphas_cumprod(configs["scheduler"])  # refuses an unknown noise schedule
+    configs["scheduler"]["_class_name"] = configs["scheduler"].get("_class_name", "PNDMScheduler").removeprefix("Flax")
+    unknown = {name: value for name, value in configs["scheduler"].items() if value and name not in SCHEDULER_SETTINGS}
     if unknown:
         logger.warning(f"unknown settings of the scheduler are ignored: {unknown}")
-    scheduler_class = configs["scheduler"].get("_class_name", "PNDMScheduler")
-    configs["scheduler"]["_class_name"] = scheduler_class.removeprefix("Flax")
-    make_ddim_steps(configs["scheduler"], args.validation_inference_steps)
     return configs
+
+
+def load_tokenizer(args: Namespace, part: str, text_config: dict) -> CLIPTokenizer:
+    """Return a tokenizer with the text encoder's longest text as its own, which not every tool saves."""
+    where, files = locate_part(args, part)
+    tokenizer = CLIPTokenizer.from_pretrained(where, **files)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.get("max_position_embeddings", 77))
+    if not 512 < len(tokenizer) <= text_config["vocab_size"]:  # 256 bytes, each also at the end of a word
+        raise OSError(f"it has a vocabulary of {len(tokenizer)}, and its text encoder one of "
+                      f"{text_config['vocab_size']}: tokenizer.json, or vocab.json and merges.txt, are missing or of "
+                      "another model.")
+    return tokenizer
 
 
 def locate_model(args: Namespace) -> str:
     """Return the folder, or name on the hub, of the base model; ValueError for a model in one file."""
     where = args.pretrained_model_name_or_path
     if Path(where).is_file():
-        raise ValueError(f"--pretrained_model_name_or_path {where} is one file; this script reads folders in "
-                         "diffusers format. Convert it, where torch is installed: python -c \"from diffusers import "
-                         f"StableDiffusionPipeline as P; P.from_single_file('{where}').save_pretrained('FOLDER')\"")
+        raise ValueError("it is one file, and this script reads folders in diffusers format. Convert it, where torch "
+                         "is installed: python -c \"from diffusers import StableDiffusionPipeline as P; "
+                         f"P.from_single_file('{where}').save_pretrained('FOLDER')\"")
     return where
 
 
@@ -1932,25 +1856,15 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
         layers = Layers({}, dtype, args.attention, args.gradient_checkpointing and part in trained)
         networks[part], found = kind(configs[part], layers), find_weights(args, part)
         arrays = read_arrays(found)
-        skipped = take_skipped_layers(args, configs["text_encoder"], arrays) if part == "text_encoder" else {}
-        weights = load_weights(part, configs[part], arrays, jnp.float32 if part in trained else dtype,
-                               f"the {part} of {locate_part(args, part)[0]}")
+        skipped = take_skipped_layers(args, configs["text_encoder"], arrays)
+        weights = load_weights(part, configs[part], arrays, jnp.float32 if part in trained else dtype)
         (initial if part in trained else frozen).update(weights)
         if part in trained:
             frozen |= skipped  # for the export
         else:
             files |= {f"{part}/{name}": file for name, file in found.items()}
-    tokenizer = CLIPTokenizer.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir)
-    size, most = len(tokenizer), configs["text_encoder"]["vocab_size"]
-    if not 512 < size <= most:  # two entries for each byte, at least
-        raise OSError(f"its tokenizer has a vocabulary of {size}, where more than 512 and at most the {most} of its "
-                      "text encoder are possible: tokenizer.json, or vocab.json and merges.txt, are missing "
-                      "or belong to another model.")
-    tokenizer.model_max_length = min(tokenizer.model_max_length, configs["text_encoder"]["max_position_embeddings"])
-    scheduler_config = make_scheduler_config(args, configs["scheduler"])
-    return Models(tokenizer, **networks, configs=configs, scheduler_config=scheduler_config, trained=trained,
-                  frozen=frozen, initial=initial, files=files)
+    return Models(configs["tokenizer"], **networks, configs=configs, trained=trained, frozen=frozen, initial=initial,
+                  files=files, scheduler_config=make_scheduler_config(args, configs["scheduler"]))
 
 
 def take_skipped_layers(args: Namespace, config: dict, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -1978,27 +1892,18 @@ def find_file(args: Namespace, part: str, name: str) -> Path | None:
         return None
 
 
-def check_settings(where: str, part: str, config: dict) -> dict:
+def check_settings(part: str, config: dict) -> dict:
     """Return a network's settings with defaults filled in; refuse, by name, those that are not implemented."""
     odd = [f"{name} {value!r}" for name, value in config.items()
-           if not (name in SETTINGS[part] or name in IDLE_SETTINGS or name.startswith("_"))
-           and value not in (FIXED_SETTINGS[part].get(name, False), None)]
-    config = {**SETTINGS[part], **config}
-    kinds = [*config.get("down_block_types", ()), *config.get("up_block_types", ())]
-    odd += [kind for kind in kinds if kind not in BLOCK_TYPES[part]]
-    odd += [f"{name} {config[name]}" for name in ("cross_attention_dim", "layers_per_block")
-            if not isinstance(config.get(name, 1), int)]
-    if config.get("hidden_act", "gelu") not in ("gelu", "quick_gelu"):
+           if not (name in SETTINGS[part] or name in IDLE_SETTINGS or name[0] == "_")
+           and value not in (FIXED_SETTINGS.get(name, False), None)]
+    odd += sorted({*config.get("down_block_types", ()), *config.get("up_block_types", ())} - BLOCK_TYPES)
+    if config.get("hidden_act", "gelu") not in ACTIVATIONS:
         odd.append(f"hidden_act {config['hidden_act']}")
-    if part == "unet":
-        heads = config["num_attention_heads"] or config["attention_head_dim"]  # which is a number of heads, misnamed
-        config["heads"] = [heads] * len(config["block_out_channels"]) if isinstance(heads, int) else heads
-        if len(config["heads"]) != len(config["block_out_channels"]):
-            odd.append(f"attention_head_dim {heads}")
     if odd:
-        raise ValueError(f"{part}/config.json of {where} has {', '.join(odd)}, which this script does not support. "
-                         "Use train_text_to_image.py.")
-    return config
+        raise ValueError(f"config.json has {', '.join(odd)}, which this script does not support: use "
+                         "train_text_to_image.py.")
+    return {**SETTINGS[part], **config}
 
 
 def get_dtype(mixed_precision: str) -> type:
@@ -2013,17 +1918,15 @@ def find_weights(args: Namespace, part: str) -> dict[str, Path]:
     """
     stem, is_own = WEIGHT_FILES[part], "subfolder" in locate_part(args, part)[1]
     for variant in ([f".{args.variant}"] if args.variant and is_own else []) + [""]:
-        whole = find_file(args, part, f"{stem}{variant}.safetensors")
-        if whole is not None:
-            return {f"{stem}.safetensors": whole}
-        index = find_file(args, part, f"{stem}.safetensors.index{variant}.json")
-        if index is not None:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            files = {shard: find_file(args, part, shard) for shard in shards}
-            missing = [shard for shard, file in files.items() if file is None]
-            if missing:
-                raise OSError(f"{part}/{index.name} names {', '.join(missing)}, which are not there.")
-            return {f"{stem}.safetensors.index.json": index, **files}
+        for name in (f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"):
+            file = find_file(args, part, name)
+            if file is None:
+                continue
+            shards = set(json.loads(file.read_text())["weight_map"].values()) if name.endswith(".json") else ()
+            files = {name.replace(variant, ""): file, **{shard: find_file(args, part, shard) for shard in shards}}
+            if None in files.values():
+                raise OSError(f"{name} lists files that are not there.")
+            return files
     flax_file = find_file(args, part, FLAX_FILES[part]) if part in FLAX_FILES else None
     if flax_file is None:
         raise OSError(f"{part}/ has no {stem}.safetensors, whole or in shards, and no Flax weights; where it has .bin "
@@ -2084,45 +1987,17 @@ def find_copied_files(args: Namespace) -> dict[str, Path]:
     They are fetched now, so that the end of the run needs no network.
     """
     files = {f"{part}/config.json": find_file(args, part, "config.json") for part in SETTINGS}
-    settings = {"safety_checker": "config.json", "feature_extractor": "preprocessor_config.json"}
-    try:
-        index = find_file(args, "", RESULT)
-        parts = json.loads(index.read_text()) if index is not None else {}
-        if all((parts.get(part) or [None])[0] is not None for part in settings):  # one needs the other
-            more = {f"{part}/{name}": find_file(args, part, name) for part, name in settings.items()}
-            if None in more.values():
-                raise OSError("its settings are missing")
-            more |= {f"safety_checker/{name}": file for name, file in find_weights(args, "safety_checker").items()}
-            files |= {**more, RESULT: index}
-    except (OSError, ValueError) as error:  # offline, or a partial download
-        logger.warning(f"exporting without a safety checker: that of the base model did not load ({error})")
+    extra = {f"{part}/{name}": find_file(args, part, name) for part, name in (
+        ("safety_checker", "config.json"), ("feature_extractor", "preprocessor_config.json"))}
+    if None not in extra.values():  # one needs the other
+        weights = find_weights(args, "safety_checker")
+        files |= {**extra, **{f"safety_checker/{name}": file for name, file in weights.items()}}
     return files
 
 
-def load_first_averages(args: Namespace, models: Models) -> dict[str, np.ndarray]:
-    """Return the first EMA weights: the trainable ones, with --non_ema_revision the UNet at --revision."""
-    if args.non_ema_revision == args.revision:
-        return models.initial
-    arrays = read_arrays(find_weights(Namespace(**{**vars(args), "non_ema_revision": args.revision}), "unet"))
-    return {**models.initial,
-            **load_weights("unet", models.configs["unet"], arrays, jnp.float32,
-                           f"the UNet at --revision {args.revision}")}
-
-
-def compute_ema_decay(num_updates: Tensor, decay: float, min_decay: float) -> Tensor:
-    """Return the EMA decay at update n, the ramp of diffusers' EMAModel: 0 for n = 1, then n / (9 + n) up to `decay`.
-
-    `min_decay` is a floor, for EMA weights that come with a model.
-    """
-    ramp = jnp.where(num_updates <= 1, 0.0, num_updates / (9.0 + num_updates))
-    return jnp.maximum(min_decay, jnp.minimum(decay, ramp))
-
-
-def place_frozen(accelerator: Accelerator, models: Models, parts: list[str]) -> dict[str, Tensor]:
-    """Return the frozen weights of some parts on the devices; those already there are not copied."""
-    missing = {name: array for name, array in models.frozen.items()
-               if name.split(".")[0] in parts and name not in models.placed}
-    return {**models.placed, **accelerator.place(missing)}
+def compute_ema_decay(num_updates: Tensor, decay: float) -> Tensor:
+    """Return the EMA decay at update n, as diffusers' EMAModel: 0 for n = 1, then n / (9 + n) up to `decay`."""
+    return jnp.minimum(decay, jnp.where(num_updates <= 1, 0.0, num_updates / (9.0 + num_updates)))
 
 
 class LocalEncoder:
@@ -2132,19 +2007,19 @@ class LocalEncoder:
     """
 
     def __init__(self, models: Models, part: str, encode, batch_size: int) -> None:
-        self.batch_size = batch_size * jax.local_device_count()
-        mesh = Mesh(np.array(jax.local_devices()), ("devices",))
-        self.split, self.whole = NamedSharding(mesh, PartitionSpec("devices")), NamedSharding(mesh, PartitionSpec())
+        self.mesh = Mesh(np.array(jax.local_devices()), ("devices",))
+        self.batch_size = batch_size * self.mesh.size
         self.weights = {name: array for name, array in models.frozen.items() if name.startswith(f"{part}.")}
         self.encode = jax.jit(lambda weights, inputs: encode(with_weights(models, weights), inputs))
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """Return the encodings of [n, ...], for any n."""
-        self.weights, results = jax.device_put(self.weights, self.whole), []  # at the first batch
+        self.weights = jax.device_put(self.weights, NamedSharding(self.mesh, PartitionSpec()))  # at the first batch
+        results, split = [], NamedSharding(self.mesh, PartitionSpec("devices"))
         for start in range(0, len(inputs), self.batch_size):
             part = inputs[start : start + self.batch_size]
             padded = np.concatenate([part, np.repeat(part[:1], self.batch_size - len(part), axis=0)])
-            results.append(np.asarray(self.encode(self.weights, jax.device_put(padded, self.split)))[: len(part)])
+            results.append(np.asarray(self.encode(self.weights, jax.device_put(padded, split)))[: len(part)])
         return np.concatenate(results)
 
 
@@ -2162,11 +2037,6 @@ def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, s
         samples.latents = cache_latents(args, accelerator, models, samples, folder, dtype)
     if args.cache_text_embeddings:
         samples.text_states = cache_text_states(accelerator, models, samples, folder, dtype)
-
-
-def list_cached(args: Namespace) -> list[str]:
-    """Return the parts of the model whose outputs are cached."""
-    return ["vae"] * args.cache_latents + ["text_encoder"] * args.cache_text_embeddings
 
 
 def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
@@ -2322,19 +2192,15 @@ def digest_network(models: Models, part: str) -> str:
 
 def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
                      num_samples: int) -> None:
-    """Put the training state on the devices and prepare the functions to compile."""
-    recipe = make_recipe(args, compute_last_step(args, num_samples, accelerator.num_devices), accelerator.num_devices)
-    with explained_load(args):
-        averages = load_first_averages(args, models) if args.use_ema else None
-    make = partial(make_state, recipe, accelerator.mixed_precision)
-    shapes = jax.eval_shape(lambda: make(models.initial, averages))
-    places = jax.tree.map(accelerator.choose_sharding, shapes)
-    weights, averages = (None if arrays is None else accelerator.place(arrays, places.weights)
-                         for arrays in (models.initial, averages))
-    models.state = jax.jit(make, out_shardings=places, donate_argnums=(0, 1))(weights, averages)
+    """Put all weights on the devices, the trainable ones with their training state, and prepare the programs."""
+    last_step = compute_last_step(args, num_samples, accelerator.num_devices)
+    recipe = make_recipe(args, models.trained, last_step, accelerator.num_devices)
+    make = partial(make_state, args, recipe)
+    places = jax.tree.map(accelerator.choose_sharding, jax.eval_shape(make, models.initial))
+    weights = jax.tree.map(accelerator.place, models.initial, places.weights)
+    models.state = jax.jit(make, out_shardings=places, donate_argnums=0)(weights)
     models.initial = {}
-    used = [part for part in SETTINGS if part not in (*models.trained, *list_cached(args))]
-    models.placed = place_frozen(accelerator, models, used)
+    models.placed = {name: accelerator.place(array, accelerator.whole) for name, array in models.frozen.items()}
     models.programs = make_programs(args, accelerator, models, objective, recipe, places)
 
 
@@ -2356,36 +2222,32 @@ def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> 
     return args.max_train_steps or args.num_train_epochs * updates_per_epoch
 
 
-def load_weights(part: str, config: dict, arrays: dict[str, np.ndarray], dtype: type,
-                 source: str) -> dict[str, np.ndarray]:
+def load_weights(part: str, config: dict, arrays: dict[str, np.ndarray], dtype: type) -> dict[str, np.ndarray]:
     """Return the arrays as weights of a network by names with its part in front; ValueError where they do not fit."""
     needed, laid_out = list_shapes(part, config), {name: change_layout(name, array) for name, array in arrays.items()}
     odd = [name for name in sorted(needed.keys() | laid_out.keys()) if name not in needed or name not in laid_out
            or needed[name].shape != laid_out[name].shape]
     if odd:
         found = {name: arrays[name].shape if name in arrays else "missing" for name in odd[:3]}
-        raise ValueError(f"{source} does not fit {part}/config.json: {len(odd)} tensors are missing, too many or of "
-                         f"another shape, among them {found}. Fix or replace that model.")
+        raise ValueError(f"the weights do not fit {part}/config.json: {len(odd)} tensors are missing, too many or of "
+                         f"another shape, among them {found}.")
     return {f"{part}.{name}": np.asarray(array, dtype) for name, array in laid_out.items()}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Optimizer, schedule and EMA settings."""
+    """Optimizer and learning rates."""
 
     optimizer: optax.GradientTransformation  # AdamW without the learning rate
     lr_factor: optax.Schedule  # of the updates so far
     rates: dict[str, float]  # peak learning rate of each network
-    max_grad_norm: float
-    ema_decay: float
-    min_ema_decay: float
 
 
-def make_state(recipe: Recipe, mixed_precision: str, weights: dict[str, Tensor],
-               averages: dict[str, Tensor] | None) -> TrainState:
-    """Return the state before the first update."""
+def make_state(args: Namespace, recipe: Recipe, weights: dict[str, Tensor]) -> TrainState:
+    """Return the state before the first update; the EMA weights, if any, are copies of the weights."""
     zero = jnp.zeros((), jnp.int32)
-    loss_scale = LossScale(jnp.float32(FIRST_LOSS_SCALE), zero) if mixed_precision == "fp16" else None
+    averages = jax.tree.map(jnp.copy, weights) if args.use_ema else None
+    loss_scale = LossScale(jnp.float32(FIRST_LOSS_SCALE), zero) if args.mixed_precision == "fp16" else None
     return TrainState(zero, weights, recipe.optimizer.init(weights), zero, averages, loss_scale)
 
 
@@ -2393,7 +2255,6 @@ def make_programs(args: Namespace, accelerator: Accelerator, models: Models, obj
                   places: TrainState) -> Programs:
     """Return the functions, each compiled at its first call; shapes never change."""
     plain = dataclasses.replace(objective, args=Namespace(dream_training=False, snr_gamma=None))
-
     steps = make_ddim_steps(models.scheduler_config, args.validation_inference_steps)
 
     def join(weights: dict, frozen: dict) -> Models:
@@ -2413,14 +2274,12 @@ def make_programs(args: Namespace, accelerator: Accelerator, models: Models, obj
         jax.jit(compute_losses, out_shardings=accelerator.whole), jax.jit(draw, out_shardings=accelerator.whole))
 
 
-def make_recipe(args: Namespace, last_step: int, num_devices: int) -> Recipe:
-    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), its schedule and EMA settings from the flags."""
+def make_recipe(args: Namespace, trained: tuple[str, ...], last_step: int, num_devices: int) -> Recipe:
+    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and its learning rates from the flags."""
     optimizer = optax.chain(optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon),
                             optax.add_decayed_weights(args.adam_weight_decay))
-    rates = {part: compute_learning_rate(args, part, num_devices) for part in ("unet", "text_encoder")}
-    own_averages = args.non_ema_revision == args.revision  # the ramp would forget those of a model
-    return Recipe(optimizer, make_lr_factor(args, rates["unet"], last_step), rates, args.max_grad_norm,
-                  args.ema_decay, 0.0 if own_averages else args.ema_decay)
+    rates = {part: compute_learning_rate(args, part, num_devices) for part in trained}
+    return Recipe(optimizer, make_lr_factor(args, rates["unet"], last_step), rates)
 
 
 def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedule:
@@ -2432,17 +2291,13 @@ def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedu
         progress = count / length
         return jnp.where(progress < 1, 0.5 * (1 + jnp.cos(jnp.pi * (args.lr_num_cycles * progress % 1))), 0.0)
 
+    if args.lr_scheduler == "constant":
+        return optax.constant_schedule(1.0)
     after_warmup = {
-        "constant_with_warmup": lambda: optax.constant_schedule(1.0),
-        "linear": lambda: optax.linear_schedule(1.0, 0.0, length),
-        "cosine": lambda: optax.cosine_decay_schedule(1.0, length),
-        "cosine_with_restarts": lambda: restart,
-        "polynomial": lambda: optax.polynomial_schedule(1.0, 1e-7 / max(rate, 1e-7), args.lr_power, length),
-    }
-    if args.lr_scheduler in after_warmup:
-        return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after_warmup[args.lr_scheduler]()],
-                                    [warmup])
-    return optax.constant_schedule(1.0)
+        "constant_with_warmup": optax.constant_schedule(1.0), "linear": optax.linear_schedule(1.0, 0.0, length),
+        "cosine": optax.cosine_decay_schedule(1.0, length), "cosine_with_restarts": restart,
+        "polynomial": optax.polynomial_schedule(1.0, 1e-7 / max(rate, 1e-7), args.lr_power, length)}
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), after_warmup[args.lr_scheduler]], [warmup])
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
@@ -2649,6 +2504,10 @@ def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict
 
 MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
 RESULT = "model_index.json"  # in --output_dir: marks a finished run
+PIPELINE_CLASSES = {"text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
+                    "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL")}
+SAFETY_CLASSES = {"safety_checker": ("stable_diffusion", "StableDiffusionSafetyChecker"),
+                  "feature_extractor": ("transformers", "CLIPImageProcessor")}
 
 
 def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int, progress: Progress) -> None:
@@ -2673,14 +2532,9 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Da
 
     `tags` are the names of the pictures in trackers.
     """
-    prompts, images = get_validation_prompts(args), []
-    if not prompts and data.held_out is None:
-        return
-    frozen = place_frozen(accelerator, models, [part for part in SETTINGS if part not in models.trained])
-    if prompts:
-        images = draw_images(args, accelerator, models, frozen, prompts, data.train.seed)
+    images = draw_images(args, accelerator, models, get_validation_prompts(args), data.train.seed)
     if data.held_out is not None:
-        loss = compute_held_out_loss(args, accelerator, models, frozen, data.held_out)
+        loss = compute_held_out_loss(args, accelerator, models, data.held_out)
         log_rows(accelerator, [(progress.global_step, {"validation_loss": loss})])
         logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
     if images and accelerator.is_main_process:
@@ -2695,17 +2549,11 @@ def get_best_weights(models: Models) -> dict[str, Tensor]:
 
 def make_ddim_steps(config: dict, num_steps: int) -> tuple[np.ndarray, ...]:
     """Return timesteps [n], and alpha^2 there and after each step [n] of it, as diffusers' DDIMScheduler has them."""
-    alphas_cumprod, spacing = compute_alphas_cumprod(config), config.get("timestep_spacing", "leading")
-    count = len(alphas_cumprod)
-    if num_steps > count:
-        raise ValueError(f"--validation_inference_steps {num_steps} is more than the {count} timesteps of the model.")
+    alphas_cumprod, count = compute_alphas_cumprod(config), config.get("num_train_timesteps", 1000)
     timesteps = {"leading": np.arange(num_steps)[::-1] * (count // num_steps) + config.get("steps_offset", 0),
                  "trailing": np.round(np.arange(count, 0, -count / num_steps))[:num_steps] - 1,
                  "linspace": np.linspace(0, count - 1, num_steps).round()[::-1]}
-    if spacing not in timesteps:
-        raise ValueError(f"the scheduler's timestep_spacing {spacing} is not implemented here: choose from "
-                         f"{', '.join(timesteps)}, or use train_text_to_image.py.")
-    timesteps = timesteps[spacing].astype(np.int32).clip(0, count - 1)
+    timesteps = timesteps[config.get("timestep_spacing", "leading")].astype(np.int32).clip(0, count - 1)
     after = timesteps - count // num_steps
     last = 1.0 if config.get("set_alpha_to_one", True) else alphas_cumprod[0]
     return timesteps, alphas_cumprod[timesteps], np.where(after < 0, last, alphas_cumprod[after]).astype(np.float32)
@@ -2746,29 +2594,27 @@ def take_ddim_step(latents: Tensor, model_pred: Tensor, variance: Tensor, next_v
     return jnp.sqrt(next_variance) * clean + jnp.sqrt(1 - next_variance) * noise
 
 
-def draw_images(args: Namespace, accelerator: Accelerator, models: Models, frozen: dict[str, Tensor],
-                prompts: list[str], seed: int) -> list[Image.Image]:
+def draw_images(args: Namespace, accelerator: Accelerator, models: Models, prompts: list[str],
+                seed: int) -> list[Image.Image]:
     """Return a picture per prompt, from the same noise at every call; none where drawing failed.
 
     Each device draws one picture at a time.
     """
     drawn, side = [], args.resolution // compute_vae_factor(models.configs["vae"])
-    shape, count = (models.configs["vae"].get("latent_channels", 4), side, side), accelerator.num_devices
-    local = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
+    shape, count = (models.configs["vae"]["latent_channels"], side, side), accelerator.num_devices
     with log_failure("drawing validation pictures"):
         for start in range(0, len(prompts), count):
             rows = [min(start + device, len(prompts) - 1) for device in range(count)]
             noise = np.stack([make_rng(seed, "validation", row).standard_normal(shape, np.float32) for row in rows])
             captions = [{"caption": caption} for row in rows for caption in ("", prompts[row])]
             input_ids = collate(captions, list_tokenizers(models))["input_ids"].reshape(count, 2, -1)
-            batch = accelerator.place_batch({"latents": np.moveaxis(noise, 1, -1)[local],
-                                             "input_ids": input_ids[local]}, axis=0)
-            drawn += list(np.asarray(models.programs.draw(get_best_weights(models), frozen, **batch)))
-    return [Image.fromarray(image) for image in drawn[: len(prompts)]] if len(drawn) >= len(prompts) else []
+            batch = [accelerator.place(array, accelerator.split) for array in (np.moveaxis(noise, 1, -1), input_ids)]
+            drawn += list(np.asarray(models.programs.draw(get_best_weights(models), models.placed, *batch)))
+        return [Image.fromarray(image) for image in drawn[: len(prompts)]]
+    return []
 
 
-def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, frozen: dict[str, Tensor],
-                          held_out: Samples) -> float:
+def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, held_out: Samples) -> float:
     """Return the mean unweighted loss of the held-out samples, with the same noise and timesteps in every run.
 
     It is nan if measuring failed.
@@ -2777,7 +2623,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
     steps = plan_micro_steps(Progress(), 1, count, args.train_batch_size * accelerator.num_devices, count)
     with log_failure("measuring the held-out loss"):
         for _, batch in make_dataloader(held_out, steps, models, 0, accelerator, args.train_batch_size):
-            losses.append(models.programs.compute_losses(get_best_weights(models), frozen,
+            losses.append(models.programs.compute_losses(get_best_weights(models), models.placed,
                                                          accelerator.place_batch(batch, axis=0)))
         return float(sum(jax.device_get(losses))) / count
     return math.nan
@@ -2792,9 +2638,8 @@ def save_images(args: Namespace, accelerator: Accelerator, images: list[Image.Im
         image.save(folder / f"{index:02d}.png")
     Image.fromarray(np.hstack(images)).save(folder / "grid.png")
     logger.info(f"saved {len(images)} pictures and grid.png in {folder}")
-    for tracker in accelerator.trackers:
-        for tag in tags:
-            tracker.log_images(tag, images, get_validation_prompts(args), step)
+    for tag in tags:
+        log_images(accelerator, tag, images, get_validation_prompts(args), step)
 
 
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
@@ -2807,17 +2652,24 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
         return
     aside = Path(args.output_dir, ".partial-export")
     for name, source in models.files.items():
-        (aside / name).parent.mkdir(parents=True, exist_ok=True)
-        if name.endswith(".msgpack"):
-            part = name.split("/")[0]
-            save_network(read_arrays({name: source}), part, aside / part)
+        part, _, file = name.partition("/")
+        (aside / part).mkdir(parents=True, exist_ok=True)
+        if file == "config.json":
+            write_json(aside / name, json.loads(source.read_text()))
+        elif name.endswith(".msgpack"):
+            save_network(read_arrays({name: source}), part, aside)
         else:
             shutil.copyfile(source, aside / name)
     models.tokenizer.save_pretrained(aside / "tokenizer")
     for part in models.trained:
         own = {name: change_layout(name, array, to_torch=True) for name, array in select_part(weights, part).items()}
-        save_network({**select_part(models.frozen, part), **own}, part, aside / part)
-    write_pipeline_files(models, aside)
+        save_network({**select_part(models.frozen, part), **own}, part, aside)
+    write_json(aside / "scheduler" / "scheduler_config.json", models.scheduler_config)
+    has_checker = (aside / "safety_checker").is_dir()
+    write_json(aside / RESULT, {
+        "_class_name": "StableDiffusionPipeline", "scheduler": ("diffusers", models.scheduler_config["_class_name"]),
+        **PIPELINE_CLASSES, **(SAFETY_CLASSES if has_checker else dict.fromkeys(SAFETY_CLASSES, (None, None))),
+        "requires_safety_checker": has_checker})
     for part in sorted(aside.iterdir()):
         replace_folder(part, Path(args.output_dir, part.name))
     aside.rmdir()
@@ -2828,27 +2680,14 @@ def save_network(arrays: dict[str, np.ndarray], part: str, folder: Path) -> None
     """Write the weights of a network, given by torch's names and in its layout, as diffusers reads them."""
     prefix = "text_model." if part == "text_encoder" else ""  # which every version of transformers reads
     save_arrays({prefix + name: np.ascontiguousarray(array) for name, array in arrays.items()},
-                folder / f"{WEIGHT_FILES[part]}.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    if str(config.get("_class_name")).startswith("Flax"):
-        config["_class_name"] = config["_class_name"].removeprefix("Flax")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+                folder / part / f"{WEIGHT_FILES[part]}.safetensors", metadata={"format": "pt"})
 
 
-def write_pipeline_files(models: Models, folder: Path) -> None:
-    """Write the scheduler's settings and model_index.json."""
-    config, place = models.scheduler_config, folder / "scheduler" / "scheduler_config.json"
-    place.parent.mkdir(exist_ok=True)
-    place.write_text(json.dumps(config, indent=2) + "\n")
-    base = json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else {}
-    classes = {"scheduler": ["diffusers", config["_class_name"]], "text_encoder": ["transformers", "CLIPTextModel"],
-               "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-               "vae": ["diffusers", "AutoencoderKL"]}
-    for part in ("safety_checker", "feature_extractor"):
-        classes[part] = base[part] if (folder / part).is_dir() else [None, None]
-    index = {"_class_name": "StableDiffusionPipeline", **classes,
-             "requires_safety_checker": classes["safety_checker"][0] is not None}
-    (folder / RESULT).write_text(json.dumps(index, indent=2) + "\n")
+def write_json(path: Path, settings: dict) -> None:
+    """Write a file of settings, naming torch's classes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=2) + "\n"
+    path.write_text(text.replace('"_class_name": "Flax', '"_class_name": "'))
 
 
 def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
@@ -2926,33 +2765,32 @@ class Meter:
 
         They are read --logging_steps updates at a time, once one more has begun.
         """
-        self.updates.append((global_step, step, metrics))
+        self.updates.append((global_step, {"epoch": step.epoch, "num_images": step.window_size, **metrics}))
         if len(self.updates) > 1:
-            jax.block_until_ready(self.updates[-2][2])
+            jax.block_until_ready(self.updates[-2])
         if len(self.updates) > self.logging_steps:
-            self.read(self.logging_steps)
+            self.flush(self.logging_steps)
         with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not end the run
             self.bar.update(1)
 
-    def flush(self) -> None:
-        """Read and log all numbers; raise RuntimeError if a loss or gradient is not finite."""
-        self.read(len(self.updates))
-
-    def read(self, count: int) -> None:
-        """Read the oldest numbers from the devices and log them; raise RuntimeError if one is not finite."""
-        chosen, self.updates = self.updates[:count], self.updates[count:]
-        if not chosen:
+    def flush(self, count: int | None = None) -> None:
+        """Read the oldest metrics, or all, from the devices and log them; raise RuntimeError if one is not finite."""
+        rows = jax.device_get(self.updates[:count])
+        del self.updates[:count]
+        if not rows:
             return
-        rows = []
-        for (global_step, step, _), metrics in zip(chosen, jax.device_get([metrics for *_, metrics in chosen]),
-                                                   strict=True):
+        seconds, num_images = time.perf_counter() - self.started, 0
+        for _, numbers in rows:
+            del numbers["signal"]
+            num_images += numbers.pop("num_images")
             for name in self.counts:
-                self.counts[name] += int(metrics.pop(name))
-            metrics.pop("signal")
-            rows.append((global_step, {"epoch": step.epoch, **{name: float(metrics[name]) for name in metrics}}))
-        seconds, latest = time.perf_counter() - self.started, rows[-1][1]
-        latest |= {"images_per_second": sum(step.window_size for _, step, _ in chosen) / seconds,
-                   "data_wait": self.waited / seconds, **get_peak_memory(), **self.counts}
+                self.counts[name] += int(numbers.pop(name))
+        rows = [(step, {name: float(number) for name, number in numbers.items()}) for step, numbers in rows]
+        latest = rows[-1][1]
+        latest |= {"images_per_second": num_images / seconds, "data_wait": self.waited / seconds, **self.counts}
+        memory = jax.local_devices()[0].memory_stats()
+        if memory:  # not on CPUs
+            latest["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
         log_rows(self.accelerator, rows)
         self.bar.set_postfix(loss=latest["train_loss"], lr=latest["lr"], refresh=False)
         self.started, self.waited = time.perf_counter(), 0.0
@@ -2965,106 +2803,71 @@ class Meter:
                     "Try a lower one, and --mixed_precision bf16 in place of fp16. Checkpoints are untouched.")
 
 
-def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
-    """Send the numbers of several updates to the trackers, each with its own step."""
-    for tracker in accelerator.trackers:
-        with log_failure(f"sending numbers to {tracker.name}"):
-            tracker.log(rows)
-
-
 @contextlib.contextmanager
 def log_failure(what: str):
     """Log an exception instead of raising it: a failing picture or tracker must not end the run."""
     try:
         yield
     except Exception:  # anything from out of memory to a full disk
-        logger.exception(f"{what} failed; the run goes on", main_process_only=False)
+        logging.getLogger(__name__).exception(f"{what} failed; the run goes on")  # on any process
 
 
-def get_peak_memory() -> dict[str, float]:
-    """Return `peak_memory_gib` so far: of a device where it counts, else of the process, where that is known."""
-    used = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    if used is None:
-        try:
-            import resource
-        except ImportError:  # Windows
-            return {}
-        unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"peak_memory_gib": used / 2**30}
+def log_rows(accelerator: Accelerator, rows: list[tuple[int, dict[str, float]]]) -> None:
+    """Send the numbers of several updates to the trackers, each with its own step."""
+    with log_failure("sending numbers to the trackers"):
+        for tracker in accelerator.trackers:
+            for step, numbers in rows:
+                tracker.log(numbers, step=step)
 
 
-def make_tracker(name: str, args: Namespace):
-    """Start a tracker with the flags of the run."""
-    config = {key: value if isinstance(value, int | float) else str(value)
-              for key, value in vars(args).items() if key != "hub_token"}
-    if name == "wandb":
-        return WandbTracker(args.tracker_project_name, args.output_dir, config)
-    return TensorBoardTracker(Path(args.output_dir, args.logging_dir, args.tracker_project_name), config)
+def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+    """Send pictures to every tracker."""
+    for tracker in accelerator.trackers:
+        if isinstance(tracker, TensorBoardRun):
+            tracker.log({f"{tag}/{index}": image for index, image in enumerate(images)}, step=step)
+        else:
+            import wandb
+
+            captioned = [wandb.Image(image, caption=prompt) for image, prompt in zip(images, prompts, strict=True)]
+            tracker.log({tag: captioned}, step=step)
 
 
-class TensorBoardTracker:
-    """Writes TensorBoard's event files, as torch's SummaryWriter does, without torch."""
+def start_tracker(name: str, args: Namespace):
+    """Start a tracker."""
+    if name == "tensorboard":
+        return TensorBoardRun(Path(args.output_dir, args.logging_dir, args.tracker_project_name))
+    import wandb
 
-    name = "tensorboard"
+    return wandb.init(project=args.tracker_project_name, dir=args.output_dir,
+                      config={key: value for key, value in vars(args).items() if key != "hub_token"})
 
-    def __init__(self, folder: Path, config: dict) -> None:
+
+class TensorBoardRun:
+    """Writes TensorBoard's event files without torch or TensorFlow; has the methods of a run of W&B."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self.file = EventFileWriter(str(folder))
-        text = "\n".join(f"    {key}: {value}" for key, value in sorted(config.items())).encode()
-        self.write(0, [{"tag": "flags/text_summary", "metadata": {"plugin_data": {"plugin_name": "text"}}, "tensor": {
-            "dtype": "DT_STRING", "string_val": [text], "tensor_shape": {"dim": [{"size": 1}]}}}])
+        self.file, self.make_event = EventFileWriter(str(folder)), Event
 
-    def write(self, step: int, values: list[dict]) -> None:
-        """Write the values of one summary."""
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        self.file.add_event(Event(wall_time=time.time(), step=step, summary={"value": values}))
-
-    def log(self, rows: list[tuple[int, dict[str, float]]]) -> None:
-        """Write the numbers of several updates."""
-        for step, numbers in rows:
-            self.write(step, [{"tag": name, "simple_value": number} for name, number in numbers.items()])
+    def log(self, values: dict[str, float | Image.Image], step: int) -> None:
+        """Write numbers or pictures of an update."""
+        summary = []
+        for tag, value in values.items():
+            if isinstance(value, Image.Image):
+                stream = io.BytesIO()
+                value.save(stream, format="PNG")
+                summary.append({"tag": tag, "image": {"height": value.height, "width": value.width, "colorspace": 3,
+                                                      "encoded_image_string": stream.getvalue()}})
+            else:
+                summary.append({"tag": tag, "simple_value": value})
+        self.file.add_event(self.make_event(wall_time=time.time(), step=step, summary={"value": summary}))
         self.file.flush()
-
-    def log_images(self, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
-        """Write pictures."""
-        for index, image in enumerate(images):
-            stream = io.BytesIO()
-            image.save(stream, format="PNG")
-            content = {"height": image.height, "width": image.width, "colorspace": 3,
-                       "encoded_image_string": stream.getvalue()}
-            self.write(step, [{"tag": f"{tag}/{index}", "image": content}])
 
     def finish(self) -> None:
         """Close the file."""
         self.file.close()
-
-
-class WandbTracker:
-    """Sends numbers and pictures to Weights & Biases."""
-
-    name = "wandb"
-
-    def __init__(self, project: str, folder: str, config: dict) -> None:
-        import wandb
-
-        self.run, self.make_image = wandb.init(project=project, dir=folder, config=config), wandb.Image
-
-    def log(self, rows: list[tuple[int, dict[str, float]]]) -> None:
-        """Send the numbers of several updates."""
-        for step, numbers in rows:
-            self.run.log(numbers, step=step)
-
-    def log_images(self, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
-        """Send pictures."""
-        captioned = [self.make_image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
-        self.run.log({tag: captioned}, step=step)
-
-    def finish(self) -> None:
-        """End the run there."""
-        self.run.finish()
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------

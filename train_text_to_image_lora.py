@@ -2577,7 +2577,7 @@ def log_failure(what: str):
     try:
         yield
     except Exception:  # anything from out of memory to a full disk
-        logger.exception(f"{what} failed; the run goes on", main_process_only=False)
+        logging.getLogger(__name__).exception(f"{what} failed; the run goes on")  # on any process
 
 
 def get_peak_memory(device: torch.device) -> dict[str, float]:

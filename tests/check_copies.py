@@ -60,12 +60,12 @@ OWN_OF = {
     "train_text_to_image_lora.py": {"check_checkpoint"},
     "train_text_to_image_lora_sdxl.py": {"check_checkpoint", "train_step"},
     "train_text_to_image_flax.py": set(
-        "--allow_tf32 --mixed_precision INTERPOLATION_MODES Meter StopRequest TRACKERS cache_encodings "
-        "cache_latents cache_text_states collate compute_held_out_loss compute_loss compute_snr_weights "
-        "compute_target digest_network draw_images encode_captions encode_images finish get_peak_memory "
+        "--allow_tf32 --dataloader_num_workers --mixed_precision INTERPOLATION_MODES Meter StopRequest TRACKERS "
+        "cache_encodings cache_latents cache_text_states collate compute_held_out_loss compute_loss "
+        "compute_snr_weights compute_target digest_network draw_images encode_captions encode_images finish "
         "load_model_configs locate_model log_rows log_run_header logger make_accelerator make_dataloader "
-        "make_objective make_run_record prepare_training resume save_images save_state start_loader_process "
-        "start_run train train_step transform_image "
+        "make_objective make_run_record prepare_training resume save_images save_state start_run train train_step "
+        "transform_image "
         "validate".split()
     )
 }

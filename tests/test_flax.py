@@ -434,7 +434,7 @@ def test_settings_that_are_not_implemented_are_refused(flax, tiny_model, image_f
     base = shutil.copytree(tiny_model, tmp_path / "base")
     path = base / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-    with pytest.raises(ValueError, match="not implemented|not\n?.*implemented") as error:
+    with pytest.raises(ValueError, match="not implemented|does not support") as error:
         load(flax, base, image_folder, tmp_path / "out")
     assert str(value[-1] if isinstance(value, list) else value) in str(error.value)
 
@@ -601,27 +601,6 @@ def test_averages_need_their_flag_and_another_script_is_told(flax, full_run, tin
 
 
 
-def test_averages_come_from_their_own_revision(flax, tiny_model, image_folder, tmp_path):
-    """The UNet starts from --non_ema_revision, its averages from --revision at full decay."""
-    repository = tmp_path / "cache" / "models--team--model"
-    (repository / "refs").mkdir(parents=True)
-    for revision, commit in (("main", "a" * 40), ("raw", "b" * 40)):
-        (repository / "refs" / revision).write_text(commit)
-        shutil.copytree(tiny_model, repository / "snapshots" / commit)
-    usual, raw = (repository / "snapshots" / (letter * 40) / "unet/diffusion_pytorch_model.safetensors"
-                  for letter in "ab")
-    save_file({name: 0.5 * weight for name, weight in load_file(usual).items()}, raw)
-    flags = {"cache_dir": tmp_path / "cache", "use_ema": True, "ema_decay": 0.9}
-    args = flax.parse_args(make_args("team/model", image_folder, tmp_path / "out", non_ema_revision="raw", **flags))
-    models = load(flax, "team/model", image_folder, tmp_path / "out", non_ema_revision="raw", **flags)
-    averages = flax.load_first_averages(args, models)
-    assert averages.keys() == models.initial.keys()
-    assert all(np.array_equal(models.initial[name], averages[name] / 2) for name in averages)
-    assert flax.make_recipe(args, 9, 1).min_ema_decay == 0.9
-    usual_args = flax.parse_args(make_args("team/model", image_folder, tmp_path / "out", **flags))
-    assert flax.make_recipe(usual_args, 9, 1).min_ema_decay == 0
-
-
 PLAIN = {"max_train_steps": 4, "train_batch_size": 4, "center_crop": True}
 
 
@@ -653,7 +632,7 @@ def test_caches_belong_to_their_network_and_must_be_finite(flax, tiny_model, ima
     path = base / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     save_file({**weights, "quant_conv.bias": torch.full_like(weights["quant_conv.bias"], torch.inf)}, path)
-    with pytest.raises(RuntimeError, match=r"the latents of row \d+ .* are not finite"):
+    with pytest.raises(RuntimeError, match="are not finite as float16"):
         prepare(flax, make_args(base, image_folder, tmp_path / "out", **flags))
 
 
@@ -880,24 +859,19 @@ def test_a_run_in_a_thread_leaves_signals_alone(flax, caplog):
     assert "not in the main thread" in caplog.text and stop_request.previous == {}
 
 
-def test_peak_memory_is_left_out_where_it_is_not_known(flax, monkeypatch):
-    assert flax.get_peak_memory()["peak_memory_gib"] > 0
-    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
-    assert flax.get_peak_memory() == {}
-
-
-def test_loader_processes_read_what_threads_read(flax, tiny_model, image_folder, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))  # where the processes find the script, here imported by another way
+def test_loader_has_as_many_threads_as_asked_for(flax, tiny_model, image_folder, tmp_path, monkeypatch):
     args = flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out"))
-    images = flax.make_captioned_images(args, args.train_data_dir)
-    data = flax.make_data(args, images, None, 0, flax.load_model_configs(args))
-    visits = [[flax.SampleUse(0, index) for index in (1, 4, 2)], [flax.SampleUse(1, 3)], [flax.SampleUse(1, 0)]]
-    threads, processes = (list(flax.read_samples(data.train, visits, count)) for count in (0, 2))
-    assert [len(samples) for samples in processes] == [3, 1, 1]
-    for expected, found in zip(threads, processes, strict=True):
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours.keys() == theirs.keys()
-            assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    configs = flax.load_model_configs(args)
+    data = flax.make_data(args, flax.make_captioned_images(args, args.train_data_dir), None, 0, configs)
+    models, accelerator = SimpleNamespace(tokenizer=configs["tokenizer"]), SimpleNamespace(
+        process_index=0, num_processes=1)
+    counts = []
+    monkeypatch.setattr(flax, "ThreadPoolExecutor", lambda count: counts.append(count) or ThreadPoolExecutor(count))
+    for workers in (0, 3):
+        steps = [flax.MicroStep(0, 0, 2, 2, ends_update=True, ends_epoch=False)]
+        ((_, batch),) = flax.make_dataloader(data.train, steps, models, workers, accelerator, 2)
+        assert len(batch["weights"]) == 2 * jax.local_device_count()
+    assert counts == [8, 3]
 
 
 # ---- Pictures and the whole cycle -----------------------------------------------------------------------------------
@@ -905,9 +879,8 @@ def test_loader_processes_read_what_threads_read(flax, tiny_model, image_folder,
 
 def read_readme_command() -> list[str]:
     """Return the arguments of the README's command for the JAX script, with the places of its files."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (block,) = (block for block in blocks if block.startswith(f"python {NAME}"))
-    words = shlex.split(block.replace("\\\n", " "))[2:]
+    command = re.search(rf"^python {NAME} ((?:.*\\\n)*.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    words = shlex.split(command[1].replace("\\\n", " "))
     return [str(ROOT / word) if word.startswith("quickstart/") else word for word in words]
 
 
@@ -932,7 +905,7 @@ def test_a_whole_cycle_ends_in_a_pipeline_of_torch(quickstart_run):
     out = quickstart_run.out
     losses = read_scalars(out, "validation_loss")
     assert list(losses) == [6, 12] and losses[12] < losses[6] < 0.35
-    for tag in ("images_per_second", "data_wait", "peak_memory_gib"):
+    for tag in ("images_per_second", "data_wait"):
         assert read_scalars(out, tag)
     assert list_names(out, "*") == {
         "model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler", "README.md", "validation", "logs",
