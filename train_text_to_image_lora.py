@@ -728,8 +728,8 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     parameters = list(name_trained_parameters(accelerator, models).values())
     meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
 
-    ahead = contextlib.closing(iterate_ahead(loader))
-    with StopRequest(accelerator) as stop_request, logging_redirect_tqdm(), ahead as batches:
+    ahead, bar = contextlib.closing(iterate_ahead(loader)), contextlib.closing(meter)
+    with StopRequest(accelerator) as stop_request, logging_redirect_tqdm(), bar, ahead as batches:
         for step, batch in meter.time_waits(batches):
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             meter.add(step, batch, train_step(accelerator, models, objective, batch, step))
@@ -755,7 +755,8 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             if ends_run:
                 break
             ends_nth_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
-            if ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0):
+            is_due = ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0)
+            if is_due and (get_validation_prompts(args) or data.held_out):
                 meter.flush()
                 validate(args, accelerator, models, objective, data, progress)
     return signal_number
@@ -1878,8 +1879,9 @@ def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Mod
 def make_optimizer(args: Namespace, groups: list[dict]):
     """Return AdamW over groups of parameters, fused where the device has it, or with 8-bit moments; or Adafactor."""
     if args.use_adafactor:  # with plain learning rates: scaled by the size of the weights, adapters would stay at 0
-        return transformers.optimization.Adafactor(groups, scale_parameter=False, relative_step=False)
-    settings = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return transformers.optimization.Adafactor(
+            groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False)
+    settings = {"lr": groups[0]["lr"], "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.use_8bit_adam:
         import bitsandbytes
 
@@ -2544,6 +2546,10 @@ class Meter:
             self.flush()
         with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not end the run
             self.bar.update(1)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.close()
 
     def flush(self) -> None:
         """Read the numbers from the device and log them; raise RuntimeError if a loss or gradient is not finite."""
