@@ -27,6 +27,7 @@ JAX = """--resolution=512 --center_crop --random_flip --train_batch_size=1 --mix
     --max_train_steps=15000 --learning_rate=1e-05 --max_grad_norm=1 --output_dir="sd-naruto-model" """
 MODEL, NAME, FOLDER = (
     "--pretrained_model_name_or_path=$MODEL_NAME", "--dataset_name=$DATASET_NAME", "--train_data_dir=$TRAIN_DIR")
+VAE = "--pretrained_vae_model_name_or_path=$VAE_NAME"
 COMMANDS = {
     "full": f'accelerate launch --mixed_precision="fp16"  train_text_to_image.py {MODEL} {NAME} {FULL}',
     "full, own folder": f'accelerate launch --mixed_precision="fp16" train_text_to_image.py {MODEL} {FOLDER} {FULL}',
@@ -38,6 +39,26 @@ COMMANDS = {
         --output_dir="sd-naruto-model-lora" --validation_prompt="cute dragon creature" --report_to="wandb" """,
     "JAX": f"python train_text_to_image_flax.py {MODEL} {NAME} {JAX}",
     "JAX, own folder": f"python train_text_to_image_flax.py {MODEL} {FOLDER} {JAX}",
+    "SDXL full": f"""accelerate launch train_text_to_image_sdxl.py {MODEL} {VAE} {NAME} --resolution=512 --center_crop
+        --random_flip --proportion_empty_prompts=0.2 --train_batch_size=1 --gradient_accumulation_steps=4
+        --gradient_checkpointing --max_train_steps=10000 --use_8bit_adam --learning_rate=1e-06
+        --lr_scheduler="constant" --lr_warmup_steps=0 --mixed_precision="fp16" --report_to="wandb"
+        --validation_prompt="a cute Sundar Pichai creature" --validation_epochs 5 --checkpointing_steps=5000
+        --output_dir="sdxl-naruto-model" """,
+    "SDXL LoRA": f"""accelerate launch train_text_to_image_lora_sdxl.py {MODEL} {VAE} {NAME} --caption_column="text"
+        --resolution=1024 --random_flip --train_batch_size=1 --num_train_epochs=2 --checkpointing_steps=500
+        --learning_rate=1e-04 --lr_scheduler="constant" --lr_warmup_steps=0 --mixed_precision="fp16" --seed=42
+        --output_dir="sd-naruto-model-lora-sdxl" --validation_prompt="cute dragon creature" --report_to="wandb" """,
+    "SDXL LoRA, DeepSpeed": f"""accelerate launch train_text_to_image_lora_sdxl.py {MODEL} {VAE} {NAME}
+        --caption_column="text" --resolution=1024 --train_batch_size=1 --num_train_epochs=2 --checkpointing_steps=2
+        --learning_rate=1e-04 --lr_scheduler="constant" --lr_warmup_steps=0 --mixed_precision="fp16"
+        --max_train_steps=20 --validation_epochs=20 --seed=1234 --output_dir="sd-naruto-model-lora-sdxl"
+        --validation_prompt="cute dragon creature" """,
+    "SDXL LoRA, text encoders": f"""accelerate launch train_text_to_image_lora_sdxl.py {MODEL} {NAME}
+        --caption_column="text" --resolution=1024 --random_flip --train_batch_size=1 --num_train_epochs=2
+        --checkpointing_steps=500 --learning_rate=1e-04 --lr_scheduler="constant" --lr_warmup_steps=0 --seed=42
+        --output_dir="sd-naruto-model-lora-sdxl-txt" --train_text_encoder
+        --validation_prompt="cute dragon creature" --report_to="wandb" """,
 }
 SHORTER = {"--resolution": 32, "--max_train_steps": 2, "--num_train_epochs": 1}
 
