@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -199,6 +200,7 @@ def test_a_vae_of_before_classes_were_named_is_loaded(script, tiny_model, image_
     del config["_class_name"]
     path.write_text(json.dumps(config))
     args = script.parse_args(make_args(model, image_folder, tmp_path / "out"))
+    accelerate.PartialState()  # the log's
     assert script.load_model_configs(args)["vae"]["latent_channels"] == 4
 
 
