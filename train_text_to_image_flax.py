@@ -770,11 +770,9 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, r
     changes, moments = recipe.optimizer.update(gradients, state.moments, state.weights)
     weights = {name: weight - rates[name.split(".")[0]] * changes[name] for name, weight in state.weights.items()}
 
-    is_used = batch["weights"] > 0
     metrics = {"train_loss": (losses * batch["weights"]).sum() / batch["window_size"], "grad_norm": norm,
                "lr": rates["unet"], "signal": batch["signal"].max(),
-               "skipped_images": (batch["num_skipped"] * is_used).sum(),
-               "long_captions": (batch["num_long"] * is_used).sum()}
+               "long_captions": (batch["num_long"] * (batch["weights"] > 0)).sum()}
     if len(rates) > 1:
         metrics["lr_text_encoder"] = rates["text_encoder"]
     averages, ema_updates = state.averages, state.ema_updates
@@ -1218,7 +1216,6 @@ uint32 = make_type(int, f"must not be negative or above {2**32 - 1}", lambda val
 positive_float = make_type(float, "must be positive and finite", lambda value: 0 < value < math.inf)
 nonnegative_float = make_type(float, "must not be negative or infinite", lambda value: 0 <= value < math.inf)
 fraction = make_type(float, "must be from 0 to 1", lambda value: 0 <= value <= 1)
-fraction_below_1 = make_type(float, "must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -1243,40 +1240,40 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
     """Add all flags, in groups."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", type=str, required=True,
+    add("--pretrained_model_name_or_path", required=True,
         help="Model to start from: a folder in diffusers format or a name on the hub.")
-    add("--pretrained_vae_model_name_or_path", type=str,
+    add("--pretrained_vae_model_name_or_path",
         help="VAE folder or hub name to use instead of the model's own; --revision and --variant do not apply.")
-    add("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
-    add("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
-    add("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
+    add("--revision", help="Branch, tag or commit of the model on the hub.")
+    add("--variant", help="Weight files to load: fp16 loads *.fp16.safetensors.")
+    add("--cache_dir", help="Folder for downloaded models and data sets.")
     add("--train_text_encoder", action="store_true",
         help="Train the text encoder (SDXL: both) together with the UNet.")
     add("--clip_skip", type=positive_int,
         help="Use the text states of this many layers before the usual one, as diffusers' pipelines count.")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", type=str,
+    add("--dataset_name",
         help="Data set: a name on the hub, or a local folder that `datasets` loads or has saved.")
-    add("--dataset_config_name", type=str, help="Configuration of --dataset_name.")
-    add("--train_data_dir", type=str,
+    add("--dataset_config_name", help="Configuration of --dataset_name.")
+    add("--train_data_dir",
         help="Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name and "
         "--caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
-    add("--image_column", type=str, default="image", help="Column of the images.")
-    add("--caption_column", type=str, default="text",
+    add("--image_column", default="image", help="Column of the images.")
+    add("--caption_column", default="text",
         help="Column of the captions: a string, or a list of strings of which one is drawn each time.")
     add("--max_train_samples", type=positive_int,
         help="Train on at most this many samples, chosen at random by --seed.")
     add("--resolution", type=positive_int,
         help="Size of the training images in pixels: the shorter side is resized to it, then a square is cropped.")
-    add("--image_interpolation_mode", type=str, default="lanczos", choices=tuple(INTERPOLATION_MODES),
+    add("--image_interpolation_mode", default="lanczos", choices=tuple(INTERPOLATION_MODES),
         help="Filter for resizing images.")
     add("--center_crop", action="store_true", help="Crop at the center, not at random.")
     add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
     add("--proportion_empty_prompts", type=fraction, default=0,
         help="Probability of dropping the caption; 0.1 keeps classifier-free guidance working (arXiv:2207.12598).")
     add("--skip_broken_images", action="store_true",
-        help="Replace an image that cannot be read by the next one that can; the logs count them.")
+        help="Replace an image that cannot be read by the next one that can; the log names them.")
     add("--dataloader_num_workers", type=nonnegative_int, default=0,
         help="Threads that load data; 0: 8. Raise it if `data_wait` in the logs exceeds a few percent.")
 
@@ -1308,7 +1305,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help="Correct input and target by the UNet's estimate: fewer but slower steps (DREAM, arXiv:2312.00210).")
     add("--dream_detail_preservation", type=nonnegative_float, default=1.0,
         help="Exponent p of DREAM: larger keeps more detail, smaller converges faster.")
-    add("--timestep_bias_strategy", type=str, default="none", choices=("earlier", "later", "range", "none"),
+    add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
         help="Draw some timesteps more often: earlier (less noisy) ones, later ones, or a range.")
     add("--timestep_bias_multiplier", type=positive_float, default=1.0,
         help="How many times as often the chosen timesteps are drawn.")
@@ -1339,8 +1336,8 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help="Updates over which the learning rate rises from 0; `constant` has no warmup.")
     add("--lr_num_cycles", type=positive_int, default=1, help="Cycles of cosine_with_restarts.")
     add("--lr_power", type=positive_float, default=1.0, help="Exponent of polynomial.")
-    add("--adam_beta1", type=fraction_below_1, default=0.9, help="Decay of Adam's first moment.")
-    add("--adam_beta2", type=fraction_below_1, default=0.999, help="Decay of Adam's second moment.")
+    add("--adam_beta1", type=fraction, default=0.9, help="Decay of Adam's first moment.")
+    add("--adam_beta2", type=fraction, default=0.999, help="Decay of Adam's second moment.")
     add("--adam_weight_decay", type=nonnegative_float, default=1e-2, help="Decoupled weight decay.")
     add("--adam_epsilon", type=positive_float, default=1e-08, help="Added to the denominator of Adam's update.")
     add("--max_grad_norm", type=nonnegative_float, default=1.0,
@@ -1353,7 +1350,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help="Share of the old average kept at update n; n / (9 + n) while that is smaller.")
 
     add = parser.add_argument_group("precision, memory and devices").add_argument
-    add("--mixed_precision", type=str, default="no", choices=("no", "fp16", "bf16"),
+    add("--mixed_precision", default="no", choices=("no", "fp16", "bf16"),
         help="Number format of the forward and backward pass and of the frozen networks: bf16 and fp16 halve memory "
         "and time. fp16, for GPUs without bf16, scales the loss and skips an update whose gradients overflow.")
     add("--allow_tf32", action="store_true",
@@ -1371,8 +1368,8 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--local_rank", type=int, default=-1, help="Accepted for old launchers; not needed.")
 
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one image each.")
-    add("--validation_prompt", type=str, help="Prompt to draw --num_validation_images images of.")
+    add("--validation_prompts", nargs="+", help="Prompts to draw, one image each.")
+    add("--validation_prompt", help="Prompt to draw --num_validation_images images of.")
     add("--num_validation_images", type=nonnegative_int, default=4, help="Images to draw of --validation_prompt.")
     add("--validation_epochs", type=positive_int, help="Validate every this many epochs.")
     add("--validation_steps", type=positive_int, help="Also validate every this many updates.")
@@ -1383,34 +1380,35 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--validation_guidance_scale", type=nonnegative_float, default=7.5, help="Scale of classifier-free guidance.")
 
     add = parser.add_argument_group("checkpoints and output").add_argument
-    add("--output_dir", type=str, help="Folder for everything that is saved.")
+    add("--output_dir", help="Folder for everything that is saved.")
     add("--checkpointing_steps", type=positive_int, default=500,
         help="Save a checkpoint every this many updates, and always after the last one.")
     add("--checkpoints_total_limit", type=positive_int,
         help="Checkpoints to keep; the oldest is removed once a newer one is complete.")
-    add("--resume_from_checkpoint", type=str,
+    add("--resume_from_checkpoint",
         help="Checkpoint to resume: `latest`, a name in --output_dir, or a path.")
 
     add = parser.add_argument_group("tracking and hub").add_argument
-    add("--report_to", type=str, default="tensorboard",
+    add("--report_to", default="tensorboard",
         help=f"Where to log: {', '.join(TRACKERS)} (several with commas), or none.")
-    add("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
+    add("--logging_dir", default="logs", help="Folder for logs, inside --output_dir.")
     add("--logging_steps", type=positive_int, default=10,
         help="Fetch the metrics from the device every this many updates; every update is logged.")
-    add("--tracker_project_name", type=str, default="text2image-fine-tune", help="Name of the project in trackers.")
+    add("--tracker_project_name", default="text2image-fine-tune", help="Name of the project in trackers.")
     add("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
-    add("--hub_model_id", type=str, help="Repository to upload to. If not given: --output_dir's name.")
+    add("--hub_model_id", help="Repository to upload to. If not given: --output_dir's name.")
     add("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    add("--hub_token", type=str, help="Token for the upload; `hf auth login` or HF_TOKEN keeps it off the screen.")
+    add("--hub_token", help="Token for the upload; `hf auth login` or HF_TOKEN keeps it off the screen.")
 
 
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """Return the flags of the command line, as typed but for spaces in lists and the ~ of --output_dir=~/out."""
+    """Return the flags, with the ~ of --output_dir=~/out expanded and all prompts to draw in --validation_prompts."""
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, str):
             setattr(args, name, os.path.expanduser(value))
-    args.report_to = args.report_to.replace(" ", "")
+    repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+    args.validation_prompts = (args.validation_prompts or []) + repeated
     return args
 
 
@@ -1418,9 +1416,8 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
     out, trackers = Path(args.output_dir).resolve(), args.report_to.split(",")
     earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
-    earlier += [path.parent.name for path in out.glob(f".partial-checkpoint-*/{RUN_RECORD}")]  # left by a kill
-    sources = [Path(folder).resolve() for folder in (args.pretrained_model_name_or_path, args.train_data_dir,
-                                                     args.validation_data_dir) if folder]
+    sources = {flag: getattr(args, flag) for flag in ("pretrained_model_name_or_path", "dataset_name",
+                                                      "train_data_dir", "validation_data_dir")}
     packages = {f"report_to {name}": name for name in trackers if name in TRACKERS and name != "all"}
     packages |= {flag: package for flag, package in OPTIONAL_PACKAGES.items() if getattr(args, flag, False)}
     cases = [
@@ -1428,15 +1425,13 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
          f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
          "or --dataset_name NAME."),
-        (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
-         f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (not args.output_dir or os.path.isfile(args.output_dir), f"--output_dir {args.output_dir!r} is no folder."),
         (earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
          "overwrite: add --resume_from_checkpoint latest to continue it, or name another folder."),
-        (out in sources or (args.dataset_name and Path(args.dataset_name).resolve() in (out, *out.parents)),
-         f"--output_dir {args.output_dir} is the folder of the model, --train_data_dir or --validation_data_dir, or "
-         "in that of --dataset_name: files of this run would be read as its own. Name another folder."),
+        *((folder and Path(folder).resolve() == out,
+           f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
+           "own: name another.")
+          for flag, folder in sources.items()),
         (args.dream_training and args.input_perturbation > 0,
          "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
@@ -1449,7 +1444,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
          "--no_cache_text_embeddings."),
         (trackers != ["none"] and not set(trackers) <= set(TRACKERS),
          f"--report_to {args.report_to}: choose from {', '.join(TRACKERS)}, several with commas, or none alone."),
-        (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
+        (args.hub_token and args.report_to not in ("tensorboard", "none"),
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
         *((importlib.util.find_spec(package) is None,
@@ -1459,10 +1454,6 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     for is_wrong, message in cases:
         if is_wrong:
             parser.error(message)
-    try:
-        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 # ---- Setup ----------------------------------------------------------------------------------------------------------
@@ -2502,7 +2493,12 @@ def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict
 
 # ---- Validation and export ------------------------------------------------------------------------------------------
 
-MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
+MODEL_LICENSE = "creativeml-openrail-m"  # this and the next two are for the model card
+MODEL_TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training",
+              "jax"]
+CARD_FACTS = ("updates", "seed", "train_text_encoder", "learning_rate", "train_batch_size",
+              "gradient_accumulation_steps", "resolution", "mixed_precision", "pretrained_vae_model_name_or_path",
+              "use_ema", "clip_skip", "rank", "lora_alpha")
 RESULT = "model_index.json"  # in --output_dir: marks a finished run
 PIPELINE_CLASSES = {"text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
                     "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL")}
@@ -2520,26 +2516,20 @@ def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int,
         push_to_hub(args)
 
 
-def get_validation_prompts(args: Namespace) -> list[str]:
-    """Return the prompts to draw, one picture each."""
-    repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt is not None else []
-    return (args.validation_prompts or []) + repeated
-
-
 def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Data, progress: Progress,
-             tags: tuple[str, ...] = ("validation",)) -> None:
+             tag: str = "validation") -> None:
     """Draw the prompts and measure the held-out loss, with the EMA weights if there are any.
 
-    `tags` are the names of the pictures in trackers.
+    `tag` is the name of the pictures in trackers.
     """
-    images = draw_images(args, accelerator, models, get_validation_prompts(args), data.train.seed)
+    images = draw_images(args, accelerator, models, args.validation_prompts, data.train.seed)
     if data.held_out is not None:
         loss = compute_held_out_loss(args, accelerator, models, data.held_out)
         log_rows(accelerator, [(progress.global_step, {"validation_loss": loss})])
         logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
     if images and accelerator.is_main_process:
         with log_failure("saving the validation pictures"):
-            save_images(args, accelerator, images, progress.global_step, tags)
+            save_images(args, accelerator, images, progress.global_step, tag)
 
 
 def get_best_weights(models: Models) -> dict[str, Tensor]:
@@ -2630,7 +2620,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
 
 
 def save_images(args: Namespace, accelerator: Accelerator, images: list[Image.Image], step: int,
-                tags: tuple[str, ...]) -> None:
+                tag: str) -> None:
     """Save pictures one by one and side by side, and send them to the trackers."""
     folder = Path(args.output_dir, "validation", f"step-{step}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -2638,8 +2628,7 @@ def save_images(args: Namespace, accelerator: Accelerator, images: list[Image.Im
         image.save(folder / f"{index:02d}.png")
     Image.fromarray(np.hstack(images)).save(folder / "grid.png")
     logger.info(f"saved {len(images)} pictures and grid.png in {folder}")
-    for tag in tags:
-        log_images(accelerator, tag, images, get_validation_prompts(args), step)
+    log_images(accelerator, tag, images, args.validation_prompts, step)
 
 
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
@@ -2690,47 +2679,40 @@ def write_json(path: Path, settings: dict) -> None:
     path.write_text(text.replace('"_class_name": "Flax', '"_class_name": "'))
 
 
-def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
-    """Return three parts of the model card: what was trained, code that draws `prompt`, and tags for the hub."""
+def make_example(args: Namespace, prompt: str) -> str:
+    """Return code for the model card that draws `prompt`."""
     clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
-    trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
-    code = (
-        "from diffusers import StableDiffusionPipeline\n\n"
-        f"pipeline = StableDiffusionPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
-        f"image = pipeline({prompt!r}{clip_skip}).images[0]"
-    )
-    tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training",
-            "jax"]
-    return f"All weights of the {trained}", code, tags
+    return ("from diffusers import StableDiffusionPipeline\n\n"
+            f"pipeline = StableDiffusionPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
+            f"image = pipeline({prompt!r}{clip_skip}).images[0]")
 
 
 def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
     """Write README.md, the model card, with the pictures drawn after the last update."""
     folder, base = Path(args.output_dir), args.pretrained_model_name_or_path
-    prompts = get_validation_prompts(args) or ["a prompt like the captions it was trained on"]
-    trained, code, tags = describe_model(args, prompts[0])
-    text = f"# Fine-tuned {base}\n\n{trained} were trained on {args.dataset_name or 'images in a local folder'}.\n"
+    prompts = args.validation_prompts or ["a prompt like the captions it was trained on"]
+    text = f"# Fine-tuned {base}\n\nTrained on {args.dataset_name or 'images in a local folder'}.\n"
     grid = folder / "validation" / f"step-{progress.global_step}" / "grid.png"
     if grid.is_file():
         shutil.copyfile(grid, folder / "val_imgs_grid.png")
         text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
-    text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
+    text += f"\n## Use\n\n```python\n{make_example(args, prompts[0])}\n```\n\n## Training\n\n"
     facts = {**vars(args), "updates": progress.global_step, "seed": seed}
-    for name in ("updates", "seed", "learning_rate", "train_batch_size", "gradient_accumulation_steps", "resolution",
-                 "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "clip_skip", "rank", "lora_alpha"):
-        text += f"- {name}: {facts[name]}\n" if facts.get(name) is not None else ""
-    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags, inference=True,
-                                           base_model=None if Path(base).exists() else base)
+    text += "".join(f"- {name}: {facts[name]}\n" for name in CARD_FACTS if facts.get(name) is not None)
+    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=MODEL_TAGS,
+                                           inference=True, base_model=None if Path(base).exists() else base)
     (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
 def push_to_hub(args: Namespace) -> None:
     """Upload --output_dir without checkpoints and logs."""
-    logger.info(f"uploading {args.output_dir} to {args.hub_model_id}: if it fails, repeat the command with "
-                "--resume_from_checkpoint latest")
     ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{Path(args.logging_dir)}/**"]
-    huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
-                                  commit_message="End of training", ignore_patterns=ignored)
+    try:
+        huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
+                                      commit_message="End of training", ignore_patterns=ignored)
+    except Exception as error:
+        raise RuntimeError(f"uploading {args.output_dir} to {args.hub_model_id} failed: {error}. To try again, repeat "
+                           "the command with --resume_from_checkpoint latest.") from error
 
 
 # ---- Logging --------------------------------------------------------------------------------------------------------
@@ -2739,15 +2721,14 @@ def push_to_hub(args: Namespace) -> None:
 class Meter:
     """Keeps metrics on the devices and reads them late, so that the devices never wait.
 
-    Logs `train_loss`, `lr`, `grad_norm` and `epoch` of every update with its own step; with every --logging_steps
-    updates `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and counts
-    from the start of the run: `skipped_images`, `long_captions`.
+    Logs the metrics of every update with its own step; with every --logging_steps updates `images_per_second`,
+    `data_wait` (share of the time spent waiting for data) and `peak_memory_gib`.
     """
 
     def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
         self.accelerator, self.logging_steps = accelerator, args.logging_steps
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
-        self.updates, self.counts = [], {"skipped_images": 0, "long_captions": 0}
+        self.updates = []  # (step, numbers) of those not read yet
         self.started, self.waited = time.perf_counter(), 0.0  # since the last reading
 
     def time_waits(self, updates):
@@ -2783,11 +2764,9 @@ class Meter:
         for _, numbers in rows:
             del numbers["signal"]
             num_images += numbers.pop("num_images")
-            for name in self.counts:
-                self.counts[name] += int(numbers.pop(name))
         rows = [(step, {name: float(number) for name, number in numbers.items()}) for step, numbers in rows]
         latest = rows[-1][1]
-        latest |= {"images_per_second": num_images / seconds, "data_wait": self.waited / seconds, **self.counts}
+        latest |= {"images_per_second": num_images / seconds, "data_wait": self.waited / seconds}
         memory = jax.local_devices()[0].memory_stats()
         if memory:  # not on CPUs
             latest["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
@@ -2898,7 +2877,7 @@ def main(argv: list[str] | None = None) -> None:
     log_run_header(args, accelerator, models, len(data.train), seed, checkpoint)
     signal_number = train(args, accelerator, models, data, progress, record)
     if not signal_number:
-        validate(args, accelerator, models, data, progress, tags=("validation", "test"))
+        validate(args, accelerator, models, data, progress, tag="test")
         finish(args, accelerator, models, seed, progress)
     with log_failure("closing the trackers"):
         accelerator.end_training()

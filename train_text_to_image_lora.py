@@ -60,6 +60,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
+from collections import ChainMap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -93,7 +94,6 @@ from transformers import CLIPTokenizer
 
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.optimization import get_scheduler
 
@@ -706,12 +706,11 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
     """
     accelerator.sync_gradients = step.ends_update
     scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
-    with contextlib.ExitStack() as unsynchronized:
-        for network in [] if step.ends_update else list_trained(models):
-            unsynchronized.enter_context(accelerator.no_sync(network))
-        losses = compute_loss(models.unet, objective, *encode_batch(models, batch), batch)
-        loss = (losses * batch["weights"]).sum() / step.window_size
-        accelerator.backward(loss * scale)
+    for network in list_trained(models):
+        network.require_backward_grad_sync = step.ends_update  # DDP averages once per update; no_sync() does just this
+    losses = compute_loss(models.unet, objective, *encode_batch(models, batch), batch)
+    loss = (losses * batch["weights"]).sum() / step.window_size
+    accelerator.backward(loss * scale)
     return {"train_loss": loss.detach()}
 
 
@@ -728,16 +727,15 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     parameters = list(name_trained_parameters(accelerator, models).values())
     meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
 
-    ahead, bar = contextlib.closing(iterate_ahead(loader)), contextlib.closing(meter)
-    with StopRequest(accelerator) as stop_request, logging_redirect_tqdm(), bar, ahead as batches:
+    ahead = contextlib.closing(iterate_ahead(loader))
+    with StopRequest(accelerator) as stop_request, logging_redirect_tqdm(), ahead as batches:
         for step, batch in meter.time_waits(batches):
-            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            batch = send_to_device(batch, accelerator.device, non_blocking=True, skip_keys="indices")
             meter.add(step, batch, train_step(accelerator, models, objective, batch, step))
             if not step.ends_update:
                 continue
             numbers = {"epoch": step.epoch, **get_learning_rates(models)}
-            if parameters[0].grad is not None:  # --optimizer_in_backward has freed them
-                numbers["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            numbers["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             models.optimizer.step()
             models.lr_scheduler.step()
             models.optimizer.zero_grad()
@@ -755,8 +753,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             if ends_run:
                 break
             ends_nth_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
-            is_due = ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0)
-            if is_due and (get_validation_prompts(args) or data.held_out):
+            if ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0):
                 meter.flush()
                 validate(args, accelerator, models, objective, data, progress)
     return signal_number
@@ -830,7 +827,6 @@ uint32 = make_type(int, f"must not be negative or above {2**32 - 1}", lambda val
 positive_float = make_type(float, "must be positive and finite", lambda value: 0 < value < math.inf)
 nonnegative_float = make_type(float, "must not be negative or infinite", lambda value: 0 <= value < math.inf)
 fraction = make_type(float, "must be from 0 to 1", lambda value: 0 <= value <= 1)
-fraction_below_1 = make_type(float, "must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -860,13 +856,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
     """Add all flags, in groups."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", type=str, required=True,
+    add("--pretrained_model_name_or_path", required=True,
         help="Model to start from: a folder in diffusers format or a name on the hub.")
-    add("--pretrained_vae_model_name_or_path", type=str,
+    add("--pretrained_vae_model_name_or_path",
         help="VAE folder or hub name to use instead of the model's own; --revision and --variant do not apply.")
-    add("--revision", type=str, help="Branch, tag or commit of the model on the hub.")
-    add("--variant", type=str, help="Weight files to load: fp16 loads *.fp16.safetensors.")
-    add("--cache_dir", type=str, help="Folder for downloaded models and data sets.")
+    add("--revision", help="Branch, tag or commit of the model on the hub.")
+    add("--variant", help="Weight files to load: fp16 loads *.fp16.safetensors.")
+    add("--cache_dir", help="Folder for downloaded models and data sets.")
     add("--single_file_config",
         help="Folder or hub name of a model whose configurations and tokenizers go with a model in one .safetensors "
         "file. If not given: diffusers' own choice.")
@@ -883,7 +879,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help="Rank of the adapter: a higher rank means more capacity and a larger file.")
     add("--lora_alpha", type=positive_float,
         help="Scale: the adapter's output is multiplied by lora_alpha / rank. If not given: the rank.")
-    add("--lora_dropout", type=fraction_below_1, default=0.0, help="Dropout on the adapter's input while training.")
+    add("--lora_dropout", type=fraction, default=0.0, help="Dropout on the adapter's input while training.")
     add("--lora_target", nargs="+", default=["attention"],
         help=f"Layers of the UNet to adapt: any of {', '.join(LORA_TARGETS)}, or endings of the names of linear and "
         "convolution layers such as attn2.to_k. With --train_text_encoder, attention and feed_forward also select "
@@ -896,27 +892,27 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help=f"Also write {KOHYA_FILE}, for ComfyUI, AUTOMATIC1111 and kohya's tools.")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", type=str,
+    add("--dataset_name",
         help="Data set: a name on the hub, or a local folder that `datasets` loads or has saved.")
-    add("--dataset_config_name", type=str, help="Configuration of --dataset_name.")
-    add("--train_data_dir", type=str,
+    add("--dataset_config_name", help="Configuration of --dataset_name.")
+    add("--train_data_dir",
         help="Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name and "
         "--caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
-    add("--image_column", type=str, default="image", help="Column of the images.")
-    add("--caption_column", type=str, default="text",
+    add("--image_column", default="image", help="Column of the images.")
+    add("--caption_column", default="text",
         help="Column of the captions: a string, or a list of strings of which one is drawn each time.")
     add("--max_train_samples", type=positive_int,
         help="Train on at most this many samples, chosen at random by --seed.")
     add("--resolution", type=positive_int,
         help="Size of the training images in pixels: the shorter side is resized to it, then a square is cropped.")
-    add("--image_interpolation_mode", type=str, default="lanczos", choices=tuple(INTERPOLATION_MODES),
+    add("--image_interpolation_mode", default="lanczos", choices=tuple(INTERPOLATION_MODES),
         help="Filter for resizing images.")
     add("--center_crop", action="store_true", help="Crop at the center, not at random.")
     add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
     add("--proportion_empty_prompts", type=fraction, default=0,
         help="Probability of dropping the caption; 0.1 keeps classifier-free guidance working (arXiv:2207.12598).")
     add("--skip_broken_images", action="store_true",
-        help="Replace an image that cannot be read by the next one that can; the logs count them.")
+        help="Replace an image that cannot be read by the next one that can; the log names them.")
     add("--dataloader_num_workers", type=nonnegative_int, default=0,
         help="Processes that load data; 0: threads. Raise it if `data_wait` in the logs exceeds a few percent.")
 
@@ -948,7 +944,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help="Correct input and target by the UNet's estimate: fewer but slower steps (DREAM, arXiv:2312.00210).")
     add("--dream_detail_preservation", type=nonnegative_float, default=1.0,
         help="Exponent p of DREAM: larger keeps more detail, smaller converges faster.")
-    add("--timestep_bias_strategy", type=str, default="none", choices=("earlier", "later", "range", "none"),
+    add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
         help="Draw some timesteps more often: earlier (less noisy) ones, later ones, or a range.")
     add("--timestep_bias_multiplier", type=positive_float, default=1.0,
         help="How many times as often the chosen timesteps are drawn.")
@@ -979,8 +975,8 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help="Updates over which the learning rate rises from 0; `constant` has no warmup.")
     add("--lr_num_cycles", type=positive_int, default=1, help="Cycles of cosine_with_restarts.")
     add("--lr_power", type=positive_float, default=1.0, help="Exponent of polynomial.")
-    add("--adam_beta1", type=fraction_below_1, default=0.9, help="Decay of Adam's first moment.")
-    add("--adam_beta2", type=fraction_below_1, default=0.999, help="Decay of Adam's second moment.")
+    add("--adam_beta1", type=fraction, default=0.9, help="Decay of Adam's first moment.")
+    add("--adam_beta2", type=fraction, default=0.999, help="Decay of Adam's second moment.")
     add("--adam_weight_decay", type=nonnegative_float, default=1e-2, help="Decoupled weight decay.")
     add("--adam_epsilon", type=positive_float, default=1e-08, help="Added to the denominator of Adam's update.")
     add("--max_grad_norm", type=nonnegative_float, default=1.0,
@@ -993,7 +989,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help="Share of the old average kept at update n; n / (9 + n) while that is smaller.")
 
     add = parser.add_argument_group("precision and memory").add_argument
-    add("--mixed_precision", type=str, choices=("no", "fp16", "bf16"),
+    add("--mixed_precision", choices=("no", "fp16", "bf16"),
         help="Number format of the forward pass and the frozen networks. If not given: accelerate's setting.")
     add("--allow_tf32", action="store_true",
         help="Multiply float32 matrices in TF32: faster on Ampere GPUs and newer, slightly less exact.")
@@ -1017,8 +1013,8 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--local_rank", type=int, default=-1, help="Accepted for old launchers; not needed.")
 
     add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", type=str, nargs="+", help="Prompts to draw, one image each.")
-    add("--validation_prompt", type=str, help="Prompt to draw --num_validation_images images of.")
+    add("--validation_prompts", nargs="+", help="Prompts to draw, one image each.")
+    add("--validation_prompt", help="Prompt to draw --num_validation_images images of.")
     add("--num_validation_images", type=nonnegative_int, default=4, help="Images to draw of --validation_prompt.")
     add("--validation_epochs", type=positive_int, help="Validate every this many epochs.")
     add("--validation_steps", type=positive_int, help="Also validate every this many updates.")
@@ -1029,34 +1025,35 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--validation_guidance_scale", type=nonnegative_float, default=7.5, help="Scale of classifier-free guidance.")
 
     add = parser.add_argument_group("checkpoints and output").add_argument
-    add("--output_dir", type=str, help="Folder for everything that is saved.")
+    add("--output_dir", help="Folder for everything that is saved.")
     add("--checkpointing_steps", type=positive_int, default=500,
         help="Save a checkpoint every this many updates, and always after the last one.")
     add("--checkpoints_total_limit", type=positive_int,
         help="Checkpoints to keep; the oldest is removed once a newer one is complete.")
-    add("--resume_from_checkpoint", type=str,
+    add("--resume_from_checkpoint",
         help="Checkpoint to resume: `latest`, a name in --output_dir, or a path.")
 
     add = parser.add_argument_group("tracking and hub").add_argument
-    add("--report_to", type=str, default="tensorboard",
+    add("--report_to", default="tensorboard",
         help=f"Where to log: {', '.join(TRACKERS)} (several with commas), or none.")
-    add("--logging_dir", type=str, default="logs", help="Folder for logs, inside --output_dir.")
+    add("--logging_dir", default="logs", help="Folder for logs, inside --output_dir.")
     add("--logging_steps", type=positive_int, default=10,
         help="Fetch the metrics from the device every this many updates; every update is logged.")
-    add("--tracker_project_name", type=str, default="text2image-fine-tune", help="Name of the project in trackers.")
+    add("--tracker_project_name", default="text2image-fine-tune", help="Name of the project in trackers.")
     add("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
-    add("--hub_model_id", type=str, help="Repository to upload to. If not given: --output_dir's name.")
+    add("--hub_model_id", help="Repository to upload to. If not given: --output_dir's name.")
     add("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    add("--hub_token", type=str, help="Token for the upload; `hf auth login` or HF_TOKEN keeps it off the screen.")
+    add("--hub_token", help="Token for the upload; `hf auth login` or HF_TOKEN keeps it off the screen.")
 
 
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
-    """Return the flags of the command line, as typed but for spaces in lists and the ~ of --output_dir=~/out."""
+    """Return the flags, with the ~ of --output_dir=~/out expanded and all prompts to draw in --validation_prompts."""
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, str):
             setattr(args, name, os.path.expanduser(value))
-    args.report_to = args.report_to.replace(" ", "")
+    repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
+    args.validation_prompts = (args.validation_prompts or []) + repeated
     return args
 
 
@@ -1064,9 +1061,8 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
     out, trackers = Path(args.output_dir).resolve(), args.report_to.split(",")
     earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
-    earlier += [path.parent.name for path in out.glob(f".partial-checkpoint-*/{RUN_RECORD}")]  # left by a kill
-    sources = [Path(folder).resolve() for folder in (args.pretrained_model_name_or_path, args.train_data_dir,
-                                                     args.validation_data_dir) if folder]
+    sources = {flag: getattr(args, flag) for flag in ("pretrained_model_name_or_path", "dataset_name",
+                                                      "train_data_dir", "validation_data_dir")}
     packages = {f"report_to {name}": name for name in trackers if name in TRACKERS and name != "all"}
     packages |= {flag: package for flag, package in OPTIONAL_PACKAGES.items() if getattr(args, flag, False)}
     cases = [
@@ -1074,15 +1070,13 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
          f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
          "or --dataset_name NAME."),
-        (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
-         f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (not args.output_dir or os.path.isfile(args.output_dir), f"--output_dir {args.output_dir!r} is no folder."),
         (earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
          "overwrite: add --resume_from_checkpoint latest to continue it, or name another folder."),
-        (out in sources or (args.dataset_name and Path(args.dataset_name).resolve() in (out, *out.parents)),
-         f"--output_dir {args.output_dir} is the folder of the model, --train_data_dir or --validation_data_dir, or "
-         "in that of --dataset_name: files of this run would be read as its own. Name another folder."),
+        *((folder and Path(folder).resolve() == out,
+           f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
+           "own: name another.")
+          for flag, folder in sources.items()),
         (args.dream_training and args.input_perturbation > 0,
          "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
@@ -1095,7 +1089,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
          "--no_cache_text_embeddings."),
         (trackers != ["none"] and not set(trackers) <= set(TRACKERS),
          f"--report_to {args.report_to}: choose from {', '.join(TRACKERS)}, several with commas, or none alone."),
-        (args.hub_token is not None and not set(trackers) <= {"tensorboard", "none"},
+        (args.hub_token and args.report_to not in ("tensorboard", "none"),
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
         *((importlib.util.find_spec(package) is None,
@@ -1105,10 +1099,6 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     for is_wrong, message in cases:
         if is_wrong:
             parser.error(message)
-    try:
-        find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 # ---- Setup ----------------------------------------------------------------------------------------------------------
@@ -2269,7 +2259,12 @@ def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict
 
 # ---- Validation and export ------------------------------------------------------------------------------------------
 
-MODEL_LICENSE = "creativeml-openrail-m"  # for the model card
+MODEL_LICENSE = "creativeml-openrail-m"  # this and the next two are for the model card
+MODEL_TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training",
+              "lora"]
+CARD_FACTS = ("updates", "seed", "train_text_encoder", "learning_rate", "train_batch_size",
+              "gradient_accumulation_steps", "resolution", "mixed_precision", "pretrained_vae_model_name_or_path",
+              "use_ema", "clip_skip", "rank", "lora_alpha")
 RESULT = LORA_FILE  # in --output_dir: marks a finished run
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 
@@ -2279,125 +2274,102 @@ def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int,
     if accelerator.is_main_process:
         export_model(args, accelerator, models)
         save_model_card(args, seed, progress)
+        if args.push_to_hub:
+            push_to_hub(args)
     accelerator.wait_for_everyone()
-    if args.push_to_hub and accelerator.is_main_process:  # after the barrier, so that no process waits for the upload
-        push_to_hub(args)
 
 
-def make_pipeline(accelerator: Accelerator, models: Models, **extras) -> StableDiffusionPipeline:
-    """Return the pipeline of the networks in memory; `extras` are a safety checker and the like."""
+def make_pipeline(accelerator: Accelerator, models: Models) -> StableDiffusionPipeline:
+    """Return the pipeline of the networks in memory."""
     config, plain = models.scheduler_config, unwrap_models(accelerator, models)
     if models.clip_skip is not None and not hasattr(plain.text_encoder, "text_model"):
         # where the pipeline looks for the final norm, which transformers 5.6 has moved; vars(), as it is no submodule
         vars(plain.text_encoder)["text_model"] = plain.text_encoder
     noise_scheduler = getattr(diffusers, config.get("_class_name", "PNDMScheduler")).from_config(config)
-    parts = {"safety_checker": None, "feature_extractor": None, **extras}
-    return StableDiffusionPipeline(
-        vae=plain.vae, text_encoder=plain.text_encoder, tokenizer=plain.tokenizer, unet=plain.unet,
-        scheduler=noise_scheduler, **parts, requires_safety_checker=parts["safety_checker"] is not None)
-
-
-def get_validation_prompts(args: Namespace) -> list[str]:
-    """Return the prompts to draw, one picture each."""
-    repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt is not None else []
-    return (args.validation_prompts or []) + repeated
+    parts = {part: getattr(plain, part) for part in ("vae", "unet", *TEXT_ENCODERS, *TOKENIZERS)}
+    return StableDiffusionPipeline(**parts, scheduler=noise_scheduler, safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False)
 
 
 def validate(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
-             progress: Progress, tags: tuple[str, ...] = ("validation",)) -> None:
-    """Draw the prompts and measure the held-out loss, with the EMA weights if there are any.
+             progress: Progress, tag: str = "validation") -> None:
+    """Draw the prompts and measure the held-out loss, with the EMA weights if there are any; the processes share both.
 
-    `tags` are the names of the pictures in trackers.
+    `tag` is the name of the pictures in trackers.
     """
-    prompts, images = get_validation_prompts(args), []
-    if not prompts and data.held_out is None:
+    drawn, loss = [], math.nan
+    if not args.validation_prompts and data.held_out is None:
         return
     for network in list_trained(models):
         network.eval()
     with averaged_weights(models), encoders_on_device(args, accelerator, models):
-        if prompts:
-            images = draw_images(args, accelerator, models, prompts, data.train.seed)
-        if data.held_out is not None:
+        with log_failure("drawing validation pictures"):
+            drawn = draw_images(args, accelerator, models, data.train.seed)
+        with log_failure("measuring the held-out loss"):
             loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
-            logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
-            with log_failure("sending the held-out loss to the trackers"):
-                accelerator.log({"validation_loss": loss}, step=progress.global_step)
     for network in list_trained(models):
         network.train()
-    if images and accelerator.is_main_process:
-        with log_failure("saving the validation pictures"):
-            save_images(args, accelerator, images, progress.global_step, tags)
-
-
-def draw_images(args: Namespace, accelerator: Accelerator, models: Models, prompts: list[str],
-                seed: int) -> list[Image.Image]:
-    """Return a picture per prompt, from the same noise at every call, or none if drawing failed.
-
-    The processes share the prompts; each gets all pictures.
-    """
-    drawn = []
-    with log_failure("drawing validation pictures"):
-        pipeline = make_pipeline(accelerator, models)
-        pipeline.set_progress_bar_config(disable=True)
-        for index in range(accelerator.process_index, len(prompts), accelerator.num_processes):
-            generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
-            with accelerator.autocast():
-                latents = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
-                                   num_inference_steps=args.validation_inference_steps, output_type="latent",
-                                   guidance_scale=args.validation_guidance_scale, clip_skip=args.clip_skip).images
-            drawn.append((index, decode_latents(models.vae, latents)))
-    drawn = sorted(gather_object(drawn))
-    return [image for _, image in drawn] if len(drawn) == len(prompts) else []
+    images, loss = dict(sorted(gather_object(drawn))), sum(gather_object([loss]))
+    with log_failure("saving what validation found"):
+        if data.held_out is not None:
+            logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
+            accelerator.log({"validation_loss": loss}, step=progress.global_step)
+        if images and accelerator.is_main_process:
+            save_images(args, accelerator, images, progress.global_step, tag)
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Image.Image:
-    """Decode latents [1, c, h, w] to a picture in the VAE's own dtype, since fp16 autocast may overflow."""
-    latents = latents.float() / vae.config.scaling_factor
-    pixel_values = vae.decode(latents.to(vae.dtype)).sample.float()  # [1, 3, H, W] in [-1, 1]
-    return VaeImageProcessor().postprocess(pixel_values)[0]
+def draw_images(args: Namespace, accelerator: Accelerator, models: Models, seed: int) -> list[tuple[int, Image.Image]]:
+    """Return this process's share of the pictures, each with its index, from the same noise at every call."""
+    prompts, pipeline, drawn = args.validation_prompts, make_pipeline(accelerator, models), []
+    pipeline.set_progress_bar_config(disable=True)
+    for index in range(accelerator.process_index, len(prompts), accelerator.num_processes):
+        generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
+        with accelerator.autocast():
+            latents = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
+                               num_inference_steps=args.validation_inference_steps, output_type="latent",
+                               guidance_scale=args.validation_guidance_scale, clip_skip=args.clip_skip).images
+        latents = latents.float() / models.vae.config.scaling_factor
+        pixel_values = models.vae.decode(latents.to(models.vae.dtype)).sample  # in its own dtype: fp16 may overflow
+        drawn.append((index, pipeline.image_processor.postprocess(pixel_values.float())[0]))
+    return drawn
 
 
 @torch.no_grad()
 def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
-                          held_out: Samples) -> float:
-    """Return the mean unweighted loss of the held-out samples, with the same noise and timesteps in every run.
-
-    It is nan if a process failed.
-    """
+                          held_out: Samples | None) -> float:
+    """Return this process's share of the mean unweighted loss of held-out samples, at the same noise in every run."""
+    if held_out is None:
+        return 0.0
     plain = dataclasses.replace(objective, args=Namespace(dream_training=False, snr_gamma=None))
-    networks, count = unwrap_models(accelerator, models), len(held_out)
+    networks, count, losses = unwrap_models(accelerator, models), len(held_out), []
     steps = plan_micro_steps(Progress(), 1, count, args.train_batch_size * accelerator.num_processes, count)
-    losses = [torch.full((1,), math.nan, device=accelerator.device)]
-    with log_failure("measuring the held-out loss"):
-        for _, batch in make_dataloader(held_out, steps, models, 0, accelerator):
-            batch = send_to_device(batch, accelerator.device)
-            losses.append(compute_loss(networks.unet, plain, *encode_batch(networks, batch), batch) * batch["weights"])
-        losses[0].zero_()
-    return accelerator.reduce(torch.cat(losses).sum(), "sum").item() / count
+    for _, batch in make_dataloader(held_out, steps, models, 0, accelerator):
+        batch = send_to_device(batch, accelerator.device)
+        losses.append(compute_loss(networks.unet, plain, *encode_batch(networks, batch), batch) * batch["weights"])
+    return torch.cat(losses).sum().item() / count
 
 
-def save_images(args: Namespace, accelerator: Accelerator, images: list[Image.Image], step: int,
-                tags: tuple[str, ...]) -> None:
-    """Save pictures one by one and side by side, and send them to the trackers."""
-    folder, pixels = Path(args.output_dir, "validation", f"step-{step}"), [np.asarray(image) for image in images]
+def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Image.Image], step: int,
+                tag: str) -> None:
+    """Save pictures one by one, by the index of their prompt, and side by side, and send them to the trackers."""
+    folder, pixels = Path(args.output_dir, "validation", f"step-{step}"), [np.asarray(images[i]) for i in images]
     folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
+    for index, image in images.items():
         image.save(folder / f"{index:02d}.png")
     Image.fromarray(np.hstack(pixels)).save(folder / "grid.png")
     logger.info(f"saved {len(images)} pictures and grid.png in {folder}")
     for tracker in accelerator.trackers:
-        for tag in tags:
-            if tracker.name == "tensorboard":
-                tracker.log_images({tag: np.stack(pixels)}, step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                import wandb
+        if tracker.name == "tensorboard":
+            tracker.log_images({tag: np.stack(pixels)}, step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
 
-                prompts = get_validation_prompts(args)
-                captioned = [wandb.Image(image, caption=f"{i}: {prompts[i]}") for i, image in enumerate(images)]
-                tracker.log({tag: captioned}, step=step)
-            else:
-                logger.warning(f"--report_to {tracker.name} shows no pictures: they are in {folder}")
+            captioned = [wandb.Image(image, caption=f"{index}: {args.validation_prompts[index]}")
+                         for index, image in images.items()]
+            tracker.log({tag: captioned}, step=step)
+        else:
+            logger.warning(f"--report_to {tracker.name} shows no pictures: they are in {folder}")
 
 
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
@@ -2451,10 +2423,9 @@ def make_kohya_facts(prediction_type: str, unet_config: dict) -> dict[str, str]:
             "modelspec.architecture": f"stable-diffusion-{kind}/lora", "modelspec.prediction_type": short_type}
 
 
-def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
-    """Return three parts of the model card: what was trained, code that draws `prompt`, and tags for the hub."""
+def make_example(args: Namespace, prompt: str) -> str:
+    """Return code for the model card that draws `prompt`."""
     clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
-    trained = "UNet and the text encoder" if args.train_text_encoder else "UNet"
     schedule = {"prediction_type": args.prediction_type} if args.prediction_type else {}
     if args.rescale_betas_zero_snr:
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -2467,39 +2438,35 @@ def describe_model(args: Namespace, prompt: str) -> tuple[str, str, list[str]]:
     if schedule:  # an adapter brings none along
         arguments = ", ".join(f"{name}={value!r}" for name, value in {**schedule, "clip_sample": False}.items())
         code += f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, {arguments})\n"
-    code += f"image = pipeline({prompt!r}{clip_skip}).images[0]"
-    tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training",
-            "lora"]
-    return f"LoRA adapters of the {trained}", code, tags
+    return f"{code}image = pipeline({prompt!r}{clip_skip}).images[0]"
 
 
 def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
     """Write README.md, the model card, with the pictures drawn after the last update."""
     folder, base = Path(args.output_dir), args.pretrained_model_name_or_path
-    prompts = get_validation_prompts(args) or ["a prompt like the captions it was trained on"]
-    trained, code, tags = describe_model(args, prompts[0])
-    text = f"# Fine-tuned {base}\n\n{trained} were trained on {args.dataset_name or 'images in a local folder'}.\n"
+    prompts = args.validation_prompts or ["a prompt like the captions it was trained on"]
+    text = f"# Fine-tuned {base}\n\nTrained on {args.dataset_name or 'images in a local folder'}.\n"
     grid = folder / "validation" / f"step-{progress.global_step}" / "grid.png"
     if grid.is_file():
         shutil.copyfile(grid, folder / "val_imgs_grid.png")
         text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
-    text += f"\n## Use\n\n```python\n{code}\n```\n\n## Training\n\n"
+    text += f"\n## Use\n\n```python\n{make_example(args, prompts[0])}\n```\n\n## Training\n\n"
     facts = {**vars(args), "updates": progress.global_step, "seed": seed}
-    for name in ("updates", "seed", "learning_rate", "train_batch_size", "gradient_accumulation_steps", "resolution",
-                 "mixed_precision", "pretrained_vae_model_name_or_path", "use_ema", "clip_skip", "rank", "lora_alpha"):
-        text += f"- {name}: {facts[name]}\n" if facts.get(name) is not None else ""
-    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=tags, inference=True,
-                                           base_model=None if Path(base).exists() else base)
+    text += "".join(f"- {name}: {facts[name]}\n" for name in CARD_FACTS if facts.get(name) is not None)
+    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=MODEL_TAGS,
+                                           inference=True, base_model=None if Path(base).exists() else base)
     (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
 def push_to_hub(args: Namespace) -> None:
     """Upload --output_dir without checkpoints and logs."""
-    logger.info(f"uploading {args.output_dir} to {args.hub_model_id}: if it fails, repeat the command with "
-                "--resume_from_checkpoint latest")
     ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{Path(args.logging_dir)}/**"]
-    huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
-                                  commit_message="End of training", ignore_patterns=ignored)
+    try:
+        huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
+                                      commit_message="End of training", ignore_patterns=ignored)
+    except Exception as error:
+        raise RuntimeError(f"uploading {args.output_dir} to {args.hub_model_id} failed: {error}. To try again, repeat "
+                           "the command with --resume_from_checkpoint latest.") from error
 
 
 # ---- Logging --------------------------------------------------------------------------------------------------------
@@ -2508,16 +2475,17 @@ def push_to_hub(args: Namespace) -> None:
 class Meter:
     """Measures a run and logs it; losses and gradient norms are read from the device every --logging_steps updates.
 
-    Logs `train_loss` and the numbers that `train` gives of every update, with its own step. With every reading come
-    `images_per_second`, `data_wait` (share of the time spent waiting for data), `peak_memory_gib`, and, counted from
-    the start of the run, `skipped_images` and `long_captions`.
+    Logs the numbers that `train` gives of every update, with its own step; SUMMED ones are added up over its micro
+    steps and the processes. With every reading come `images_per_second`, `data_wait` (share of the time spent waiting
+    for data) and `peak_memory_gib` of the GPU.
     """
+
+    SUMMED = ("train_loss", "long_captions")
 
     def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
         self.accelerator, self.logging_steps = accelerator, args.logging_steps
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
-        self.numbers, self.updates = {}, []  # of the current update, and (step, numbers) of those not read yet
-        self.counts = torch.zeros(2, device=accelerator.device)  # skipped images, long captions
+        self.numbers, self.updates = {}, {}  # of the current update, and by step of those not read yet
         self.started, self.waited, self.num_images = time.perf_counter(), 0.0, 0  # since the last reading
 
     def time_waits(self, batches):
@@ -2531,50 +2499,44 @@ class Meter:
                 self.started = began
 
     def add(self, step: MicroStep, batch: dict[str, Tensor], numbers: dict) -> None:
-        """Add a micro step to its update: losses are summed, other numbers replaced."""
+        """Add a micro step to its update."""
         self.num_images += step.last - step.first
-        is_used = batch["weights"] > 0
-        self.counts += torch.stack([(batch[name] * is_used).sum() for name in ("num_skipped", "num_long")])
-        loss = self.numbers.get("train_loss", 0.0) + numbers["train_loss"]
-        self.numbers = {**self.numbers, **numbers, "train_loss": loss}
+        numbers["long_captions"] = (batch["num_long"] * batch["weights"]).sum()
+        for name in self.SUMMED:
+            numbers[name] = self.numbers.get(name, 0) + numbers[name]
+        self.numbers |= numbers
 
     def end_update(self, global_step: int, numbers: dict) -> None:
         """Finish an update; every --logging_steps of them, read and log the numbers."""
-        self.updates.append((global_step, {**self.numbers, **numbers}))
+        self.updates[global_step] = {**self.numbers, **numbers}
         self.numbers = {}
         if len(self.updates) >= self.logging_steps:
             self.flush()
         with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not end the run
             self.bar.update(1)
 
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.bar.close()
-
     def flush(self) -> None:
         """Read the numbers from the device and log them; raise RuntimeError if a loss or gradient is not finite."""
         if not self.updates:
             return
-        losses = torch.stack([numbers["train_loss"] for _, numbers in self.updates])
-        summed = self.accelerator.reduce(torch.cat([losses, self.counts]), "sum")
-        *losses, skipped, long = summed.tolist()  # the only place where the loop waits for the device
-        rows = [(step, {name: float(number) for name, number in {**numbers, "train_loss": loss}.items()})
-                for (step, numbers), loss in zip(self.updates, losses, strict=True)]
-        seconds, latest = time.perf_counter() - self.started, rows[-1][1]
-        latest |= {"images_per_second": self.num_images / seconds, "data_wait": self.waited / seconds,
-                   **get_peak_memory(self.accelerator.device), "skipped_images": skipped, "long_captions": long}
-        with log_failure("sending numbers to the trackers"):
-            for step, numbers in rows:
+        own = [{name: float(number) for name, number in numbers.items()} for numbers in self.updates.values()]
+        rows = {}
+        for step, *parts in zip(self.updates, *gather_object([own]), strict=True):  # a part from each process
+            rows[step] = dict(ChainMap(*parts)) | {name: sum(part[name] for part in parts) for name in self.SUMMED}
+        seconds = time.perf_counter() - self.started
+        rows[step] |= {"images_per_second": self.num_images / seconds, "data_wait": self.waited / seconds,
+                       "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+        self.updates, self.waited, self.num_images = {}, 0.0, 0
+        for step, numbers in rows.items():
+            with log_failure("sending numbers to the trackers"):
                 self.accelerator.log(numbers, step=step)
-        self.bar.set_postfix(loss=latest["train_loss"], lr=latest["lr"], refresh=False)
-        self.updates, self.waited, self.num_images = [], 0.0, 0
-        for step, numbers in rows:
-            norm = 0.0 if self.accelerator.scaler else numbers.get("grad_norm", 0.0)  # fp16 skips such an update
+            norm = 0.0 if self.accelerator.scaler else numbers["grad_norm"]  # fp16 skips such an update
             if not math.isfinite(numbers["train_loss"] + norm):
                 raise RuntimeError(
                     f"the loss is {numbers['train_loss']} at step {step} (gradient norm {norm}, lr "
                     f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}): too high a learning rate? "
                     "Try a lower one, and --mixed_precision bf16 in place of fp16. Checkpoints are untouched.")
+        self.bar.set_postfix(loss=numbers["train_loss"], lr=numbers["lr"], refresh=False)
 
 
 @contextlib.contextmanager
@@ -2584,18 +2546,6 @@ def log_failure(what: str):
         yield
     except Exception:  # anything from out of memory to a full disk
         logging.getLogger(__name__).exception(f"{what} failed; the run goes on")  # on any process
-
-
-def get_peak_memory(device: torch.device) -> dict[str, float]:
-    """Return `peak_memory_gib` so far: of the tensors on a GPU, or of the whole process, but not on Windows."""
-    if device.type == "cuda":
-        return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return {}
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
-    return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -2629,7 +2579,7 @@ def main(argv: list[str] | None = None) -> None:
     log_run_header(args, accelerator, models, len(data.train), seed, checkpoint)
     signal_number = train(args, accelerator, models, objective, data, progress, record)
     if not signal_number:
-        validate(args, accelerator, models, objective, data, progress, tags=("validation", "test"))
+        validate(args, accelerator, models, objective, data, progress, tag="test")
         finish(args, accelerator, models, seed, progress)
     with log_failure("closing the trackers"):
         accelerator.end_training()

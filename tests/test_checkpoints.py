@@ -164,27 +164,23 @@ def test_foreign_names_are_passed_over(script, args, copied):
     assert read_record(copied / "checkpoint-5")["progress"]["global_step"] == 5
 
 
-def test_incomplete_folder_is_not_the_latest(script, args, copied, capsys):
+def test_incomplete_folder_is_not_the_latest(script, args, copied):
     """What was copied or saved by halves is passed over by `latest` and by the limit, and refused by name."""
     partial = copied / "checkpoint-99"
     shutil.copytree(copied / "checkpoint-4", partial)
     for name in ("run_record.json", "random_states_0.pkl", "optimizer.bin", "scheduler.bin"):
         (partial / name).unlink()
-    with pytest.raises(SystemExit):
-        script.parse_args(args(copied, resume_from_checkpoint="checkpoint-99"))
-    assert "--resume_from_checkpoint checkpoint-99 is not a complete checkpoint" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--resume_from_checkpoint checkpoint-99 is not a complete checkpoint"):
+        script.find_checkpoint("checkpoint-99", copied)
     run(script, args(copied, max_train_steps=5, checkpoints_total_limit=1, resume_from_checkpoint="latest"))
     assert list_names(copied) == {"checkpoint-5", "checkpoint-99"}
 
 
-def test_missing_checkpoint_is_refused_with_those_that_exist(script, args, copied, capsys):
-    """Exit status 2 and one line, before anything is loaded; the same for a folder that holds none."""
+def test_missing_checkpoint_is_refused_with_those_that_exist(script, args, copied):
+    """Before any weights are loaded; the same for a folder that holds none."""
     for output_dir, hint in ((copied, "checkpoint-2, checkpoint-4"), (copied / "empty", "no checkpoint")):
-        with pytest.raises(SystemExit) as exits:
+        with pytest.raises(ValueError, match=f"--resume_from_checkpoint checkpoint-900 is not .* holds {hint}"):
             script.main(args(output_dir, resume_from_checkpoint="checkpoint-900"))
-        assert exits.value.code == 2
-        message = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "--resume_from_checkpoint checkpoint-900" in message and hint in message
 
 
 @pytest.mark.parametrize("ending", ["", "/"])

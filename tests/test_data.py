@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import UNCACHED, make_args, make_image, make_image_folder, make_namespace, read_scalars
+from conftest import UNCACHED, make_args, make_image, make_image_folder, make_namespace
 from PIL import Image, ImageCms, PngImagePlugin, features
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
@@ -420,11 +420,10 @@ def test_several_broken_images_are_skipped_around_the_end(script):
         make_samples(script, Images([None, None]), skip_broken_images=True)[script.SampleUse(0, 0)]
 
 
-def test_skipped_images_are_counted_in_the_logs(each_script, tiny_model, broken_folder, tmp_path, caplog):
-    """A run over four images of which one is broken counts one skipped image per epoch, and names it."""
+def test_skipped_images_are_named_in_the_log(each_script, tiny_model, broken_folder, tmp_path, caplog):
+    """A run over four images of which one is broken names the one that it skips in each epoch."""
     each_script.main(make_args(tiny_model, broken_folder, tmp_path / "out", skip_broken_images=True, **UNCACHED,
-                               train_batch_size=4, max_train_steps=3, logging_steps=1, report_to="tensorboard"))
-    assert read_scalars(tmp_path / "out", "skipped_images") == {1: 1, 2: 2, 3: 3}
+                               train_batch_size=4, max_train_steps=3))
     assert len([line for line in caplog.messages if "skipped: row" in line and "2.jpg" in line]) >= 3
 
 

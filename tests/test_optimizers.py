@@ -48,7 +48,7 @@ def test_updates_in_the_backward_pass_are_those_after_it(train_full, optimizer):
 
 
 def test_gradients_are_freed_in_the_backward_pass(full_script, train_full, monkeypatch):
-    """After a pass none is left, where without --optimizer_in_backward each is; it is not measured either."""
+    """After a pass none is left, where without --optimizer_in_backward each is; its norm is 0."""
     left, original = [], full_script.train_step
 
     def train_step(accelerator, models, *given):
@@ -60,7 +60,7 @@ def test_gradients_are_freed_in_the_backward_pass(full_script, train_full, monke
     flags = {"max_grad_norm": 0, "report_to": "tensorboard", "max_train_steps": 1}
     for name, in_backward in (("after", False), ("within", True)):
         out = train_full(name, **flags, optimizer_in_backward=in_backward)
-        assert bool(read_scalars(out, "grad_norm")) == (not in_backward)
+        assert (read_scalars(out, "grad_norm")[1] > 0) == (not in_backward)
         assert read_scalars(out, "train_loss")
     assert left[0] > 10 and left[1] == 0
 

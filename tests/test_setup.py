@@ -1,11 +1,9 @@
-"""What a run needs of the system around it, and does without: threads of other programs, modules of other systems."""
+"""What a run needs of the system around it, and does without: signals in the thread of another program."""
 
 import logging
-import sys
 import threading
 
-import torch
-from conftest import make_args, read_scalars
+from conftest import make_args
 from runs import run
 
 
@@ -18,13 +16,3 @@ def test_a_run_in_a_thread_trains_without_signals(first_script, tiny_models, ima
     thread.join()
     assert "not in the main thread: signals do not save and stop this run" in caplog.text
     assert (tmp_path / "out" / "model_index.json").exists()
-
-
-def test_without_the_module_resource_memory_is_not_logged(
-        first_script, tiny_models, image_folder, tmp_path, monkeypatch):
-    """Windows has no such module: a run there logs every number but that one."""
-    monkeypatch.setitem(sys.modules, "resource", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run(first_script, make_args(tiny_models["sd"], image_folder, tmp_path, report_to="tensorboard"))
-    assert read_scalars(tmp_path, "peak_memory_gib") == {}
-    assert len(read_scalars(tmp_path, "train_loss")) == 2

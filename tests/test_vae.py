@@ -1,13 +1,11 @@
-"""The VAE: one named apart from the model, in slices and tiles, and pictures decoded as they were encoded."""
+"""The VAE: one named apart from the model, and in tiles."""
 
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import UNCACHED, make_args, make_image, make_vae
-from PIL import Image
+from conftest import UNCACHED, make_args, make_vae
 from runs import prepare, run
 from safetensors.torch import load_file
 
@@ -100,16 +98,11 @@ def test_tiles_change_little(first_script, tiny_models, image_folder, tmp_path):
     assert difference.max() > 1e-3 and difference.mean() < 0.3 * found[64, False].std()
 
 
-def test_pictures_are_decoded_as_they_were_encoded(script, tiny_model, image_folder, tmp_path):
-    """What a run draws undoes its scaling."""
+def test_latents_are_scaled(script, tiny_model, image_folder, tmp_path):
+    """They are what the VAE encodes, times its scaling factor."""
     models, batch = load_parts(script, tiny_model, image_folder, tmp_path / "out")
     batch["posterior_noise"].zero_()
     with torch.no_grad():
         mean = models.vae.encode(batch["images"] / 127.5 - 1).latent_dist.mean
-        expected = ((models.vae.decode(mean).sample + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
     latents = script.encode_batch(models, batch)[0]
     assert torch.allclose(latents, mean * models.vae.config.scaling_factor, atol=1e-2)
-    for index in range(4):
-        picture = script.decode_latents(models.vae, latents[index : index + 1])
-        assert isinstance(picture, Image.Image) and picture.size == make_image(0, (32, 32)).size
-        assert np.abs(np.asarray(picture) - expected[index]).max() <= 1

@@ -98,7 +98,7 @@ def test_pictures_are_drawn_when_asked_for_and_at_the_end(drawn):
     assert list_names(drawn / "validation", "*") == {"step-4", "step-8", "step-10", "step-11"}
     for folder in (drawn / "validation").iterdir():
         assert list_names(folder, "*") == {"00.png", "01.png", "grid.png"}
-    assert sorted(read_images(drawn, "validation")) == [4, 8, 10, 11]
+    assert sorted(read_images(drawn, "validation")) == [4, 8, 10]
     assert sorted(read_images(drawn, "test")) == [11]
 
 
@@ -244,12 +244,12 @@ def test_gradient_that_is_not_finite_stops_the_run(script, args, tmp_path):
     """Its update has ruined the weights, though the loss was still a number; but for fp16, which skips that update."""
     namespace = script.parse_args(args(tmp_path / "out"))
     accelerator = SimpleNamespace(
-        device=torch.device("cpu"), is_main_process=False, mixed_precision="no", num_processes=1,
-        reduce=lambda tensor, reduction: tensor, log=lambda numbers, step: None)
+        device=torch.device("cpu"), is_main_process=False, mixed_precision="no", log=lambda numbers, step: None)
+    numbers = {"train_loss": 1.0, "long_captions": 0, "lr": 1e-4, "grad_norm": torch.tensor(torch.inf)}
     for scaler, is_fatal in ((None, True), ("GradScaler", False)):
         accelerator.scaler = scaler
         meter = script.Meter(namespace, accelerator, 0, 9)
-        meter.end_update(1, {"train_loss": torch.tensor(1.0), "lr": 1e-4, "grad_norm": torch.tensor(torch.inf)})
+        meter.end_update(1, numbers)
         with pytest.raises(RuntimeError, match="at step 1 .gradient norm inf") if is_fatal else nullcontext():
             meter.flush()
 
@@ -258,26 +258,24 @@ def test_gradient_that_is_not_finite_stops_the_run(script, args, tmp_path):
 
 
 def test_numbers_of_every_update_reach_tensorboard(drawn):
-    """Loss, rate, gradient norm and epoch have each update's own step; speed and memory come with every reading."""
+    """Loss, rate, gradient norm and epoch have each update's own step; the speed comes with every reading."""
     every = list(range(1, 12))
     numbers = {tag: read_scalars(drawn, tag) for tag in (
-        "train_loss", "lr", "grad_norm", "epoch", "images_per_second", "data_wait", "peak_memory_gib")}
+        "train_loss", "lr", "grad_norm", "epoch", "images_per_second", "data_wait")}
     assert all(list(numbers[tag]) == every for tag in ("train_loss", "lr", "grad_norm", "epoch"))
     assert len(set(numbers["train_loss"].values())) == 11
     assert all(0 < numbers["train_loss"][step] < 10 and numbers["grad_norm"][step] > 0 for step in every)
     assert [numbers["epoch"][step] for step in every] == [0] * 5 + [1] * 5 + [2]
     readings = [3, 4, 7, 8, 10, 11]  # every third update, and before each validation
-    for tag in ("images_per_second", "data_wait", "peak_memory_gib"):
+    for tag in ("images_per_second", "data_wait"):
         assert list(numbers[tag]) == readings, tag
     assert all(0 < speed < 1e5 for speed in numbers["images_per_second"].values())
     assert all(0 <= share <= 1 for share in numbers["data_wait"].values())
-    assert all(0.05 < memory < 100 for memory in numbers["peak_memory_gib"].values())
 
 
 def test_pictures_reach_tensorboard(drawn):
-    """Both tags show the pictures side by side, as they were drawn."""
-    for tag in ("validation", "test"):
-        assert read_images(drawn, tag)[11] == (2 * 48, 48)
+    """They are shown side by side, as they were drawn."""
+    assert read_images(drawn, "validation")[10] == read_images(drawn, "test")[11] == (2 * 48, 48)
 
 
 def test_numbers_do_not_depend_on_how_often_they_are_read(script, args, tmp_path):
@@ -304,7 +302,7 @@ def test_an_image_seen_twice_in_an_update_has_its_last_loss(debug_script, tmp_pa
     batch = {"weights": torch.ones(1), "num_skipped": torch.zeros(1), "num_long": torch.zeros(1)}
     for loss in (0.5, 0.25):
         meter.add(SimpleNamespace(first=0, last=1), batch, {"train_loss": loss, "loss_for_a.png": 2 * loss})
-    assert meter.numbers == {"train_loss": 0.75, "loss_for_a.png": 0.5}
+    assert meter.numbers == {"train_loss": 0.75, "loss_for_a.png": 0.5, "long_captions": 0}
 
 
 def read_image_losses(output_dir, step: int) -> dict[str, float]:
@@ -386,7 +384,7 @@ def test_weights_and_biases_offline(script, args, tmp_path, monkeypatch):
     (record,) = tmp_path.rglob("*.wandb")
     assert record.read_bytes().count(b"train_loss") >= 7
     media = sorted(path.name.rpartition("_")[0] for path in record.parent.rglob("media/**/*.png"))
-    assert media == sorted(["validation_3", "validation_6", "validation_7", "test_7"] * 2)
+    assert media == sorted(["validation_3", "validation_6", "test_7"] * 2)
     assert not find_token(tmp_path)
 
 
@@ -489,14 +487,14 @@ def hub():
 
 @in_first_script
 def test_upload_that_fails_loses_nothing(script, args, hub, drawn, tmp_path):
-    """The model is saved by then, the log says how to repeat the upload, and the token is written nowhere."""
+    """The model is saved by then, the error says how to repeat the upload, and the token is written nowhere."""
     out = tmp_path / "out"
     argv = args(out, push_to_hub=True, hub_model_id="apples", hub_private_repo=True, hub_token=TOKEN,
                 validation_prompts=["a"], report_to="tensorboard")
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(get_command(script, argv), env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stderr
-    message = done.stderr.partition(f"uploading {out} to somebody/apples: ")[2]
+    message = done.stderr.partition(f"uploading {out} to somebody/apples failed: ")[2]
     assert "no room left for somebody" in message and "--resume_from_checkpoint latest" in message
     assert {path.name for path in out.iterdir()} >= {path.name for path in drawn.iterdir()} - list_names(drawn) - {
         "validation"}
