@@ -1663,12 +1663,17 @@ class StopRequest:
 ADDITION_EMBED_TYPE = None  # of the UNet: what tells this kind of model from the other
 VAE_SCALE = 0.18215  # the scaling_factor that the UNets of this kind were trained with
 TOKENIZERS = ("tokenizer",)
-TEXT_ENCODERS = {"text_encoder": ("CLIPTextModel",)}  # with the classes that each may be of
 WEIGHT_FILES = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
                 "safety_checker": "model"}
 OLD_NAMES = {"query": ".to_q.", "key": ".to_k.", "value": ".to_v.", "proj_attn": ".to_out.0."}  # in the VAE
 FLAX_FILES = {"unet": "diffusion_flax_model.msgpack", "vae": "diffusion_flax_model.msgpack",
               "text_encoder": "flax_model.msgpack"}
+# Settings that must be unset: they ask for inputs or noise that training lacks, or scale latents as it does not.
+UNSUPPORTED_SETTINGS = {
+    "unet": ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"),
+    "vae": ("shift_factor", "latents_mean", "latents_std"),
+    "scheduler": ("use_flow_sigmas", "shift", "sigma_data"),  # the last two: of flow matching, and of EDM
+}
 # Settings of networks: those that may differ, with what holds where an old file leaves them out, ...
 SETTINGS = {
     "unet": {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_eps": 1e-5, "norm_num_groups": 32,
@@ -1716,19 +1721,11 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             file = find_file(args, part, name)
             if file is None:
                 raise OSError(f"{name} is missing.")
-            config = configs[part] = json.loads(file.read_text())
-            kind, added = config.get("_class_name", "AutoencoderKL"), config.get("addition_embed_type")
-            if part == "unet" and added != ADDITION_EMBED_TYPE:
-                raise ValueError(f"its addition_embed_type {added} is not that of {MODEL_KIND}. The scripts for SDXL "
-                                 "have sdxl in their names.")
-            if part == "vae" and kind.removeprefix("Flax") != "AutoencoderKL":
-                raise ValueError(f"it is a {kind}, no AutoencoderKL: name the folder of a VAE itself, such as "
-                                 "MODEL/vae.")
-            if part in SETTINGS:
-                configs[part] = check_settings(part, config)
+            configs[part] = json.loads(file.read_text())
     with explained_load(args, "tokenizer"):
         configs["tokenizer"] = load_tokenizer(args, "tokenizer", configs["text_encoder"])
     check_model_configs(args, configs)
+    configs |= {part: check_settings(part, configs[part]) for part in SETTINGS}
     configs["text_encoder"]["num_hidden_layers"] -= args.clip_skip or 0  # later layers are not loaded
     compute_alphas_cumprod(configs["scheduler"])  # refuses an unknown noise schedule
     configs["scheduler"]["_class_name"] = configs["scheduler"].get("_class_name", "PNDMScheduler").removeprefix("Flax")
@@ -1770,37 +1767,35 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
-    where, vae, scheduler = args.pretrained_model_name_or_path, configs["vae"], configs["scheduler"]
-    factor, num_layers = compute_vae_factor(vae), configs["text_encoder"].get("num_hidden_layers", 12)
-    in_channels, latent_channels = configs["unet"].get("in_channels", 4), vae.get("latent_channels", 4)
-    sampler, own_type = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
-    prediction_type, num_timesteps = args.prediction_type or own_type, scheduler.get("num_train_timesteps", 1000)
+    where, unet, vae = args.pretrained_model_name_or_path, configs["unet"], configs["vae"]
+    in_channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    factor, num_timesteps = compute_vae_factor(vae), configs["scheduler"].get("num_train_timesteps", 1000)
+    prediction_type = make_scheduler_config(args, configs["scheduler"])["prediction_type"]
     refusals = (
-        (prediction_type not in PREDICTION_TYPES or str(sampler).startswith(("FlowMatch", "EDM")),
-         f"{where} is for {sampler} with prediction type {own_type}; this script trains models for noise as DDPM adds "
-         f"it, with prediction type {', '.join(PREDICTION_TYPES)}."),
+        *((configs[part].get(name), f"the {part} has {name} = {configs[part].get(name)!r}, which this script cannot "
+           "train with: name another model.") for part, names in UNSUPPORTED_SETTINGS.items() for name in names),
+        (unet.get("addition_embed_type") != ADDITION_EMBED_TYPE,
+         f"the UNet of {where} has addition_embed_type {unet.get('addition_embed_type')}: this script trains "
+         f"{MODEL_KIND} models. Scripts for SDXL have sdxl in their names."),
+        (in_channels != latent_channels,
+         f"the UNet of {where} takes {in_channels} channels and the VAE makes {latent_channels}: inpainting models "
+         "cannot be trained, and a VAE must be made for this kind of model."),
         (args.resolution % factor, f"--resolution {args.resolution} must be a multiple of {factor}, for the VAE: try "
          f"{max(1, args.resolution // factor) * factor}."),
-        (in_channels != latent_channels,
-         f"the UNet of {where} takes {in_channels} channels and the VAE of {locate_part(args, 'vae')[0]} makes "
-         f"{latent_channels}: inpainting models cannot be trained, and a VAE must be made for this kind of model."),
+        (prediction_type not in PREDICTION_TYPES,
+         f"{where} has prediction type {prediction_type}; this script has {', '.join(PREDICTION_TYPES)}."),
         (args.dream_training and prediction_type != "epsilon",
          f"--dream_training needs prediction type epsilon; this run has {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
          "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample; this run has epsilon."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
          f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
-        ((args.clip_skip or 0) >= num_layers,
-         f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the text encoder."),
-        *((not set(configs[part].get("architectures") or accepted) <= set(accepted),
-           f"the {part} of {where} is a {configs[part].get('architectures')}; {MODEL_KIND} has "
-           f"{' or '.join(accepted)}.") for part, accepted in TEXT_ENCODERS.items()),
     )
     for is_wrong, message in refusals:
         if is_wrong:
             raise ValueError(message)
     scale = vae.get("scaling_factor", 0.18215)
-    if scale != VAE_SCALE and scale in (0.18215, 0.13025):
+    if scale != VAE_SCALE:
         logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, but {MODEL_KIND} has "
                        f"{VAE_SCALE}: if the VAE is made for it, set it to {VAE_SCALE} in its config.json; else take "
                        "another.")
@@ -1826,7 +1821,7 @@ def explained_load(args: Namespace, part: str = ""):
     """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
-    except (ImportError, OSError, SafetensorError, ValueError) as error:
+    except (AttributeError, ImportError, NotImplementedError, OSError, SafetensorError, ValueError) as error:
         if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
             raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
                               "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
@@ -1892,7 +1887,7 @@ def check_settings(part: str, config: dict) -> dict:
     if config.get("hidden_act", "gelu") not in ACTIVATIONS:
         odd.append(f"hidden_act {config['hidden_act']}")
     if odd:
-        raise ValueError(f"config.json has {', '.join(odd)}, which this script does not support: use "
+        raise ValueError(f"the {part} has {', '.join(odd)}, which this script does not support: use "
                          "train_text_to_image.py.")
     return {**SETTINGS[part], **config}
 
@@ -2018,27 +2013,25 @@ class LocalEncoder:
 
 FILE_SIZE, LEAST_FILES = 16 * 2**20, 16  # of a cache: bytes in a file, whose images are in memory at once
 ENCODED_PIXELS = 2**20  # in a batch of the VAE: one image of 1024 px, four of 512
+CACHE_DTYPES = {"fp16": np.float16, "fp32": np.float32}
 
 
 def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
     """Encode images and captions once, as the flags say."""
-    folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
-    dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
     if args.cache_latents:
-        samples.latents = cache_latents(args, accelerator, models, samples, folder, dtype)
+        samples.latents = cache_latents(args, accelerator, models, samples)
     if args.cache_text_embeddings:
-        samples.text_states = cache_text_states(accelerator, models, samples, folder, dtype)
+        samples.text_states = cache_text_states(args, accelerator, models, samples)
 
 
-def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
-                  dtype: type) -> EncodedRows:
+def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> EncodedRows:
     """Return a row per variant of each image: the VAE's moments [2c, h, w], time_ids, and the image it is of."""
     channels, height, width = samples.latent_shape
-    row = np.dtype([("moments", dtype, (2 * channels, height, width)), ("time_ids", np.float32, (6,)),
-                    ("sources", np.int64)])
+    row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (2 * channels, height, width)),
+                    ("time_ids", np.float32, (6,)), ("sources", np.int64)])
     key = make_key("flax", digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
                    digest_network(models, "vae"), row)
-    rows = EncodedRows(folder / f"images-{key}", row, len(samples), samples.num_variants)
+    rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_variants)
     batch_size = min(max(1, ENCODED_PIXELS // args.resolution**2),
                      math.ceil(rows.rows_per_file / jax.local_device_count()))
     encoder = LocalEncoder(models, "vae", lambda models, images: jnp.concatenate(
@@ -2052,15 +2045,14 @@ def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, sam
     return rows
 
 
-def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
-                      dtype: type) -> EncodedRows:
+def cache_text_states(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> EncodedRows:
     """Return the text states of the empty caption and every distinct one, whose rows are `samples.caption_rows`."""
     captions = sorted({"", *(caption for index in range(len(samples)) for caption in samples.read_captions(index))})
     samples.caption_rows = {caption: row for row, caption in enumerate(captions)}
     tokenizer, width = models.tokenizer, models.configs["text_encoder"]["hidden_size"]
-    row = np.dtype([("encoder_hidden_states", dtype, (tokenizer.model_max_length, width)), ("num_long", np.bool_)])
-    key = make_key("flax", captions, row, sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id,
-                   digest_network(models, "text_encoder"))
+    row = np.dtype([("encoder_hidden_states", CACHE_DTYPES[args.cache_dtype], (tokenizer.model_max_length, width)),
+                    ("num_long", np.bool_)])
+    key = make_key("flax", captions, row, tokenizer.pad_token_id, digest_network(models, "text_encoder"))
     encoder = LocalEncoder(models, "text_encoder", lambda models, input_ids: encode_captions(
         models, {"input_ids": input_ids})["encoder_hidden_states"].astype(jnp.float32), 16)
 
@@ -2068,7 +2060,7 @@ def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples
         batch = collate([{"caption": text} for text in texts], list_tokenizers(models))
         return {"encoder_hidden_states": encoder(batch["input_ids"]), "num_long": batch["num_long"]}
 
-    rows = EncodedRows(folder / f"captions-{key}", row, len(captions))
+    rows = EncodedRows(args, f"captions-{key}", row, len(captions))
     rows.fill(accelerator, lambda items: [captions[item] for item in items], encode)
     return rows
 
@@ -2079,62 +2071,56 @@ class EncodedRows:
     `dtype` names the values of a row. An image has a row for each of its variants, all in the same file.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, num_items: int, rows_per_item: int = 1) -> None:
+    def __init__(self, args: Namespace, name: str, dtype: np.dtype, num_items: int, rows_per_item: int = 1) -> None:
         size = min(FILE_SIZE // (rows_per_item * dtype[0].itemsize), math.ceil(num_items / LEAST_FILES)) or 1
-        self.folder, self.dtype = folder, dtype
-        self.rows_per_item, self.rows_per_file = rows_per_item, size * rows_per_item
-        self.items = [range(num_items)[first : first + size] for first in range(0, num_items, size)]  # of each file
-
-    def get_path(self, file: int) -> Path:
-        return self.folder / f"{file:06d}.npy"
+        caches = args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded")
+        self.folder, self.dtype, self.rows_per_file = Path(caches, name), dtype, size * rows_per_item
+        self.files = [(self.folder / f"{number:06d}.npy", range(num_items)[first : first + size])
+                      for number, first in enumerate(range(0, num_items, size))]  # with the items in each
 
     def read(self, row: int) -> dict[str, np.ndarray]:
         """Return the values of a row by their names."""
         file, place = divmod(row, self.rows_per_file)
-        values = open_rows(self.get_path(file))[place]
+        values = open_rows(self.files[file][0])[place]
         return {name: values[name] for name in self.dtype.names}
 
     def fill(self, accelerator: Accelerator, make_inputs, encode) -> None:
-        """Write the files that are missing: the arrays by name that `encode(make_inputs(items))` returns.
+        """Write the files that are missing: the values by name that `encode(make_inputs(items))` returns.
 
         Processes share the work. The inputs of the next file are made while one is encoded. A file is written aside,
         then renamed: a run that was killed goes on with the next file, and two runs that write the same do no harm.
         """
-        mine = [file for file in range(accelerator.process_index, len(self.items), accelerator.num_processes)
-                if not self.is_whole(file)]
-        inputs = iterate_ahead(make_inputs(self.items[file]) for file in mine)
-        bar = tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
-        for file, encoded in zip(bar, map(encode, inputs), strict=True):
-            items = self.items[file]
-            rows = np.empty(len(items) * self.rows_per_item, self.dtype)
-            for name, values in encoded.items():
-                rows[name] = values
+        missing = [(path, items) for path, items in self.files[accelerator.process_index :: accelerator.num_processes]
+                   if not is_whole(path)]
+        inputs = iterate_ahead(make_inputs(items) for _, items in missing)
+        bar = tqdm(missing, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
+        for (path, items), encoded in zip(bar, map(encode, inputs), strict=True):
+            rows = np.empty(len(encoded[self.dtype.names[0]]), self.dtype)
+            for name in self.dtype.names:
+                rows[name] = encoded[name]
                 if not np.isfinite(rows[name]).all():
                     raise RuntimeError(f"the encodings of items {items.start} to {items.stop - 1} of the data are not "
                                        f"finite as {rows[name].dtype}: try --mixed_precision no, --cache_dtype fp32.")
-            self.save(rows, self.get_path(file))
+            self.save(rows, path)
+        logger.info(f"cache {self.folder}: this process wrote {len(missing)} of {len(self.files)} files")
         accelerator.wait_for_everyone()
-        if not all(map(self.is_whole, range(len(self.items)))):
-            raise ValueError(f"{self.folder} lacks files that other machines wrote: name an --encoded_dir that all "
-                             "machines share.")
-        logger.info(f"cache {self.folder}: this process wrote {len(mine)} of {len(self.items)} files")
-
-    def is_whole(self, file: int) -> bool:
-        with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
-            return len(open_rows(self.get_path(file))) > 0
-        return False
 
     def save(self, rows: np.ndarray, path: Path) -> None:
-        aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
             np.save(aside, rows)
             finish_files(aside)
             aside.replace(path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
             raise ValueError(f"{self.folder} cannot be written: {error}. Free some space, name another --encoded_dir, "
                              "or use fewer --cache_crops; files written so far are kept.") from error
+
+
+def is_whole(path: Path) -> bool:
+    with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
+        return len(open_rows(path)) > 0
+    return False
 
 
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
@@ -2151,29 +2137,26 @@ def make_key(*facts) -> str:
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
-        content = b""
-        with contextlib.suppress(OSError, ValueError):  # reading the image will say so, or skip it
-            image = samples.get_item(index)["image"]
-            content = (image.tobytes() if isinstance(image, Image.Image)
-                       else image.get("bytes") or Path(image.get("path") or "").read_bytes())
+        image = samples.get_item(index)["image"]
+        content = (image.tobytes() if isinstance(image, Image.Image)
+                   else image.get("bytes") or Path(image["path"]).read_bytes())
         return hashlib.blake2b(content).digest()
 
     whole, count = hashlib.blake2b(digest_size=12), len(samples)
     if accelerator.is_main_process:
-        for start in tqdm(range(0, count, 1000), desc="reading images"):
-            whole.update(b"".join(map_in_threads(digest, range(start, min(start + 1000, count)))))
+        logger.info("reading all images, to know their cache by")
+        whole.update(b"".join(map_in_threads(digest, range(count))))
         for variant in samples.make_variants([0, count // 2, count - 1]):
             whole.update(b"".join(array.tobytes() for array in variant.values()))
     return gather_object([whole.hexdigest()])[0]
 
 
 def digest_network(models: Models, part: str) -> str:
-    """Return a digest of a frozen network's settings, number format and weights, wherever it was loaded from."""
-    settings = {key: value for key, value in models.configs[part].items()
-                if key[0] != "_" and key != "transformers_version"}
-    digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=12)
+    """Hash a network's settings and weights, wherever they were loaded from."""
+    settings = {name: models.configs[part][name] for name in SETTINGS[part]}
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=12)
     for name, array in sorted(select_part(models.frozen, part).items()):
-        digest.update(repr((name, array.dtype, array.shape)).encode())
+        digest.update(repr((name, array.dtype)).encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 

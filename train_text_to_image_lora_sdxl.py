@@ -93,7 +93,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import diffusers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -813,8 +813,8 @@ def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
     same when it guides (`force_zeros_for_empty_prompt`).
     """
     with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
-        outputs = [text_encoder(batch[name], output_hidden_states=True) for name, text_encoder
-                   in zip(("input_ids", "input_ids_2"), list_text_encoders(models), strict=True)]
+        outputs = [models.text_encoder(batch["input_ids"], output_hidden_states=True),
+                   models.text_encoder_2(batch["input_ids_2"], output_hidden_states=True)]
     layer = -2 - (models.clip_skip or 0)
     states = torch.cat([output.hidden_states[layer] for output in outputs], dim=-1)
     pooled = outputs[1].text_embeds
@@ -1271,19 +1271,16 @@ class StopRequest:
 
 PIPELINE = StableDiffusionXLPipeline
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-TEXT_ENCODERS = {  # with the classes that each may be of; the second must have a pooled output
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
-    "text_encoder_2": ("CLIPTextModelWithProjection",),
-}
+TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+NETWORK_CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **TEXT_ENCODERS}
 VAE_SCALE = 0.13025  # the scaling_factor that the UNets of this kind were trained with
 VAE_TILE = 512  # pixels on a side, with --vae_tiling
 ADDITION_EMBED_TYPE = "text_time"  # of the UNet: tells this kind of model from the other
-# Settings with the only value that works here: others need inputs that training lacks, or no pipeline undoes them.
-REQUIRED_SETTINGS = {
-    "unet": {"addition_embed_type": ADDITION_EMBED_TYPE, "class_embed_type": None, "num_class_embeds": None,
-             "encoder_hid_dim_type": None, "time_cond_proj_dim": None},
-    "vae": {"_class_name": "AutoencoderKL", "shift_factor": None, "latents_mean": None, "latents_std": None},
-    "scheduler": {"use_flow_sigmas": None},
+# Settings that must be unset: they ask for inputs or noise that training lacks, or scale latents as it does not.
+UNSUPPORTED_SETTINGS = {
+    "unet": ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"),
+    "vae": ("shift_factor", "latents_mean", "latents_std"),
+    "scheduler": ("use_flow_sigmas", "shift", "sigma_data"),  # the last two: of flow matching, and of EDM
 }
 # What the names that --lora_target knows stand for in the UNet, and in a text encoder: ends of the names of layers.
 LORA_TARGETS = {
@@ -1319,13 +1316,8 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             where, files = locate_part(args, part)
             kind = DDPMScheduler if part == "scheduler" else UNet2DConditionModel  # which reads any config.json
             configs[part] = kind.load_config(where, **files)
-            if part == "scheduler":
-                check_scheduler(configs[part])
-        for name, required in {"quantization_config": None, **REQUIRED_SETTINGS.get(part, {})}.items():
-            value = configs[part].get(name) or None
-            if value != required and (name, value) != ("_class_name", None):
-                raise ValueError(f"the {part} of {where} has {name} = {value!r}: this script trains {MODEL_KIND} "
-                                 f"models with {required!r} there. Scripts for SDXL have sdxl in their names.")
+    with explained_load(args, "scheduler"):  # what diffusers lacks would only fail at the export
+        getattr(diffusers, configs["scheduler"].get("_class_name", "DDPMScheduler")).from_config(configs["scheduler"])
     known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
     for part, tokenizer in zip(TEXT_ENCODERS, TOKENIZERS, strict=True):
         with explained_load(args, tokenizer):
@@ -1335,14 +1327,6 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             logger.warning(f"unknown settings of the {part} are ignored: {unknown}")
     check_model_configs(args, configs)
     return configs
-
-
-def check_scheduler(config: dict) -> None:
-    """Refuse a class or schedule that diffusers lacks, which would only fail at the export."""
-    try:
-        getattr(diffusers, config.get("_class_name", "DDPMScheduler")).from_config(config)
-    except (AttributeError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"diffusers does not support it: {error}.") from error
 
 
 def load_tokenizer(args: Namespace, part: str, text_config: dict) -> CLIPTokenizer:
@@ -1362,20 +1346,15 @@ def locate_model(args: Namespace) -> str:
     file = Path(args.pretrained_model_name_or_path)
     if not file.is_file():
         return args.pretrained_model_name_or_path
-    key = make_key(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns, args.single_file_config)
+    key = make_key(file.stat().st_size, file.stat().st_mtime_ns, args.single_file_config)
     folder = Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "converted", f"{file.stem}-{key}")
-    if not folder.is_dir():
-        convert_single_file(args, str(file), folder)
-    return str(folder)
-
-
-def convert_single_file(args: Namespace, file: str, folder: Path) -> None:
-    """Write a model in one file as a folder in diffusers format."""
+    if folder.is_dir():
+        return str(folder)
     logger.info(f"converting {file} to {folder}, once")
-    with safe_open(file, framework="pt") as weights:
-        names = list(weights.keys())
     try:
-        pipeline = PIPELINE.from_single_file(file, config=args.single_file_config, cache_dir=args.cache_dir)
+        with safe_open(file, framework="pt") as weights:
+            names = list(weights.keys())
+        pipeline = PIPELINE.from_single_file(str(file), config=args.single_file_config, cache_dir=args.cache_dir)
         if "v_pred" in names:  # a file says it so, as it has no configuration
             pipeline.scheduler.register_to_config(prediction_type="v_prediction",
                                                   rescale_betas_zero_snr="ztsnr" in names)
@@ -1387,6 +1366,7 @@ def convert_single_file(args: Namespace, file: str, folder: Path) -> None:
     except Exception as error:  # of several libraries
         raise ValueError(f"{error} Is it a {MODEL_KIND} model? The configurations and tokenizers that one file lacks "
                          "come from the hub, or from the model folder that --single_file_config names.") from error
+    return str(folder)
 
 
 def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
@@ -1399,37 +1379,35 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
-    where, vae, scheduler = args.pretrained_model_name_or_path, configs["vae"], configs["scheduler"]
-    factor, num_layers = compute_vae_factor(vae), configs["text_encoder"].get("num_hidden_layers", 12)
-    in_channels, latent_channels = configs["unet"].get("in_channels", 4), vae.get("latent_channels", 4)
-    sampler, own_type = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
-    prediction_type, num_timesteps = args.prediction_type or own_type, scheduler.get("num_train_timesteps", 1000)
+    where, unet, vae = args.pretrained_model_name_or_path, configs["unet"], configs["vae"]
+    in_channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    factor, num_timesteps = compute_vae_factor(vae), configs["scheduler"].get("num_train_timesteps", 1000)
+    prediction_type = make_scheduler_config(args, configs["scheduler"])["prediction_type"]
     refusals = (
-        (prediction_type not in PREDICTION_TYPES or str(sampler).startswith(("FlowMatch", "EDM")),
-         f"{where} is for {sampler} with prediction type {own_type}; this script trains models for noise as DDPM adds "
-         f"it, with prediction type {', '.join(PREDICTION_TYPES)}."),
+        *((configs[part].get(name), f"the {part} has {name} = {configs[part].get(name)!r}, which this script cannot "
+           "train with: name another model.") for part, names in UNSUPPORTED_SETTINGS.items() for name in names),
+        (unet.get("addition_embed_type") != ADDITION_EMBED_TYPE,
+         f"the UNet of {where} has addition_embed_type {unet.get('addition_embed_type')}: this script trains "
+         f"{MODEL_KIND} models. Scripts for SDXL have sdxl in their names."),
+        (in_channels != latent_channels,
+         f"the UNet of {where} takes {in_channels} channels and the VAE makes {latent_channels}: inpainting models "
+         "cannot be trained, and a VAE must be made for this kind of model."),
         (args.resolution % factor, f"--resolution {args.resolution} must be a multiple of {factor}, for the VAE: try "
          f"{max(1, args.resolution // factor) * factor}."),
-        (in_channels != latent_channels,
-         f"the UNet of {where} takes {in_channels} channels and the VAE of {locate_part(args, 'vae')[0]} makes "
-         f"{latent_channels}: inpainting models cannot be trained, and a VAE must be made for this kind of model."),
+        (prediction_type not in PREDICTION_TYPES,
+         f"{where} has prediction type {prediction_type}; this script has {', '.join(PREDICTION_TYPES)}."),
         (args.dream_training and prediction_type != "epsilon",
          f"--dream_training needs prediction type epsilon; this run has {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
          "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample; this run has epsilon."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
          f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
-        ((args.clip_skip or 0) >= num_layers,
-         f"--clip_skip {args.clip_skip} must be below {num_layers}, the layers of the text encoder."),
-        *((not set(configs[part].get("architectures") or accepted) <= set(accepted),
-           f"the {part} of {where} is a {configs[part].get('architectures')}; {MODEL_KIND} has "
-           f"{' or '.join(accepted)}.") for part, accepted in TEXT_ENCODERS.items()),
     )
     for is_wrong, message in refusals:
         if is_wrong:
             raise ValueError(message)
     scale = vae.get("scaling_factor", 0.18215)
-    if scale != VAE_SCALE and scale in (0.18215, 0.13025):
+    if scale != VAE_SCALE:
         logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, but {MODEL_KIND} has "
                        f"{VAE_SCALE}: if the VAE is made for it, set it to {VAE_SCALE} in its config.json; else take "
                        "another.")
@@ -1450,17 +1428,12 @@ def make_scheduler_config(args: Namespace, config: dict) -> dict:
     return config
 
 
-def get_weight_dtype(mixed_precision: str) -> torch.dtype:
-    """Return the number format of the frozen networks."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
-
-
 @contextlib.contextmanager
 def explained_load(args: Namespace, part: str = ""):
     """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
-    except (ImportError, OSError, SafetensorError, ValueError) as error:
+    except (AttributeError, ImportError, NotImplementedError, OSError, SafetensorError, ValueError) as error:
         if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
             raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
                               "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
@@ -1472,22 +1445,16 @@ def explained_load(args: Namespace, part: str = ""):
                          "name on the hub (`hf auth login` for a gated one).") from error
 
 
-def get_network_class(part: str, config: dict) -> type:
-    if part in TEXT_ENCODERS:
-        return getattr(transformers, (config.get("architectures") or TEXT_ENCODERS[part])[0])
-    return AutoencoderKL if part == "vae" else UNet2DConditionModel
-
-
-def load_network(args: Namespace, part: str, config: dict, dtype: torch.dtype) -> torch.nn.Module:
+def load_network(args: Namespace, part: str, dtype: torch.dtype) -> torch.nn.Module:
     """Load a network, frozen; OSError if its files lack weights, in whose place libraries put random values.
 
     A part without files of --variant is loaded from those without a variant, or else of fp16.
     """
     (where, files), failures = locate_part(args, part), []
     own = args.variant if "subfolder" in files else None  # --variant is not for a VAE named separately
-    for variant in dict.fromkeys((own, None, "fp16")):
+    for variant in (own, None, "fp16"):
         try:
-            network, report = get_network_class(part, config).from_pretrained(
+            network, report = NETWORK_CLASSES[part].from_pretrained(
                 where, **files, variant=variant, dtype=dtype, output_loading_info=True)
         except OSError as error:
             failures.append(error)
@@ -1499,10 +1466,11 @@ def load_network(args: Namespace, part: str, config: dict, dtype: torch.dtype) -
     raise failures[0]
 
 
-def load_parts(args: Namespace, configs: dict[str, dict], weight_dtype: torch.dtype, **dtypes: torch.dtype) -> dict:
-    """Return tokenizers and frozen networks, these in `weight_dtype` where `dtypes` names no other."""
-    parts = {part: load_network(args, part, configs[part], dtypes.get(part, weight_dtype))
-             for part in (*TEXT_ENCODERS, "vae", "unet")}
+def load_parts(args: Namespace, accelerator: Accelerator, configs: dict[str, dict], in_float32: tuple = ()) -> dict:
+    """Return tokenizers and frozen networks, these in the run's precision or, if named, in float32."""
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    parts = {part: load_network(args, part, torch.float32 if part in in_float32 else weight_dtype)
+             for part in NETWORK_CLASSES}
     if args.vae_tiling:
         vae = parts["vae"]
         vae.enable_tiling()
@@ -1511,14 +1479,13 @@ def load_parts(args: Namespace, configs: dict[str, dict], weight_dtype: torch.dt
     return {**{part: configs[part] for part in TOKENIZERS}, **parts}
 
 
-def get_vae_dtype(args: Namespace, vae_config: dict, weight_dtype: torch.dtype) -> torch.dtype:
-    """Return the VAE's number format: float32 unless it is known to be safe in the run's precision.
+def needs_float32(args: Namespace, vae_config: dict) -> bool:
+    """Return whether the VAE needs float32 whatever the run's precision.
 
     SDXL's own overflows in fp16, to NaN and black pictures, and its configuration says so (`force_upcast`). One that
     the flags name and that says nothing is taken for one that does not.
     """
-    is_named = args.pretrained_vae_model_name_or_path is not None
-    return torch.float32 if vae_config.get("force_upcast", not is_named) else weight_dtype
+    return vae_config.get("force_upcast", args.pretrained_vae_model_name_or_path is None)
 
 
 def load_force_zeros(args: Namespace) -> bool:
@@ -1533,8 +1500,7 @@ def load_force_zeros(args: Namespace) -> bool:
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict],
                 initial_adapter: dict[str, Tensor] | None = None) -> Models:
     """Load the networks, frozen and in the run's precision but the VAE; give adapters to those that are trained."""
-    weight_dtype = get_weight_dtype(accelerator.mixed_precision)
-    parts = load_parts(args, configs, weight_dtype, vae=get_vae_dtype(args, configs["vae"], weight_dtype))
+    parts = load_parts(args, accelerator, configs, ("vae",) * needs_float32(args, configs["vae"]))
     adapters = make_lora_configs(args, parts)
     models = Models(**parts, scheduler_config=make_scheduler_config(args, configs["scheduler"]),
                     force_zeros_for_empty_prompt=load_force_zeros(args), clip_skip=args.clip_skip,
@@ -1551,8 +1517,7 @@ def make_empty_adapter(args: Namespace, configs: dict[str, dict]) -> dict[str, T
     with torch.device("meta"):
         networks = {"unet": UNet2DConditionModel.from_config(configs["unet"])}
         for part in TEXT_ENCODERS if args.train_text_encoder else ():
-            kind = get_network_class(part, configs[part])
-            networks[part] = kind(kind.config_class.from_dict(configs[part]))
+            networks[part] = NETWORK_CLASSES[part](transformers.CLIPTextConfig.from_dict(configs[part]))
     layers = [f".{name}" for name, module in networks["unet"].named_modules()
               if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
     for name in args.lora_target:
@@ -1628,9 +1593,6 @@ def load_initial_adapter(args: Namespace, configs: dict[str, dict], places: dict
     try:
         weights, alphas, facts = StableDiffusionLoraLoaderMixin.lora_state_dict(
             where, unet_config=Namespace(**configs["unet"]), cache_dir=args.cache_dir, return_lora_metadata=True)
-        if Path(where, "adapter_config.json").is_file():  # PEFT's own format, for a UNet
-            config = json.loads(Path(where, "adapter_config.json").read_text())
-            facts = {f"unet.{name}": value for name, value in config.items()}
     except Exception as error:  # of several libraries, about files that are missing, damaged or no LoRA
         raise ValueError(f"{flag} cannot be read: {error}. Give a folder with {LORA_FILE}, a .safetensors file, or a "
                          "name on the hub.") from error
@@ -1662,9 +1624,8 @@ def set_up_networks(args: Namespace, models: Models) -> None:
         network.train()
         if args.gradient_checkpointing and isinstance(network, UNet2DConditionModel):
             network.enable_gradient_checkpointing()
-        elif args.gradient_checkpointing:  # transformers has renamed it
-            enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+        elif args.gradient_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
     if args.enable_xformers_memory_efficient_attention:
         models.unet.enable_xformers_memory_efficient_attention()
     if args.enable_npu_flash_attention:
@@ -1678,11 +1639,6 @@ def set_up_networks(args: Namespace, models: Models) -> None:
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
     """Return the tokenizers: SDXL has two."""
     return [getattr(models, name) for name in TOKENIZERS]
-
-
-def list_text_encoders(models: Models) -> list[torch.nn.Module]:
-    """Return the text encoders: SDXL has two."""
-    return [getattr(models, name) for name in TEXT_ENCODERS]
 
 
 def list_trained(models: Models) -> list[torch.nn.Module]:
@@ -1708,73 +1664,66 @@ def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
 
 @contextlib.contextmanager
 def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
-    """Move the networks whose outputs are cached to the device for a while."""
-    networks = [models.vae] * args.cache_latents + list_text_encoders(models) * args.cache_text_embeddings
-    try:
-        for network in networks:
-            network.to(accelerator.device)
-        yield
-    finally:
-        for network in networks:
-            network.to("cpu")
+    """Move VAE and text encoders to the device, and afterwards those whose outputs are cached to host memory."""
+    text_encoders = [getattr(models, part) for part in TEXT_ENCODERS]
+    for network in (models.vae, *text_encoders):
+        network.to(accelerator.device)
+    yield
+    for network in [models.vae] * args.cache_latents + text_encoders * args.cache_text_embeddings:
+        network.to("cpu")
+    torch.cuda.empty_cache()
 
 
 # ---- Cache ----------------------------------------------------------------------------------------------------------
 
 FILE_SIZE, LEAST_FILES = 16 * 2**20, 16  # of a cache: bytes in a file, whose images are in memory at once
 ENCODED_PIXELS = 2**20  # in a batch of the VAE: one image of 1024 px, four of 512
+CACHE_DTYPES = {"fp16": np.float16, "fp32": np.float32}
 
 
 def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
-    """Put the frozen networks on the device; those whose outputs the flags want cached encode all and leave it."""
-    folder = Path(args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded"))
-    dtype = {"fp16": np.float16, "fp32": np.float32}[args.cache_dtype]
-    for network in (models.vae, *list_text_encoders(models)):
-        network.to(accelerator.device)
+    """Encode images and captions once, as the flags say, and put the networks where training needs them."""
     with encoders_on_device(args, accelerator, models):
         if args.cache_latents:
-            samples.latents = cache_latents(args, accelerator, models.vae, samples, folder, dtype)
+            samples.latents = cache_latents(args, accelerator, models.vae, samples)
         if args.cache_text_embeddings:
-            samples.text_states = cache_text_states(accelerator, models, samples, folder, dtype)
-    torch.cuda.empty_cache()
+            samples.text_states = cache_text_states(args, accelerator, models, samples)
 
 
-def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, samples: Samples, folder: Path,
-                  dtype: type) -> EncodedRows:
+def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, samples: Samples) -> EncodedRows:
     """Return a row per variant of each image: the VAE's moments [2c, h, w], time_ids, and the image it is of."""
     channels, height, width = samples.latent_shape
-    row = np.dtype([("moments", dtype, (2 * channels, height, width)), ("time_ids", np.float32, (6,)),
-                    ("sources", np.int64)])
+    row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (2 * channels, height, width)),
+                    ("time_ids", np.float32, (6,)), ("sources", np.int64)])
     key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
                    digest_network(vae), args.vae_tiling, row)
 
-    def encode(variants: list[dict]) -> dict[str, np.ndarray]:
-        arrays = {name: np.stack([variant[name] for variant in variants]) for name in variants[0]}
-        images, numbers = arrays.pop("images"), {}  # of distinct crops: those of a square image are all the same
-        places = [numbers.setdefault(hashlib.blake2b(image).digest(), len(numbers)) for image in images]
-        distinct = torch.from_numpy(images[[places.index(number) for number in numbers.values()]])
-        batches = distinct.split(max(1, ENCODED_PIXELS // args.resolution**2))
-        moments = torch.cat([torch.cat(encode_images(vae, batch), dim=1).cpu() for batch in batches])
-        return {"moments": moments.numpy()[places], **arrays}
+    def encode(variants: list[dict]) -> dict[str, list[np.ndarray]]:
+        crops = [variant.pop("images") for variant in variants]
+        distinct = {crop.tobytes(): crop for crop in crops}  # those of a square image are all the same
+        images = torch.from_numpy(np.stack(list(distinct.values())))
+        batches = images.split(max(1, ENCODED_PIXELS // args.resolution**2))
+        moments = torch.cat([torch.cat(encode_images(vae, batch), dim=1).cpu() for batch in batches]).numpy()
+        encoded = dict(zip(distinct, moments, strict=True))
+        return {"moments": [encoded[crop.tobytes()] for crop in crops],
+                **{name: [variant[name] for variant in variants] for name in variants[0]}}
 
-    rows = EncodedRows(folder / f"images-{key}", row, len(samples), samples.num_variants)
+    rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_variants)
     rows.fill(accelerator, samples.make_variants, encode)
     return rows
 
 
-def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples, folder: Path,
-                      dtype: type) -> EncodedRows:
+def cache_text_states(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> EncodedRows:
     """Return the text states of the empty caption and every distinct one, whose rows are `samples.caption_rows`."""
     captions = sorted({"", *(caption for index in range(len(samples)) for caption in samples.read_captions(index))})
     samples.caption_rows = {caption: row for row, caption in enumerate(captions)}
     empty = encode_texts(models, [""])  # which SDXL may want to be zeros
-    row = np.dtype([(name, dtype if values.dtype == np.float32 else values.dtype, values.shape[1:])
-                    for name, values in empty.items()])
+    row = np.dtype([(name, CACHE_DTYPES[args.cache_dtype] if values.dtype == np.float32 else values.dtype,
+                     values.shape[1:]) for name, values in empty.items()])
     key = make_key(captions, bool(empty["encoder_hidden_states"].any()), row, models.clip_skip,
-                   [(sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id)
-                    for tokenizer in list_tokenizers(models)],
-                   [digest_network(network) for network in list_text_encoders(models)])
-    rows = EncodedRows(folder / f"captions-{key}", row, len(captions))
+                   [tokenizer.pad_token_id for tokenizer in list_tokenizers(models)],
+                   [digest_network(getattr(models, part)) for part in TEXT_ENCODERS])
+    rows = EncodedRows(args, f"captions-{key}", row, len(captions))
     rows.fill(accelerator, lambda items: [captions[item] for item in items], partial(encode_texts, models))
     return rows
 
@@ -1783,7 +1732,7 @@ def cache_text_states(accelerator: Accelerator, models: Models, samples: Samples
 def encode_texts(models: Models, captions: list[str]) -> dict[str, np.ndarray]:
     """Return what `encode_captions` returns, in float32, and `num_long`: whether each caption fills all tokens."""
     batch = collate([{"caption": caption} for caption in captions], list_tokenizers(models))
-    states = encode_captions(models, {name: ids.to(models.text_encoder.device) for name, ids in batch.items()})
+    states = encode_captions(models, send_to_device(batch, models.text_encoder.device))
     return {**{name: values.float().cpu().numpy() for name, values in states.items()},
             "num_long": batch["num_long"].numpy()}
 
@@ -1794,62 +1743,56 @@ class EncodedRows:
     `dtype` names the values of a row. An image has a row for each of its variants, all in the same file.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, num_items: int, rows_per_item: int = 1) -> None:
+    def __init__(self, args: Namespace, name: str, dtype: np.dtype, num_items: int, rows_per_item: int = 1) -> None:
         size = min(FILE_SIZE // (rows_per_item * dtype[0].itemsize), math.ceil(num_items / LEAST_FILES)) or 1
-        self.folder, self.dtype = folder, dtype
-        self.rows_per_item, self.rows_per_file = rows_per_item, size * rows_per_item
-        self.items = [range(num_items)[first : first + size] for first in range(0, num_items, size)]  # of each file
-
-    def get_path(self, file: int) -> Path:
-        return self.folder / f"{file:06d}.npy"
+        caches = args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded")
+        self.folder, self.dtype, self.rows_per_file = Path(caches, name), dtype, size * rows_per_item
+        self.files = [(self.folder / f"{number:06d}.npy", range(num_items)[first : first + size])
+                      for number, first in enumerate(range(0, num_items, size))]  # with the items in each
 
     def read(self, row: int) -> dict[str, np.ndarray]:
         """Return the values of a row by their names."""
         file, place = divmod(row, self.rows_per_file)
-        values = open_rows(self.get_path(file))[place]
+        values = open_rows(self.files[file][0])[place]
         return {name: values[name] for name in self.dtype.names}
 
     def fill(self, accelerator: Accelerator, make_inputs, encode) -> None:
-        """Write the files that are missing: the arrays by name that `encode(make_inputs(items))` returns.
+        """Write the files that are missing: the values by name that `encode(make_inputs(items))` returns.
 
         Processes share the work. The inputs of the next file are made while one is encoded. A file is written aside,
         then renamed: a run that was killed goes on with the next file, and two runs that write the same do no harm.
         """
-        mine = [file for file in range(accelerator.process_index, len(self.items), accelerator.num_processes)
-                if not self.is_whole(file)]
-        inputs = iterate_ahead(make_inputs(self.items[file]) for file in mine)
-        bar = tqdm(mine, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
-        for file, encoded in zip(bar, map(encode, inputs), strict=True):
-            items = self.items[file]
-            rows = np.empty(len(items) * self.rows_per_item, self.dtype)
-            for name, values in encoded.items():
-                rows[name] = values
+        missing = [(path, items) for path, items in self.files[accelerator.process_index :: accelerator.num_processes]
+                   if not is_whole(path)]
+        inputs = iterate_ahead(make_inputs(items) for _, items in missing)
+        bar = tqdm(missing, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
+        for (path, items), encoded in zip(bar, map(encode, inputs), strict=True):
+            rows = np.empty(len(encoded[self.dtype.names[0]]), self.dtype)
+            for name in self.dtype.names:
+                rows[name] = encoded[name]
                 if not np.isfinite(rows[name]).all():
                     raise RuntimeError(f"the encodings of items {items.start} to {items.stop - 1} of the data are not "
                                        f"finite as {rows[name].dtype}: try --mixed_precision no, --cache_dtype fp32.")
-            self.save(rows, self.get_path(file))
+            self.save(rows, path)
+        logger.info(f"cache {self.folder}: this process wrote {len(missing)} of {len(self.files)} files")
         accelerator.wait_for_everyone()
-        if not all(map(self.is_whole, range(len(self.items)))):
-            raise ValueError(f"{self.folder} lacks files that other machines wrote: name an --encoded_dir that all "
-                             "machines share.")
-        logger.info(f"cache {self.folder}: this process wrote {len(mine)} of {len(self.items)} files")
-
-    def is_whole(self, file: int) -> bool:
-        with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
-            return len(open_rows(self.get_path(file))) > 0
-        return False
 
     def save(self, rows: np.ndarray, path: Path) -> None:
-        aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
             np.save(aside, rows)
             finish_files(aside)
             aside.replace(path)
         except OSError as error:
-            aside.unlink(missing_ok=True)
             raise ValueError(f"{self.folder} cannot be written: {error}. Free some space, name another --encoded_dir, "
                              "or use fewer --cache_crops; files written so far are kept.") from error
+
+
+def is_whole(path: Path) -> bool:
+    with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
+        return len(open_rows(path)) > 0
+    return False
 
 
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
@@ -1866,27 +1809,23 @@ def make_key(*facts) -> str:
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
-        content = b""
-        with contextlib.suppress(OSError, ValueError):  # reading the image will say so, or skip it
-            image = samples.get_item(index)["image"]
-            content = (image.tobytes() if isinstance(image, Image.Image)
-                       else image.get("bytes") or Path(image.get("path") or "").read_bytes())
+        image = samples.get_item(index)["image"]
+        content = (image.tobytes() if isinstance(image, Image.Image)
+                   else image.get("bytes") or Path(image["path"]).read_bytes())
         return hashlib.blake2b(content).digest()
 
     whole, count = hashlib.blake2b(digest_size=12), len(samples)
     if accelerator.is_main_process:
-        for start in tqdm(range(0, count, 1000), desc="reading images"):
-            whole.update(b"".join(map_in_threads(digest, range(start, min(start + 1000, count)))))
+        logger.info("reading all images, to know their cache by")
+        whole.update(b"".join(map_in_threads(digest, range(count))))
         for variant in samples.make_variants([0, count // 2, count - 1]):
             whole.update(b"".join(array.tobytes() for array in variant.values()))
     return gather_object([whole.hexdigest()])[0]
 
 
 def digest_network(network: torch.nn.Module) -> str:
-    """Hash a network's settings and weights, wherever they were loaded from."""
-    settings = {key: value for key, value in vars(network.config).items()
-                if key[0] != "_" and key != "transformers_version"}
-    digest = hashlib.blake2b(repr(sorted(settings.items())).encode(), digest_size=12)
+    """Hash a network's layers and weights, wherever they were loaded from."""
+    digest = hashlib.blake2b(repr(network).encode(), digest_size=12)
     for tensor in network.state_dict().values():
         digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -81,11 +81,6 @@ def test_layers_that_are_skipped_are_not_trained(script, tiny_model, image_folde
         range(count))
 
 
-def test_clip_skip_beyond_the_layers_is_refused(script, tiny_model, image_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"--clip_skip 3 must be below \d, the layers of the text encoder"):
-        run(script, make_args(tiny_model, image_folder, tmp_path / "out", clip_skip=3))
-
-
 # ---- Models as other tools save them --------------------------------------------------------------------------------
 
 
@@ -169,13 +164,12 @@ def test_models_as_other_tools_save_them(script, tiny_model, image_folder, tmp_p
 @pytest.mark.parametrize(("part", "name", "value"), [
     ("unet", "class_embed_type", "projection"), ("unet", "time_cond_proj_dim", 256),
     ("unet", "encoder_hid_dim_type", "text_image_proj"),
-    ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0, 1, 2, 3]), ("scheduler", "use_flow_sigmas", True),
-    ("text_encoder", "quantization_config", {"load_in_8bit": True})])
+    ("vae", "shift_factor", 0.1), ("vae", "latents_mean", [0, 1, 2, 3]), ("scheduler", "use_flow_sigmas", True)])
 def test_settings_that_training_cannot_honor_are_refused(
         script, tiny_model, image_folder, tmp_path, part, name, value):
     """The setting is named before any weights are read: here there are none."""
     model = keep_configs_only(tiny_model, tmp_path / "model", **{part: {name: value}})
-    with pytest.raises(ValueError, match=f"the {part} of .*model has {name} = .* models with None there"):
+    with pytest.raises(ValueError, match=f"the {part} has {name} = .*, which this script cannot train with"):
         run(script, make_args(model, image_folder, tmp_path / "out"))
 
 
@@ -184,12 +178,6 @@ def test_a_scheduler_that_diffusers_lacks_is_refused(script, tiny_model, image_f
     """Before the training, as the export could not be written after it."""
     model = keep_configs_only(tiny_model, tmp_path / "model", scheduler=change)
     with pytest.raises(ValueError, match="cannot be loaded: its scheduler: "):
-        run(script, make_args(model, image_folder, tmp_path / "out"))
-
-
-def test_another_kind_of_vae_is_refused(script, tiny_model, image_folder, tmp_path):
-    model = keep_configs_only(tiny_model, tmp_path / "model", vae={"_class_name": "AutoencoderTiny"})
-    with pytest.raises(ValueError, match="_class_name = 'AutoencoderTiny': .* with 'AutoencoderKL'"):
         run(script, make_args(model, image_folder, tmp_path / "out"))
 
 

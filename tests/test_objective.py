@@ -161,7 +161,7 @@ def test_noise_is_added_in_float32(script, assemble, compute, dtype):
     """With frozen parts in half precision the noisy latents keep the small sigma of the first timesteps."""
     parts = assemble(torch.tensor([0, 1, 2, 999]))
     parts.models.vae.to(dtype)
-    for text_encoder in script.list_text_encoders(parts.models):
+    for text_encoder in [getattr(parts.models, part) for part in script.TEXT_ENCODERS]:
         text_encoder.to(dtype)
     loss = compute(parts)
     sample = parts.unet.calls[0]["sample"]
@@ -182,7 +182,7 @@ def test_only_the_unet_gets_gradients(script, assemble):
     parts = assemble(TIMESTEPS)
     script.set_up_networks(parts.args, parts.models)
     compute_loss(script, parts).mean().backward()
-    for frozen in (parts.models.vae, *script.list_text_encoders(parts.models)):
+    for frozen in (parts.models.vae, *(getattr(parts.models, part) for part in script.TEXT_ENCODERS)):
         assert not frozen.training
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen.parameters())
     trained = script.name_trained_parameters(parts.accelerator, parts.models)
@@ -450,7 +450,7 @@ def test_bf16_keeps_what_is_trained_in_float32(script, assemble, tiny_model, ima
     assert len(moments) == 2 * len(read_trained(out))
     models = assemble(mixed_precision="bf16").models
     vae_dtype = torch.float32 if "sdxl" in script.__name__ else torch.bfloat16  # where it may overflow
-    for network in (models.unet, *script.list_text_encoders(models), models.vae):
+    for network in (models.unet, *(getattr(models, part) for part in script.TEXT_ENCODERS), models.vae):
         for parameter in network.parameters():
             frozen_dtype = vae_dtype if network is models.vae else torch.bfloat16
             assert parameter.dtype == (torch.float32 if parameter.requires_grad else frozen_dtype)
