@@ -1556,17 +1556,11 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | Non
     """
     lock, folder = None, Path(args.output_dir).resolve()
     if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".partial-probe").touch()
-        except OSError as error:
-            raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
-        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
-        lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), thread_local=False,
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{make_key(str(folder))}.lock"), thread_local=False,
                         is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
         try:
-            with contextlib.suppress(PermissionError):  # the lock's file is another user's
-                lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
+            lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
         except Timeout as error:
             raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
                              "saving: wait for its end, or name another folder.") from error
@@ -1575,8 +1569,8 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | Non
     return lock
 
 
-def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None) -> int:
-    """Create the repository on the hub, start the trackers and return the seed of the run.
+def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages, checkpoint: Path | None) -> dict:
+    """Create the repository on the hub, seed and start the trackers; return what checkpoints record about the run.
 
     The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
     """
@@ -1587,20 +1581,13 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
     seed = args.seed
     if seed is None:
         seed = load_run_record(checkpoint).get("seed", secrets.randbits(32))
+    seed, args.hub_model_id = gather_object([(seed, args.hub_model_id)])[0]
     if accelerator.is_main_process:
         accelerator.trackers = [start_tracker(name, args) for name in args.report_to.split(",") if name != "none"]
-    seed, args.hub_model_id = gather_object([(seed, args.hub_model_id)])[0]
-    return seed
-
-
-def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: Samples) -> dict:
-    """Return what a checkpoint records about its run, as JSON types."""
-    versions = {library.__name__: library.__version__ for library in (jax, flax, optax, transformers)}
     return {"seed": seed, "num_processes": accelerator.num_devices, "precision": accelerator.mixed_precision,
-            "captions_digest": getattr(samples.images, "captions_digest", None),
-            "encodings": [rows.folder.name for rows in (samples.latents, samples.text_states) if rows is not None],
-            "versions": versions,
-            "flags": {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}}
+            "captions_digest": getattr(images, "captions_digest", None),
+            "flags": {key: value for key, value in vars(args).items() if key != "hub_token"},
+            "versions": {library.__name__: library.__version__ for library in (jax, flax, optax, transformers)}}
 
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int,
@@ -2185,8 +2172,8 @@ def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
 
 def compute_learning_rate(args: Namespace, part: str, num_processes: int) -> float:
     """Return the peak learning rate of a network, with --scale_lr times the samples in an update."""
-    own_rate = None if part == "unet" else args.text_encoder_lr
-    rate = args.learning_rate if own_rate is None else own_rate
+    is_own = part != "unet" and args.text_encoder_lr is not None
+    rate = args.text_encoder_lr if is_own else args.learning_rate
     return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
 
 
@@ -2278,11 +2265,10 @@ def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedu
 
 RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions
 TRAINED = "state"  # in a checkpoint: weights and moments
-CHECKPOINT_PARTS = (TRAINED,)  # in every checkpoint
 EMA_FOLDER = "averages"  # in a checkpoint: the EMA weights
 LOSS_SCALE_FOLDER = "loss_scale"
 # Flags that must not change on resume: they decide which tensors a checkpoint holds.
-FIXED_FLAGS = ("use_ema", "train_text_encoder")
+FIXED_FLAGS = {"use_ema", "train_text_encoder"}
 # Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
     "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
@@ -2322,27 +2308,28 @@ def load_run_record(checkpoint: Path | None) -> dict:
     """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
     if checkpoint is None or not (checkpoint / RUN_RECORD).is_file():
         return {}
-    try:
-        record = json.loads((checkpoint / RUN_RECORD).read_text())
-        return {**record, "flags": {**record["flags"]}, "progress": Progress(**record["progress"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{checkpoint / RUN_RECORD} is damaged: {error}. Name another checkpoint.") from error
+    return json.loads((checkpoint / RUN_RECORD).read_text())
 
 
-def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
-    """Refuse to resume from a checkpoint that does not fit the flags."""
+def check_changes(checkpoint: Path | None, record: dict) -> None:
+    """Warn of what differs from the run that made a checkpoint; ValueError for flags that must not."""
     if checkpoint is None:
         return
-    missing = [name for name in CHECKPOINT_PARTS if not (checkpoint / name).exists()]
-    if missing:
-        raise ValueError(f"{checkpoint} has no {', '.join(missing)}: another script made it, or it is damaged. Name "
-                         "another checkpoint.")
-    before = load_run_record(checkpoint).get("flags", {})
-    before["use_ema"] = (checkpoint / EMA_FOLDER).is_dir()
-    for name in FIXED_FLAGS:
-        if name in before and before[name] != getattr(args, name):
-            raise ValueError(f"--{name} is {getattr(args, name)} here and was {before[name]} when {checkpoint} was "
-                             "made: give the command as it was.")
+    saved = load_run_record(checkpoint)
+    before = {"channels_last": False, **saved, **saved.get("flags", {}), "use_ema": (checkpoint / EMA_FOLDER).is_dir()}
+    now = {**record, **record["flags"]}
+    changed = [key for key in sorted(before.keys() & now.keys() - INCONSEQUENTIAL_FLAGS - {"flags"})
+               if before[key] != now[key]]
+    changes = "; ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
+    if FIXED_FLAGS & set(changed):
+        raise ValueError(f"settings differ from {checkpoint}: {changes}. Its tensors do not fit: give the command as "
+                         "it was.")
+    if changed:
+        logger.warning(f"settings differ from {checkpoint}: {changes}. Training goes on with the new values.")
+    elif saved:
+        logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
+    else:
+        logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
 
 
 def split_state(state: TrainState) -> dict[str, dict]:
@@ -2367,7 +2354,7 @@ def load_state(state: TrainState, folder: Path) -> TrainState:
     """Return a saved state, sharded as `state`, whose arrays are freed for it."""
     parts = split_state(state)
     for name, part in parts.items():
-        if (folder / name).is_dir():  # the loss scale is not there after a run in another precision
+        if name != LOSS_SCALE_FOLDER or (folder / name).is_dir():  # not there after a run in another precision
             places = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype,
                                                                      sharding=array.sharding), part)
             jax.tree.map(lambda array: array.delete(), part)  # a device need not hold two states
@@ -2390,17 +2377,14 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
     try:
         save_state(accelerator, models, aside)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            finish_files(aside)
-            (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
-            replace_folder(aside, place)
-    except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "no checkpoint"
-        raise RuntimeError(f"{name} could not be written to {args.output_dir}, which holds {kept}: {error}. Fix the "
-                           "cause, such as a full disk, then add --resume_from_checkpoint latest.") from error
+    except Exception as error:  # of several libraries, which do not all say what is wrong
+        raise RuntimeError(f"{place} could not be written: is the disk full? Earlier checkpoints are whole: make "
+                           "room, then add --resume_from_checkpoint latest.") from error
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        finish_files(aside)
+        (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
+        replace_folder(aside, place)
         logger.info(f"saved {place}")
         others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]
         while limit and len(others) >= limit:
@@ -2418,7 +2402,7 @@ def replace_folder(new: Path, place: Path) -> None:
 
 def finish_files(path: Path) -> None:
     """Flush a file, or all in a folder, to disk, with the folder's permissions: safetensors leaves out the group's."""
-    for file in (file for file in [path, *path.rglob("*")] if file.is_file()):
+    for file in filter(Path.is_file, [path, *path.rglob("*")]):
         with open(file, "r+b") as stream:
             os.fsync(stream.fileno())
         file.chmod(file.parent.stat().st_mode & 0o666)
@@ -2432,46 +2416,20 @@ def remove(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a crash has left; a checkpoint that was complete but not yet in its place is moved there."""
+    for record in folder.glob(f".partial-checkpoint-*/{RUN_RECORD}"):
+        replace_folder(record.parent, folder / record.parent.name.removeprefix(".partial-"))
     for leftover in folder.glob(".partial-*"):
-        if (leftover / RUN_RECORD).is_file() and leftover.name.startswith(".partial-checkpoint-"):
-            replace_folder(leftover, folder / leftover.name.removeprefix(".partial-"))
-        else:
-            remove(leftover)
+        remove(leftover)
 
 
-def resume(args: Namespace, models: Models, checkpoint: Path, record: dict) -> Progress:
+def resume(models: Models, checkpoint: Path) -> Progress:
     """Load a checkpoint and return its progress."""
     try:
         models.state = load_state(models.state, checkpoint.resolve())
     except Exception as error:  # of several libraries, about files that are cut short
         reason = str(error).split(" See full TensorStore")[0].split("\n")[0]  # which goes on for pages
         raise ValueError(f"{checkpoint} is damaged or of another model: {reason}. Name another checkpoint.") from error
-    saved = load_run_record(checkpoint)
-    warn_of_changes(args, checkpoint, saved, record)
-    return saved["progress"]
-
-
-def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict) -> None:
-    """Warn of later checkpoints, and of settings that differ from the checkpoint's."""
-    later = [folder.name for folder in list_checkpoints(args.output_dir)
-             if get_checkpoint_step(folder) > get_checkpoint_step(checkpoint)]
-    if later:
-        logger.warning(f"{args.output_dir} also holds {', '.join(later)}, which --resume_from_checkpoint latest takes "
-                       "until this run has passed them.")
-    if not saved:
-        logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
-        return
-    before, now = ({**facts["flags"], **facts} for facts in (saved, record))
-    ignored = {*INCONSEQUENTIAL_FLAGS, "flags", "progress"}
-    if args.lr_scheduler in ("constant", "constant_with_warmup"):  # which do not depend on the length of the run
-        ignored |= {"max_train_steps", "num_train_epochs"}
-    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted((before.keys() | now.keys()) - ignored)
-               if (before.get(key) or None) != (now.get(key) or None)]  # a flag that is off may be unknown there
-    if changed:
-        logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed)}. Training goes on with the new "
-                       "values; results will not match an uninterrupted run.")
-    else:
-        logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
+    return Progress(**load_run_record(checkpoint)["progress"])
 
 
 # ---- Validation and export ------------------------------------------------------------------------------------------
@@ -2842,26 +2800,25 @@ def main(argv: list[str] | None = None) -> None:
     configs = load_model_configs(args)
     lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    check_checkpoint(args, checkpoint)
     with accelerator.main_process_first():
         images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
         held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
-    seed = start_run(args, accelerator, checkpoint)
-    data = make_data(args, images, held_out_images, seed, configs)
+    record = start_run(args, accelerator, images, checkpoint)
+    check_changes(checkpoint, record)
+    data = make_data(args, images, held_out_images, record["seed"], configs)
 
     with explained_load(args):
         models = load_models(args, accelerator, configs)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config)
     prepare_training(args, accelerator, models, objective, len(data.train))
-    record = make_run_record(args, accelerator, seed, data.train)
-    progress = resume(args, models, checkpoint, record) if checkpoint else Progress()
+    progress = resume(models, checkpoint) if checkpoint else Progress()
 
-    log_run_header(args, accelerator, models, len(data.train), seed, checkpoint)
+    log_run_header(args, accelerator, models, len(data.train), record["seed"], checkpoint)
     signal_number = train(args, accelerator, models, data, progress, record)
     if not signal_number:
         validate(args, accelerator, models, data, progress, tag="test")
-        finish(args, accelerator, models, seed, progress)
+        finish(args, accelerator, models, record["seed"], progress)
     with log_failure("closing the trackers"):
         accelerator.end_training()
     if signal_number:

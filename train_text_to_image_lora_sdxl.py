@@ -1170,17 +1170,11 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | Non
     """
     lock, folder = None, Path(args.output_dir).resolve()
     if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ".partial-probe").touch()
-        except OSError as error:
-            raise ValueError(f"--output_dir {args.output_dir} cannot be written: {error}: name another.") from error
-        digest = hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
-        lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{digest}.lock"), thread_local=False,
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{make_key(str(folder))}.lock"), thread_local=False,
                         is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
         try:
-            with contextlib.suppress(PermissionError):  # the lock's file is another user's
-                lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
+            lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
         except Timeout as error:
             raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
                              "saving: wait for its end, or name another folder.") from error
@@ -1189,8 +1183,8 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | Non
     return lock
 
 
-def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None) -> int:
-    """Create the repository on the hub, start the trackers and return the seed of the run.
+def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages, checkpoint: Path | None) -> dict:
+    """Create the repository on the hub, seed and start the trackers; return what checkpoints record about the run.
 
     The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
     """
@@ -1203,20 +1197,13 @@ def start_run(args: Namespace, accelerator: Accelerator, checkpoint: Path | None
         seed = load_run_record(checkpoint).get("seed", secrets.randbits(32))
     seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
     set_seed(seed % 2**31, device_specific=True)  # adapters start from the global generators, and dropout uses them
+    flags = {key: value for key, value in vars(args).items() if key != "hub_token"}
     accelerator.init_trackers(args.tracker_project_name, {
-        key: value if isinstance(value, int | float) else str(value)
-        for key, value in vars(args).items() if key != "hub_token"})
-    return seed
-
-
-def make_run_record(args: Namespace, accelerator: Accelerator, seed: int, samples: Samples) -> dict:
-    """Return what a checkpoint records about its run, as JSON types."""
-    versions = {library.__name__: library.__version__ for library in (torch, diffusers, transformers, accelerate)}
+        key: str(value) if isinstance(value, list) else value for key, value in flags.items()})
     return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
-            "captions_digest": getattr(samples.images, "captions_digest", None),
-            "encodings": [rows.folder.name for rows in (samples.latents, samples.text_states) if rows is not None],
-            "versions": versions,
-            "flags": {key: value for key, value in vars(args).items() if key != "hub_token" and value is not None}}
+            "captions_digest": getattr(images, "captions_digest", None), "flags": flags,
+            "versions": {library.__name__: library.__version__
+                         for library in (torch, diffusers, transformers, accelerate)}}
 
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int,
@@ -1836,17 +1823,15 @@ def digest_network(network: torch.nn.Module) -> str:
 
 def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int) -> None:
     """Make optimizer, learning-rate schedule and EMA weights, and wrap the trainable networks for the devices."""
-    for network in list_trained(models):
-        network.to(accelerator.device)
     set_up_networks(args, models)
-    optimizer = make_optimizer(args, make_parameter_groups(args, accelerator, models))
-    lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, num_samples, accelerator.num_processes))
     for part in models.trained:
         setattr(models, part, accelerator.prepare(getattr(models, part)))
+    optimizer = make_optimizer(args, make_parameter_groups(args, accelerator, models))
+    lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, num_samples, accelerator.num_processes))
     models.optimizer, models.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
     if args.use_ema:  # only now: wrapping has made the weights the same on all processes
         models.ema = make_ema(args, accelerator, models)
-    # `save_state` and `resume` take care of the networks, accelerate of all else
+    # `save_state` and `load_state` take care of the networks, accelerate of all else
     accelerator.register_save_state_pre_hook(lambda networks, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda networks, folder: networks.clear())
 
@@ -1868,16 +1853,16 @@ def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Mod
 
 def make_optimizer(args: Namespace, groups: list[dict]):
     """Return AdamW over groups of parameters, fused where the device has it, or with 8-bit moments; or Adafactor."""
+    lr = groups[0]["lr"]  # of the UNet: polynomial schedules read it
     if args.use_adafactor:  # with plain learning rates: scaled by the size of the weights, adapters would stay at 0
-        return transformers.optimization.Adafactor(
-            groups, lr=groups[0]["lr"], scale_parameter=False, relative_step=False)
-    settings = {"lr": groups[0]["lr"], "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return transformers.optimization.Adafactor(groups, lr, scale_parameter=False, relative_step=False)
+    betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
     if args.use_8bit_adam:
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(groups, **settings)
-    device = groups[0]["params"][0].device.type
-    return torch.optim.AdamW(groups, **settings, fused=device in ("cuda", "cpu", "xpu", "mps"))
+        return bitsandbytes.optim.AdamW8bit(groups, lr, betas, eps)
+    is_fusible = groups[0]["params"][0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr, betas, eps, fused=is_fusible)
 
 
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
@@ -1887,8 +1872,8 @@ def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
 
 def compute_learning_rate(args: Namespace, part: str, num_processes: int) -> float:
     """Return the peak learning rate of a network, with --scale_lr times the samples in an update."""
-    own_rate = None if part == "unet" else args.text_encoder_lr
-    rate = args.learning_rate if own_rate is None else own_rate
+    is_own = part != "unet" and args.text_encoder_lr is not None
+    rate = args.text_encoder_lr if is_own else args.learning_rate
     return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
 
 
@@ -1920,10 +1905,9 @@ class EmaWeights:
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, offload: bool = False) -> None:
-        self.parameters, self.decay, self.min_decay, self.num_updates = parameters, decay, 0.0, 0
-        self.offload, options = offload, {"dtype": torch.float32}
-        if offload:
-            options |= {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        self.parameters, self.decay, self.offload = parameters, decay, offload
+        self.min_decay, self.num_updates = 0.0, 0
+        options = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if offload else {}
         self.averages = {name: torch.empty_like(parameter, **options).copy_(parameter.detach())
                          for name, parameter in parameters.items()}
 
@@ -1959,16 +1943,6 @@ class EmaWeights:
         before = json.loads(config.read_text()) if config.is_file() else {}
         config.write_text(json.dumps({**before, **state}, indent=2))
 
-    def load_state(self, config: Path) -> None:
-        """Load what `save_state` or diffusers' EMAModel has written."""
-        state = json.loads(config.read_text())
-        self.num_updates, self.min_decay = state["optimization_step"], state["min_decay"]
-
-
-def make_ema(args: Namespace, accelerator: Accelerator, models: Models) -> EmaWeights:
-    """Return EMA weights of the adapter."""
-    return EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay)
-
 
 @contextlib.contextmanager
 def averaged_weights(models: Models):
@@ -1979,6 +1953,11 @@ def averaged_weights(models: Models):
         yield
     finally:
         swap()
+
+
+def make_ema(args: Namespace, accelerator: Accelerator, models: Models) -> EmaWeights:
+    """Return EMA weights of the adapter."""
+    return EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay)
 
 
 @torch.no_grad()
@@ -1996,12 +1975,11 @@ def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: 
 
 RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
-CHECKPOINT_PARTS = (LORA_FILE, "optimizer.bin", "scheduler.bin", "random_states_0.pkl")  # in every one
 EMA_FOLDER = "lora_ema"  # in a checkpoint: the EMA weights and, in config.json, the state of the average
-# Flags that must not change on resume: they decide which tensors a checkpoint holds.
-FIXED_FLAGS = (
-    "use_ema use_8bit_adam use_adafactor train_text_encoder rank lora_alpha lora_target use_dora use_rslora".split()
-)
+# Flags that must not change on resume: they decide which tensors a checkpoint holds, and how they lie in memory.
+FIXED_FLAGS = set(
+    "use_ema use_8bit_adam use_adafactor train_text_encoder channels_last rank lora_alpha lora_target use_dora "
+    "use_rslora".split())
 # Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
     "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
@@ -2041,28 +2019,28 @@ def load_run_record(checkpoint: Path | None) -> dict:
     """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
     if checkpoint is None or not (checkpoint / RUN_RECORD).is_file():
         return {}
-    try:
-        record = json.loads((checkpoint / RUN_RECORD).read_text())
-        return {**record, "flags": {**record["flags"]}, "progress": Progress(**record["progress"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{checkpoint / RUN_RECORD} is damaged: {error}. Name another checkpoint.") from error
+    return json.loads((checkpoint / RUN_RECORD).read_text())
 
 
-def check_checkpoint(args: Namespace, checkpoint: Path | None) -> None:
-    """Refuse to resume from a checkpoint that does not fit the flags."""
+def check_changes(checkpoint: Path | None, record: dict) -> None:
+    """Warn of what differs from the run that made a checkpoint; ValueError for flags that must not."""
     if checkpoint is None:
         return
-    missing = [name for name in CHECKPOINT_PARTS if not (checkpoint / name).exists()]
-    if missing:
-        raise ValueError(f"{checkpoint} has no {', '.join(missing)}: another script made it, or it is damaged. Name "
-                         "another checkpoint.")
-    reference = {"lora_alpha": args.rank, "use_dora": False, "use_rslora": False}  # which keeps no record
-    before = load_run_record(checkpoint).get("flags", reference)
-    before["use_ema"] = (checkpoint / EMA_FOLDER).is_dir()
-    for name in FIXED_FLAGS:
-        if name in before and before[name] != getattr(args, name):
-            raise ValueError(f"--{name} is {getattr(args, name)} here and was {before[name]} when {checkpoint} was "
-                             "made: give the command as it was.")
+    saved = load_run_record(checkpoint)
+    before = {"channels_last": False, **saved, **saved.get("flags", {}), "use_ema": (checkpoint / EMA_FOLDER).is_dir()}
+    now = {**record, **record["flags"]}
+    changed = [key for key in sorted(before.keys() & now.keys() - INCONSEQUENTIAL_FLAGS - {"flags"})
+               if before[key] != now[key]]
+    changes = "; ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
+    if FIXED_FLAGS & set(changed):
+        raise ValueError(f"settings differ from {checkpoint}: {changes}. Its tensors do not fit: give the command as "
+                         "it was.")
+    if changed:
+        logger.warning(f"settings differ from {checkpoint}: {changes}. Training goes on with the new values.")
+    elif saved:
+        logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
+    else:
+        logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
 
 
 def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
@@ -2070,8 +2048,14 @@ def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, aver
     folder = folder / EMA_FOLDER if averaged else folder
     folder.mkdir(exist_ok=True)
     weights = name_lora_weights(vars(unwrap_models(accelerator, models)))
-    save_file({make_lora_name(name): tensor for name, tensor in weights.items()}, folder / LORA_FILE,
+    save_file({make_lora_name(name): tensor.contiguous() for name, tensor in weights.items()}, folder / LORA_FILE,
               metadata=models.metadata)
+
+
+def load_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
+    """Load what `save_trained` has written into the adapter."""
+    weights = rename_lora_weights(load_file((folder / EMA_FOLDER if averaged else folder) / LORA_FILE))
+    copy_weights(name_lora_weights(vars(unwrap_models(accelerator, models))), weights, str(folder))
 
 
 def name_lora_weights(networks: dict[str, torch.nn.Module]) -> dict[str, Tensor]:
@@ -2079,16 +2063,9 @@ def name_lora_weights(networks: dict[str, torch.nn.Module]) -> dict[str, Tensor]
 
     Text encoders have no `text_model.` in their names, which comes and goes with the version of transformers.
     """
-    return {f"{part}.{name.removeprefix('text_model.')}": tensor.contiguous() for part, network in networks.items()
+    return {f"{part}.{name.removeprefix('text_model.')}": tensor for part, network in networks.items()
             if hasattr(network, "peft_config")
             for name, tensor in get_peft_model_state_dict(network, save_embedding_layers=False).items()}
-
-
-def load_trained(models: Models, places: dict[str, Tensor], folder: Path, *, averaged: bool = False) -> None:
-    """Load the adapter of a checkpoint into `places`, by the names of `name_trained_parameters`."""
-    weights = rename_lora_weights(load_file((folder / EMA_FOLDER if averaged else folder) / LORA_FILE))
-    copy_weights(places, {re.sub(r"(lora_A|lora_B|magnitude_vector)(\.weight)?$", r"\1.default.weight", name): tensor
-                          for name, tensor in weights.items()}, str(folder))
 
 
 def rename_lora_weights(weights: dict) -> dict:
@@ -2126,6 +2103,16 @@ def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
         models.ema.save_state(folder / EMA_FOLDER / "config.json")
 
 
+def load_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
+    """Load what `save_state` has written."""
+    load_trained(accelerator, models, folder)
+    if models.ema is not None:
+        with averaged_weights(models):
+            load_trained(accelerator, models, folder, averaged=True)
+        models.ema.num_updates = get_checkpoint_step(folder)
+    accelerator.load_state(str(folder))
+
+
 def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
                     record: dict) -> None:
     """Save everything that the next update depends on, then remove old checkpoints.
@@ -2137,17 +2124,14 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
     try:
         save_state(accelerator, models, aside)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            finish_files(aside)
-            (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
-            replace_folder(aside, place)
-    except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        kept = ", ".join(folder.name for folder in list_checkpoints(args.output_dir)) or "no checkpoint"
-        raise RuntimeError(f"{name} could not be written to {args.output_dir}, which holds {kept}: {error}. Fix the "
-                           "cause, such as a full disk, then add --resume_from_checkpoint latest.") from error
+    except Exception as error:  # of several libraries, which do not all say what is wrong
+        raise RuntimeError(f"{place} could not be written: is the disk full? Earlier checkpoints are whole: make "
+                           "room, then add --resume_from_checkpoint latest.") from error
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        finish_files(aside)
+        (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
+        replace_folder(aside, place)
         logger.info(f"saved {place}")
         others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]
         while limit and len(others) >= limit:
@@ -2165,7 +2149,7 @@ def replace_folder(new: Path, place: Path) -> None:
 
 def finish_files(path: Path) -> None:
     """Flush a file, or all in a folder, to disk, with the folder's permissions: safetensors leaves out the group's."""
-    for file in (file for file in [path, *path.rglob("*")] if file.is_file()):
+    for file in filter(Path.is_file, [path, *path.rglob("*")]):
         with open(file, "r+b") as stream:
             os.fsync(stream.fileno())
         file.chmod(file.parent.stat().st_mode & 0o666)
@@ -2179,82 +2163,28 @@ def remove(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a crash has left; a checkpoint that was complete but not yet in its place is moved there."""
+    for record in folder.glob(f".partial-checkpoint-*/{RUN_RECORD}"):
+        replace_folder(record.parent, folder / record.parent.name.removeprefix(".partial-"))
     for leftover in folder.glob(".partial-*"):
-        if (leftover / RUN_RECORD).is_file() and leftover.name.startswith(".partial-checkpoint-"):
-            replace_folder(leftover, folder / leftover.name.removeprefix(".partial-"))
-        else:
-            remove(leftover)
+        remove(leftover)
 
 
-def resume(args: Namespace, accelerator: Accelerator, models: Models, checkpoint: Path, record: dict,
-           num_samples: int) -> Progress:
+def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progress:
     """Load a checkpoint and return its progress; learning rate and AdamW's settings are the command line's."""
     optimizer, schedule = models.optimizer.optimizer, models.lr_scheduler.scheduler
-    settings, base_rates = [dict(group) for group in optimizer.param_groups], schedule.base_lrs
+    settings, base_lrs = optimizer.state_dict()["param_groups"], schedule.base_lrs
     try:
-        load_networks(accelerator, models, checkpoint)
-        accelerator.load_state(str(checkpoint))
-        restore_settings(args, optimizer, settings)
+        load_state(accelerator, models, checkpoint)
     except Exception as error:  # of several libraries, about files that are cut short
-        raise ValueError(f"{checkpoint} cannot be loaded: {error}. Name another checkpoint, or give the command as it "
-                         "was.") from error
-    step, saved = get_checkpoint_step(checkpoint), load_run_record(checkpoint)
-    schedule.base_lrs, schedule.last_epoch = base_rates, step
-    schedule._last_lr = [rate * factor(step) for rate, factor in zip(base_rates, schedule.lr_lambdas, strict=True)]
-    for group, rate in zip(optimizer.param_groups, schedule._last_lr, strict=True):
-        group["lr"] = rate
-    warn_of_changes(args, checkpoint, saved, record)
-    if saved:
-        return saved["progress"]
-    samples_per_update = compute_total_batch_size(args, accelerator.num_processes)
-    epoch, update = divmod(step, math.ceil(num_samples / samples_per_update))
-    return Progress(step, epoch, update * samples_per_update)
-
-
-def load_networks(accelerator: Accelerator, models: Models, checkpoint: Path) -> None:
-    """Load the trainable weights and the EMA weights of a checkpoint."""
-    load_trained(models, name_trained_parameters(accelerator, models), checkpoint)
-    if models.ema is not None:
-        load_trained(models, models.ema.averages, checkpoint, averaged=True)
-        models.ema.load_state(checkpoint / EMA_FOLDER / "config.json")
-
-
-def restore_settings(args: Namespace, optimizer: torch.optim.Optimizer, settings: list[dict]) -> None:
-    """Give a loaded optimizer its own settings again, and its state their device and memory layout."""
-    loaded = optimizer.state_dict()
-    for group, setting in zip(loaded["param_groups"], settings, strict=True):
-        group.update({**setting, "params": group["params"]})
-    optimizer.load_state_dict(loaded)  # moves step counts, which the reference leaves on the CPU
-    moment = "state1" if args.use_8bit_adam else "RMS" if args.use_adafactor else "exp_avg"
-    for parameter, state in optimizer.state.items():
-        if moment not in state:
-            raise ValueError("it has the moments of another optimizer, see --use_8bit_adam and --use_adafactor")
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:  # --channels_last may have changed
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def warn_of_changes(args: Namespace, checkpoint: Path, saved: dict, record: dict) -> None:
-    """Warn of later checkpoints, and of settings that differ from the checkpoint's."""
-    later = [folder.name for folder in list_checkpoints(args.output_dir)
-             if get_checkpoint_step(folder) > get_checkpoint_step(checkpoint)]
-    if later:
-        logger.warning(f"{args.output_dir} also holds {', '.join(later)}, which --resume_from_checkpoint latest takes "
-                       "until this run has passed them.")
-    if not saved:
-        logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
-        return
-    before, now = ({**facts["flags"], **facts} for facts in (saved, record))
-    ignored = {*INCONSEQUENTIAL_FLAGS, "flags", "progress"}
-    if args.lr_scheduler in ("constant", "constant_with_warmup"):  # which do not depend on the length of the run
-        ignored |= {"max_train_steps", "num_train_epochs"}
-    changed = [f"{key} {before.get(key)} -> {now.get(key)}" for key in sorted((before.keys() | now.keys()) - ignored)
-               if (before.get(key) or None) != (now.get(key) or None)]  # a flag that is off may be unknown there
-    if changed:
-        logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed)}. Training goes on with the new "
-                       "values; results will not match an uninterrupted run.")
-    else:
-        logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
+        raise ValueError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
+                         "it was.") from error
+    # also moves the step counts to the device, which the reference leaves on the CPU
+    optimizer.load_state_dict({**optimizer.state_dict(), "param_groups": settings})
+    step = get_checkpoint_step(checkpoint)
+    schedule.base_lrs, schedule.last_epoch = base_lrs, step - 1
+    schedule.step()
+    schedule._step_count = step + 1  # as in an uninterrupted run
+    return Progress(**load_run_record(checkpoint).get("progress", {"global_step": step}))
 
 
 # ---- Validation and export ------------------------------------------------------------------------------------------
@@ -2400,7 +2330,7 @@ def save_kohya_file(args: Namespace, accelerator: Accelerator, models: Models, p
         kind = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(kind, "dora_scale")
         if kind == "dora_scale":  # one norm per output, as a column beside the weights of that output
             tensor = tensor.reshape(-1, *[1] * (weights[f"{layer}.lora_down.weight"].ndim - 1))
-        weights[f"{layer}.{kind}"], weights[f"{layer}.alpha"] = tensor, torch.tensor(float(alpha))
+        weights[f"{layer}.{kind}"], weights[f"{layer}.alpha"] = tensor.contiguous(), torch.tensor(float(alpha))
     save_file(weights, path, metadata={
         "format": "pt", "ss_network_module": "networks.lora", "ss_network_dim": str(args.rank),
         "ss_network_alpha": str(alpha), "modelspec.sai_model_spec": "1.0.0",
@@ -2581,13 +2511,13 @@ def main(argv: list[str] | None = None) -> None:
     empty_adapter = make_empty_adapter(args, configs)
     lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    check_checkpoint(args, checkpoint)
     initial_adapter = load_initial_adapter(args, configs, empty_adapter, checkpoint)
     with accelerator.main_process_first():
         images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
         held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
-    seed = start_run(args, accelerator, checkpoint)
-    data = make_data(args, images, held_out_images, seed, configs)
+    record = start_run(args, accelerator, images, checkpoint)
+    check_changes(checkpoint, record)
+    data = make_data(args, images, held_out_images, record["seed"], configs)
 
     with explained_load(args):
         models = load_models(args, accelerator, configs, initial_adapter)
@@ -2595,14 +2525,13 @@ def main(argv: list[str] | None = None) -> None:
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))
-    record = make_run_record(args, accelerator, seed, data.train)
-    progress = resume(args, accelerator, models, checkpoint, record, len(data.train)) if checkpoint else Progress()
+    progress = resume(accelerator, models, checkpoint) if checkpoint else Progress()
 
-    log_run_header(args, accelerator, models, len(data.train), seed, checkpoint)
+    log_run_header(args, accelerator, models, len(data.train), record["seed"], checkpoint)
     signal_number = train(args, accelerator, models, objective, data, progress, record)
     if not signal_number:
         validate(args, accelerator, models, objective, data, progress, tag="test")
-        finish(args, accelerator, models, seed, progress)
+        finish(args, accelerator, models, record["seed"], progress)
     with log_failure("closing the trackers"):
         accelerator.end_training()
     if signal_number:

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 
 OWN = {
     "ADDITION_EMBED_TYPE",
-    "CHECKPOINT_PARTS",
     "EMA_FOLDER",
     "EXTRA_PARTS",
     "FIXED_FLAGS",
@@ -58,15 +57,13 @@ OWN = {
     "save_trained",
 }
 OWN_OF = {
-    "train_text_to_image_lora.py": {"check_checkpoint"},
-    "train_text_to_image_lora_sdxl.py": {"check_checkpoint", "train_step"},
+    "train_text_to_image_lora_sdxl.py": {"train_step"},
     "train_text_to_image_flax.py": set(
         "--allow_tf32 --dataloader_num_workers --mixed_precision INTERPOLATION_MODES Meter StopRequest TRACKERS "
         "cache_encodings cache_latents cache_text_states collate compute_held_out_loss compute_loss "
         "compute_snr_weights compute_target digest_network draw_images encode_captions encode_images finish "
-        "load_model_configs locate_model log_rows log_run_header logger make_accelerator make_dataloader "
-        "make_objective make_run_record prepare_training resume save_images save_state start_run train train_step "
-        "transform_image "
+        "load_model_configs load_state locate_model log_rows log_run_header logger make_accelerator make_dataloader "
+        "make_objective prepare_training resume save_images save_state start_run train train_step transform_image "
         "validate".split()
     )
 }

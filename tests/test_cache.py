@@ -275,18 +275,6 @@ def test_captions_that_were_not_encoded_are_refused(script, tiny_model, image_fo
         samples[script.SampleUse(0, 0)]
 
 
-
-def test_a_changed_picture_is_named_on_resume(script, tiny_model, tmp_path, caplog):
-    """A picture that was replaced after the stop is other data: the run says so and goes on."""
-    caplog.set_level("INFO")
-    data = make_image_folder(tmp_path / "data")
-    argv = make_args(tiny_model, data, tmp_path / "out", encoded_dir=tmp_path / "encoded", **CACHED)
-    run(script, argv)
-    make_image(99).save(data / "004.png")
-    run(script, [*argv, "--max_train_steps", "3", "--resume_from_checkpoint", "latest"])
-    assert "encodings ['images-" in caplog.text and "with the same data" not in caplog.text
-
-
 @in_first_script
 def test_killed_in_the_middle_it_goes_on(script, tiny_model, image_folder, tmp_path):
     """kill -9 while encoding leaves whole files only; the next run makes what is missing, and the same result."""

@@ -596,7 +596,7 @@ def test_averages_need_their_flag_and_another_script_is_told(flax, full_run, tin
     other = tmp_path / "checkpoint-2"
     other.mkdir()
     shutil.copy(checkpoint / "run_record.json", other)
-    with pytest.raises(ValueError, match="another script"):
+    with pytest.raises(ValueError, match="checkpoint-2 is damaged or of another model"):
         flax.main(make_args(tiny_model, image_folder, tmp_path / "out", resume_from_checkpoint=other))
 
 

@@ -1,6 +1,5 @@
 """LoRA: what is trained, how it is scaled, and files that others load and that draw the same pictures."""
 
-import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -409,18 +408,6 @@ def test_an_alpha_that_other_tools_overlook_is_told(train, caplog):
         caplog.clear()
         train("-".join(flags) or "plain", max_train_steps=1, **flags)
         assert any("--save_kohya_format" in message for message in caplog.messages) == is_told
-
-
-def test_a_checkpoint_of_the_reference_is_resumed_at_its_own_scale(script, tmp_path):
-    """It keeps no record: its adapter has lora_alpha = rank and neither DoRA nor rank-stabilized scaling."""
-    folder = tmp_path / "checkpoint-1"
-    folder.mkdir()
-    for part in script.CHECKPOINT_PARTS:
-        (folder / part).touch()
-    for flags in ([], ["--lora_alpha", "8"], ["--use_dora"], ["--use_rslora"]):
-        args = script.parse_args(["--pretrained_model_name_or_path=base", f"--train_data_dir={tmp_path}", *flags])
-        with pytest.raises(ValueError, match=f"{flags[0]} is") if flags else contextlib.nullcontext():
-            script.check_checkpoint(args, folder)
 
 
 def test_every_option_resumes_exactly(train):

