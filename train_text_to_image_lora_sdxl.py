@@ -53,7 +53,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
 import secrets
@@ -270,155 +269,132 @@ def make_objective(args: Namespace, scheduler_config: dict, device: torch.device
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-UNREADABLE_FORMATS = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow identifies these files and cannot decode them
-IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
-                  if name in Image.OPEN and name not in UNREADABLE_FORMATS}
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
 INTERPOLATION_MODES = {mode.name.lower(): mode for mode in InterpolationMode}
-MOST_ASPECT = 100  # longer side over shorter: resizing a thinner strip by its shorter side would take gigabytes
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: ComfyUI writes a whole workflow as one chunk
 
 
+@dataclass(frozen=True)
 class CaptionedImages:
-    """Images with their captions. For data of your own, return a class like it from `make_captioned_images`.
+    """Images with their captions. For data of your own, return other sequences from `make_captioned_images`.
 
-    It needs a length and items. An item is a dict of `image`, a PIL picture or the `bytes` or `path` of a file as
-    here, and `captions`, a list of strings of which each use draws one. An attribute `captions`, one such list per
-    item, is optional: with it, caches read captions without reading images. Items are read from several threads and
-    from forked loader processes: open files and connections in `__getitem__`. Draw nothing at random here: crops,
-    flips and captions are drawn in `Samples`.
+    Images are read from several threads and from forked loader processes: open files and connections in
+    `__getitem__`. Draw nothing at random there: crops, flips and captions are drawn in `Samples`.
     """
 
-    def __init__(self, images: Sequence[dict], captions: list[list[str]]) -> None:
-        self.images = images
-        self.captions = datasets.Dataset.from_dict({"captions": captions})["captions"]  # Arrow: loaders share it
-        self.captions_digest = hashlib.blake2b(json.dumps(captions).encode(), digest_size=8).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self.images[index] or {"path": None}, "captions": self.captions[index]}
+    images: Sequence  # each a PIL picture, or a dict of the `bytes` or the `path` of a file
+    captions: Sequence[list[str]]  # of each image; each use of the image draws one
 
 
 def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImages:
     """Return the data: of `folder` (--train_data_dir or --validation_data_dir), or of --dataset_name if it is None.
 
-    For data of your own: `if folder is None: return MyImages(args.dataset_name)`; any name gets here.
+    For data of your own: `if folder is None: return CaptionedImages(MyImages(args.dataset_name), captions)`.
     """
     source = folder or args.dataset_name
-    rows = load_image_folder(folder, args) if folder else load_rows(args)
-    if len(rows) == 0:
+    rows, captions = load_image_folder(folder, args) if folder else load_rows(args)
+    if not captions:
         raise ValueError(f"{source} has no images that Pillow reads: unpack archives, or name data that `datasets` "
                          "loads with --dataset_name.")
-    for flag in ("image_column", "caption_column"):
-        if getattr(args, flag) not in rows.column_names:
-            raise ValueError(f"--{flag} {getattr(args, flag)} is not in {source}: its columns are "
-                             f"{', '.join(rows.column_names)}.")
-    try:
-        images = rows.cast_column(args.image_column, datasets.Image(decode=False))[args.image_column]
-    except (TypeError, ValueError, NotImplementedError) as error:  # of Arrow
-        raise ValueError(f"--image_column {args.image_column} of {source} holds no images: {error}") from error
-    captions = [[texts] if isinstance(texts, str) else texts for texts in rows[args.caption_column]]
-    bad = [row for row, texts in enumerate(captions) if not isinstance(texts, list) or not texts
-           or not all(isinstance(text, str) for text in texts)]
+    images = rows.cast_column(args.image_column, datasets.Image(decode=False))[args.image_column]
+    captions = [[texts] if isinstance(texts, str) else texts for texts in captions]
+    bad = [row for row, texts in enumerate(captions)
+           if not isinstance(texts, list) or {type(text) for text in texts} != {str}]
     if bad:
         raise ValueError(f"{len(bad)} of {len(captions)} images in {source} have no caption: row {bad[0]} "
-                         f"({(images[bad[0]] or {}).get('path')}) has {captions[bad[0]]!r} in --caption_column "
+                         f"({get_path(images[bad[0]])}) has {captions[bad[0]]!r} in --caption_column "
                          f"{args.caption_column}. A caption is a string or a list of at least one string: in the "
                          "column, in a metadata.jsonl with file_name, or in a .txt beside the image.")
     several = sum(len(texts) > 1 for texts in captions)
     if several:
         logger.info(f"{several} of {len(captions)} images in {source} have several captions: each use draws one")
+    captions = datasets.Dataset.from_dict({"captions": captions})["captions"]  # Arrow: loader processes share it
     return CaptionedImages(images, captions)
 
 
-def load_rows(args: Namespace) -> datasets.Dataset:
-    """Return the split `train` of --dataset_name: from the hub, a local folder, or what `save_to_disk` has written."""
+def load_rows(args: Namespace) -> tuple[datasets.Dataset, list]:
+    """Return the rows and captions of --dataset_name: from the hub, a local folder, or what `save_to_disk` wrote."""
     name = args.dataset_name
+    saved = [folder for folder in (Path(name), Path(name, "train")) if (folder / "state.json").is_file()]
     try:
-        if Path(name, "dataset_dict.json").is_file():
-            return datasets.load_from_disk(Path(name, "train")).with_format(None)
-        if Path(name, "state.json").is_file():
-            return datasets.load_from_disk(name).with_format(None)
-        return datasets.load_dataset(name, args.dataset_config_name, split="train", cache_dir=args.cache_dir,
-                                     data_dir=args.train_data_dir)
+        rows = datasets.load_from_disk(saved[0]) if saved else datasets.load_dataset(
+            name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, data_dir=args.train_data_dir)
     except Exception as error:  # `datasets` raises many kinds
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise ValueError(f"--dataset_name {name} cannot be loaded: {reason}") from error
+    check_columns(args, name, rows.column_names)
+    rows = rows.with_format(None)
+    return rows, rows[args.caption_column][:]
 
 
-def load_image_folder(folder: str, args: Namespace) -> datasets.Dataset:
-    """Return the rows of a folder: of its metadata files, or of its images and the .txt files beside them."""
-    files = list_files(folder, args.output_dir)
-    metadata = sorted({path.parent: path for path in reversed(files) if path.name in METADATA_NAMES}.values())
+def check_columns(args: Namespace, source: str | Path, columns: list[str]) -> None:
+    """Refuse --image_column and --caption_column if the data lack them."""
+    for flag in ("image_column", "caption_column"):
+        if getattr(args, flag) not in columns:
+            raise ValueError(f"--{flag} {getattr(args, flag)} is not in {source}: its columns are "
+                             f"{', '.join(columns)}.")
+
+
+def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, list]:
+    """Return --image_column and the captions of a folder: of metadata files, or of its images and .txt files."""
+    files = list_files(Path(folder), seen={Path(args.output_dir).resolve()})
+    metadata = sorted({path.parent: path for path in reversed(files) if path.name in METADATA_READERS}.values())
     rows = [row for path in metadata for row in read_metadata(path, args)] if metadata else [
-        {args.image_column: str(path), args.caption_column: read_caption_file(path.with_suffix(".txt"))}
-        for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    images = [Path(row[args.image_column]) for row in rows if args.image_column in row]
-    missing = [path for path in images if not path.is_file() or not is_image(path)]
+        (path, read_caption_file(path.with_suffix(".txt"))) for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path, _ in rows]
+    missing = [path for path in images if not path.is_file()]
     if missing and not args.skip_broken_images:
-        raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are missing, or "
-                         f"of a format that Pillow does not read: the first is {missing[0]}. Fix file_name, unpack "
-                         "archives, convert the images, or drop these rows.")
+        raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are missing: "
+                         f"the first is {missing[0]}. Fix file_name, unpack archives, or drop these rows.")
     used = {*metadata, *images, *(path.with_suffix(".txt") for path in images if not metadata)}
     unused = [str(path) for path in files if path not in used]
     if unused:
         logger.warning(f"{len(unused)} files in {folder} are not used, being neither images that Pillow can "
                        f"read nor captions, or not listed in the metadata: {', '.join(unused[:5])}")
-    try:
-        return datasets.Dataset.from_list(rows)
-    except (TypeError, ValueError) as error:  # of Arrow
-        raise ValueError(f"--caption_column {args.caption_column} of {folder} holds other things than strings and "
-                         f"lists of strings: {error}") from error
+    paths = {args.image_column: [str(path) for path in images]}
+    return datasets.Dataset.from_dict(paths), [captions for _, captions in rows]
 
 
-def is_image(path: Path) -> bool:
-    """Return whether Pillow reads a file: by its suffix or, if that is an odd one, by its first bytes."""
-    with contextlib.suppress(OSError):
-        return path.suffix.lower() in IMAGE_SUFFIXES or Image.open(path).close() is None
-    return False
+def list_files(folder: Path, seen: set[Path]) -> list[Path]:
+    """Return the files in a folder and its subfolders, also linked ones, except hidden ones and folders in `seen`."""
+    if folder.resolve() in seen:  # links may lead around in a circle
+        return []
+    seen.add(folder.resolve())
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return [file for path in paths for file in (list_files(path, seen) if path.is_dir() else [path])]
 
 
-def list_files(folder: str, output_dir: str) -> list[Path]:
-    """Return the files in a folder and its subfolders, also linked ones, except hidden ones and --output_dir."""
-    files, seen = [], {os.path.realpath(output_dir)}
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in seen:  # links may lead around in a circle
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(parent))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(files)
-
-
-def read_metadata(path: Path, args: Namespace) -> list[dict]:
-    """Return the rows of a metadata file. As in `datasets`, file_name is the column image, NAME_file_name NAME."""
+def read_metadata(path: Path, args: Namespace) -> list[tuple]:
+    """Return the image file and the captions of each row of a metadata file."""
     rows = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".parquet":
-                rows = pyarrow.parquet.read_table(path).to_pylist()
-            elif path.suffix == ".jsonl":
-                rows.extend(dict(json.loads(line)) for line in file if line.strip())
-            else:
-                header, *lines = csv.reader(file, strict=True)
-                rows.extend(dict(zip(header, [text or None for text in line], strict=True)) for line in lines if line)
-    except (OSError, TypeError, ValueError, csv.Error) as error:
+            rows.extend(METADATA_READERS[path.name](file))
+        # as in `datasets`, file_name is the column image, and NAME_file_name the column NAME
+        columns = {"image" if name == "file_name" else name.removesuffix("_file_name"): name
+                   for row in rows for name in row}
+    except Exception as error:  # each reader raises its own
         raise ValueError(f"{path} cannot be read after row {len(rows)}: {error}. It needs file_name and captions, in "
                          "UTF-8; in .csv double quotes around commas.") from error
-    rows = [{"image" if name == "file_name" else name.removesuffix("_file_name"): value
-             for name, value in row.items()} for row in rows]
-    names = dict.fromkeys(name for row in rows for name in row)  # a row may lack some
-    rows = [{name: row.get(name) if name in (args.image_column, args.caption_column) else None for name in names}
-            for row in rows]  # other columns may mix types, which a data set cannot
-    for row in rows:
-        if args.image_column in row:
-            row[args.image_column] = str(path.parent / str(row[args.image_column]).replace("\\", "/"))
-        if isinstance(row.get(args.caption_column), str):  # beside lists, which a data set cannot mix with strings
-            row[args.caption_column] = [row[args.caption_column]]
-    return rows
+    if rows:
+        check_columns(args, path, list(columns))
+    return [(path.parent / str(row.get(columns[args.image_column]) or "").replace("\\", "/"),
+             row.get(columns[args.caption_column])) for row in rows]
+
+
+def read_csv(file):
+    """Yield the rows of a .csv as dicts."""
+    for row in csv.DictReader(file, strict=True):
+        if None in row:
+            raise ValueError("the next row has more cells than the header")
+        yield row
+
+
+METADATA_READERS = {  # of a file opened as text
+    "metadata.csv": read_csv,
+    "metadata.jsonl": lambda file: (dict(json.loads(line)) for line in file if line.strip()),
+    "metadata.parquet": lambda file: pyarrow.parquet.read_table(file.buffer).to_pylist(),
+}
 
 
 def read_caption_file(path: Path) -> list[str] | None:
@@ -432,53 +408,32 @@ def read_caption_file(path: Path) -> list[str] | None:
     return [line.strip() for line in lines if line.strip()] or [""]
 
 
-def decode_image(image: Image.Image | dict, name: str) -> Image.Image:
+def get_path(image: Image.Image | dict | None) -> str:
+    """Return the path of an image, or nothing if it has no file of its own."""
+    return (image.get("path") if isinstance(image, dict) else None) or ""
+
+
+def decode_image(image: Image.Image | dict) -> Image.Image:
     """Return an image as RGB, as viewers show it: upright as its EXIF says, in sRGB, transparency over white."""
-    try:
-        if isinstance(image, dict):
-            image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
-        image.load()
-        with contextlib.suppress(Exception):  # a sound picture may have broken EXIF data
-            image = ImageOps.exif_transpose(image)
-        if image.mode == "F" or max(image.size) > MOST_ASPECT * min(image.size):
-            raise ValueError(f"{image.width} x {image.height} pixels of mode {image.mode}: a strip 100 times as "
-                             "long as wide, or floats, cannot be trained on")
-        profile = image.info.get("icc_profile")
-        if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
-            image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode not in ("L", "CMYK"):
-            image = image.convert("RGB")
-        return convert_to_srgb(image, profile) if profile else image.convert("RGB")
-    except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
-        raise ValueError(f"{name} cannot be read as an image: {error}. Fix or remove it, or add "
-                         "--skip_broken_images.") from error
-
-
-def convert_to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Return an image in sRGB. An ICC profile that is broken, or is sRGB up to rounding, changes nothing."""
+    if isinstance(image, dict):
+        image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
+    image.load()
+    with contextlib.suppress(Exception):  # a sound picture may have broken EXIF data
+        image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
+        image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     plain = image.convert("RGB")
-    try:
-        converted = ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"),
-                                              outputMode="RGB")
-    except ImageCms.PyCMSError:
-        return plain
-    changes = ImageChops.difference(converted, plain).getextrema()
-    return converted if max(most for _, most in changes) > 2 else plain
-
-
-def make_row_name(index: int, item: dict) -> str:
-    """Return what to call an item of the data in a message."""
-    path = item["image"].get("path") if isinstance(item["image"], dict) else None
-    return f"row {index} of the data ({path or 'no file of its own'})"
-
-
-def make_file_name(index: int, item: dict) -> str:
-    """Return what to call an item of the data in a log."""
-    path = item["image"].get("path") if isinstance(item["image"], dict) else None
-    return Path(path).name if path else f"row-{index}"
+    with contextlib.suppress(ImageCms.PyCMSError):  # no profile, or a broken one
+        converted = ImageCms.profileToProfile(
+            image if image.mode in ("L", "CMYK") else plain, io.BytesIO(profile or b""),
+            ImageCms.createProfile("sRGB"), outputMode="RGB")
+        if max(most for _, most in ImageChops.difference(converted, plain).getextrema()) > 2:  # else sRGB, rounded
+            return converted
+    return plain
 
 
 def transform_image(image: Image.Image, args: Namespace, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
@@ -490,7 +445,8 @@ def transform_image(image: Image.Image, args: Namespace, corner: np.ndarray, fli
     """
     size = args.resolution
     resized = TVF.resize(image, size, INTERPOLATION_MODES[args.image_interpolation_mode])
-    resized = TVF.horizontal_flip(resized) if flip else resized
+    if flip:
+        resized = TVF.horizontal_flip(resized)
     room = np.array([resized.height, resized.width]) - size
     top, left = (np.round(room / 2) if args.center_crop else corner * (room + 1)).astype(int).tolist()
     cropped = TVF.crop(resized, top, left, size, size)
@@ -511,16 +467,18 @@ def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
 class Samples:
     """What each use of a sample trains on: its image, caption, and every random number that its loss needs."""
 
-    def __init__(self, images: CaptionedImages, args: Namespace, *, seed: int, latent_shape: tuple[int, int, int],
-                 num_timesteps: int, extra_noises: dict[str, tuple]) -> None:
-        self.images, self.args, self.seed, self.latent_shape = images, args, seed, latent_shape
-        self.rows = np.arange(len(images))  # of the data, for each sample
-        if (args.max_train_samples or math.inf) < len(images):
-            self.rows = make_rng(seed, "subset").permutation(len(images))[: args.max_train_samples]
-        self.timestep_cdf = compute_timestep_cdf(args, num_timesteps)
-        self.noise_shapes = {"posterior_noise": latent_shape, "noise": latent_shape, **extra_noises}
-        self.num_crops = 1 if args.center_crop else args.cache_crops or 4
-        self.num_variants = self.num_crops * (1 + args.random_flip)  # crops, with --random_flip mirrored as well
+    def __init__(self, data: CaptionedImages, args: Namespace, seed: int, configs: dict[str, dict]) -> None:
+        self.data, self.args, self.seed = data, args, seed
+        self.rows = range(len(data.captions))  # of the data, for each sample
+        if (args.max_train_samples or math.inf) < len(self.rows):
+            self.rows = make_rng(seed, "subset").permutation(len(self.rows))[: args.max_train_samples].tolist()
+        self.timestep_cdf = compute_timestep_cdf(args, configs["scheduler"].get("num_train_timesteps", 1000))
+        side = args.resolution // compute_vae_factor(configs["vae"])
+        self.latent_shape = (configs["vae"].get("latent_channels", 4), side, side)
+        self.noise_shapes = {"posterior_noise": self.latent_shape, "noise": self.latent_shape,
+                             **list_extra_noises(args, self.latent_shape)}
+        self.num_crops = 1 if args.center_crop else args.cache_crops or 4  # in the cache, for each image
+        self.num_flips = 1 + args.random_flip  # of each crop: with --random_flip mirrored as well
         self.latents = None  # EncodedRows with --cache_latents: the variants of each image
         self.text_states = None  # EncodedRows with --cache_text_embeddings
         self.caption_rows: dict[str, int] = {}  # in them
@@ -532,94 +490,61 @@ class Samples:
         return map_in_threads(self.__getitem__, uses)
 
     def __getitem__(self, use: SampleUse) -> dict:
-        """Return one sample: image and caption, or what is cached of them, `timesteps` and noises."""
+        """Return one sample: image and caption, or what is cached of them, `timesteps` and noises.
+
+        The image is `images` uint8 [3, resolution, resolution] or, cached, the `moments` [2c, h, w] of one of its
+        crops; either way with `time_ids` [6], and `sources`, the index of the image found in its place.
+        """
         rng, where = partial(make_rng, self.seed), (use.epoch, use.index)
-        corner, flip = rng("crop", *where).random(2), rng("flip", *where).random() < 0.5
-        image, captions, source = self.get_image(use.index, corner, self.args.random_flip and flip)
+        corner, flip = rng("crop", *where).random(2), self.args.random_flip and rng("flip", *where).random() < 0.5
+        if self.latents is None:
+            picture, source = self.read(use.index)
+            image = {**transform_image(picture, self.args, corner, flip), "sources": np.int64(source)}
+        else:
+            crop = int(corner[0] * self.num_crops)
+            image = self.latents.read((use.index * self.num_crops + crop) * self.num_flips + flip)
+        captions = self.data.captions[self.rows[image["sources"]]]
         caption = captions[rng("caption", *where).integers(len(captions))]
         if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
             caption = ""
+        text = {"caption": caption} if self.text_states is None else self.text_states.read(self.caption_rows[caption])
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes.items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        return {**image, **self.get_text(caption), **noises, "timesteps": np.int64(timestep),
-                "indices": np.int64(source), "num_skipped": np.int64((source - use.index) % len(self)),
-                "weights": np.float32(use.weight)}
+        return {**image, **text, **noises, "timesteps": np.int64(timestep), "weights": np.float32(use.weight)}
 
-    def get_image(self, index: int, corner: np.ndarray, flip: bool) -> tuple[dict, list[str], int]:
-        """Return an image, its captions and its index: `index`, or that of the readable one found in its place.
+    def make_variants(self, index: int) -> list[dict[str, np.ndarray]]:
+        """Return the crops of an image that are cached, the same for any seed."""
+        image, source = self.read(index)
+        return [{**transform_image(image, self.args, make_rng(0, "cached crop", index, crop).random(2), flip),
+                 "sources": np.int64(source)} for crop in range(self.num_crops) for flip in range(self.num_flips)]
 
-        It is `images` uint8 [3, resolution, resolution] or, with --cache_latents, the `moments` [2c, h, w] of one of
-        its cached crops; either way with `time_ids` [6].
-        """
-        if self.latents is None:
-            image, captions, source = self.read(index)
-            return transform_image(image, self.args, corner, flip), captions, source
-        crop = int(corner[0] * self.num_crops)
-        cached = self.latents.read(index * self.num_variants + crop * (1 + self.args.random_flip) + flip)
-        source = int(cached.pop("sources"))
-        return cached, self.read_captions(source), source
-
-    def get_text(self, caption: str) -> dict:
-        """Return the caption, or its cached text states."""
-        if self.text_states is None:
-            return {"caption": caption}
-        if caption not in self.caption_rows:
-            raise ValueError(f"caption {caption!r} was not there when captions were encoded: the data set must return "
-                             "the same captions each time.")
-        return self.text_states.read(self.caption_rows[caption])
-
-    def make_variants(self, indices: list[int]) -> list[dict[str, np.ndarray]]:
-        """Return the crops of images that are cached, the same for any seed; `sources` is the index of the image."""
-        def make(index: int) -> list[dict[str, np.ndarray]]:
-            image, _, source = self.read(index)
-            corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
-            return [{**transform_image(image, self.args, corner, flip), "sources": np.int64(source)}
-                    for corner in corners for flip in range(1 + self.args.random_flip)]
-
-        return [variant for variants in map_in_threads(make, indices) for variant in variants]
-
-    def get_item(self, index: int) -> dict:
-        return self.images[int(self.rows[index])]
-
-    def read_captions(self, index: int) -> list[str]:
-        if hasattr(self.images, "captions"):
-            return self.images.captions[int(self.rows[index])]
-        return self.get_item(index)["captions"]
-
-    def read(self, index: int) -> tuple[Image.Image, list[str], int]:
-        """Return image, captions and index of a sample, with --skip_broken_images of the next one that can be read."""
-        for skipped in range(len(self)):
-            source = (index + skipped) % len(self)
-            try:
-                item = self.get_item(source)
-                return decode_image(item["image"], make_row_name(source, item)), item["captions"], source
-            except (OSError, ValueError) as error:
-                if not self.args.skip_broken_images:
-                    raise
-                logging.getLogger(__name__).warning(f"skipped: {error}")
-        raise ValueError(f"none of the {len(self)} images can be read.")
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return an image and its index or, with --skip_broken_images, those of the next one that can be read."""
+        stored = self.data.images[self.rows[index]]
+        try:
+            return decode_image(stored), index
+        except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
+            message = f"row {index} of the data ({get_path(stored)}) cannot be read as an image: {error}."
+            if not self.args.skip_broken_images:
+                raise ValueError(f"{message} Fix or remove it, or add --skip_broken_images.") from error
+        logging.getLogger(__name__).warning(f"skipped: {message}")
+        return self.read((index + 1) % len(self))
 
 
 def map_in_threads(function, things) -> list:
-    """Return the results of a function for several things at once, in a loader process one after the other."""
-    with ThreadPoolExecutor(1 if multiprocessing.parent_process() else 8) as pool:
+    """Return the results of a function for several things at once."""
+    with ThreadPoolExecutor(8) as pool:
         return list(pool.map(function, things))
 
 
 def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
               configs: dict[str, dict]) -> Data:
     """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
-    side = args.resolution // compute_vae_factor(configs["vae"])
-    shape = (configs["vae"].get("latent_channels", 4), side, side)
-    sizes = {"latent_shape": shape, "num_timesteps": configs["scheduler"].get("num_train_timesteps", 1000)}
-    train = Samples(images, args, seed=seed, extra_noises=list_extra_noises(args, shape), **sizes)
-    if held_out_images is None:
-        return Data(train, None)
-    plain_args = Namespace(**{
-        **vars(args), "center_crop": True, "random_flip": False, "proportion_empty_prompts": 0,
-        "timestep_bias_strategy": "none", "max_train_samples": None})
-    return Data(train, Samples(held_out_images, plain_args, seed=0, extra_noises={}, **sizes))
+    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
+             "input_perturbation": 0, "timestep_bias_strategy": "none", "max_train_samples": None}
+    return Data(train=Samples(images, args, seed, configs),
+                held_out=held_out_images and Samples(held_out_images, Namespace(**vars(args) | plain), 0, configs))
 
 
 def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
@@ -633,41 +558,36 @@ def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, mic
         if first >= num_samples:
             epoch, first = epoch + 1, 0
         end = min(first + micro_batch_size * accumulation, num_samples)
-        window_size = end - first
-        while first < end:
-            last = min(first + micro_batch_size, end)
-            yield MicroStep(epoch, first, last, window_size, ends_update=last == end, ends_epoch=last == num_samples)
-            first = last
+        for start in range(first, end, micro_batch_size):
+            last = min(start + micro_batch_size, end)
+            yield MicroStep(epoch, start, last, end - first, ends_update=last == end, ends_epoch=last == num_samples)
+        first = end
 
 
 def share_samples(steps, num_samples: int, seed: int, rank: int, num_processes: int):
     """Yield this process's part of each micro step: a contiguous one, so that processes make one large batch."""
-    for epoch, steps_of_epoch in itertools.groupby(steps, lambda step: step.epoch):
-        order = make_rng(seed, "order", epoch).permutation(num_samples).tolist()
-        for step in steps_of_epoch:
-            count = step.last - step.first
-            begin = step.first + count * rank // num_processes
-            end = step.first + count * (rank + 1) // num_processes
-            padding = [SampleUse(epoch, order[step.first], weight=0.0)]
-            yield [SampleUse(epoch, index) for index in order[begin:end]] or padding
+    epoch, order = None, []
+    for step in steps:
+        if step.epoch != epoch:
+            epoch, order = step.epoch, make_rng(seed, "order", step.epoch).permutation(num_samples).tolist()
+        uses = [SampleUse(epoch, index) for index in order[step.first : step.last]]
+        begin, end = (len(uses) * part // num_processes for part in (rank, rank + 1))
+        yield uses[begin:end] or [uses[0]._replace(weight=0.0)]
 
 
 def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, Tensor]:
     """Return samples as one batch; for captions that are not cached `input_ids` [b, s], for a second tokenizer _2."""
     captions = [sample.pop("caption") for sample in samples if "caption" in sample]
     batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
-    if not captions:
-        return batch
-    for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
-        batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt",
-                                max_length=tokenizer.model_max_length).input_ids
-    batch["num_long"] = (batch["input_ids"][:, -2] != tokenizers[0].pad_token_id).long()  # full: perhaps truncated
+    if captions:
+        for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
+            batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        batch["num_long"] = (batch["input_ids"][:, -2] != tokenizers[0].pad_token_id).long()  # perhaps truncated
     return batch
 
 
 def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator):
-    """Return a generator of each micro step with this process's batch; loader processes start here, in this thread."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of loader processes
+    """Yield each micro step with this process's batch; loader processes start at the first, in the caller's thread."""
     steps, planned = itertools.tee(steps)
     shares = share_samples(planned, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
     tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
@@ -675,16 +595,11 @@ def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, a
         samples, batch_sampler=shares, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
         pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_stop_signals,
         generator=torch.Generator()))  # its own, to leave the global one alone
-    return hand_out(steps, loader)
-
-
-def hand_out(steps, loader):
-    """Yield each micro step with its batch, then end the loader processes."""
     try:
         yield from zip(steps, loader, strict=True)
     finally:
-        if hasattr(loader, "_shutdown_workers"):  # which otherwise waits for the last reference to go
-            loader._shutdown_workers()
+        if num_workers:
+            loader._shutdown_workers()  # which otherwise waits for the last reference to go
 
 
 def ignore_stop_signals(worker_id: int) -> None:
@@ -696,16 +611,15 @@ def ignore_stop_signals(worker_id: int) -> None:
 def iterate_ahead(batches):
     """Yield what the generator `batches` yields, with the next one being made in a thread while this one is used.
 
-    Close it when leaving early: loader processes end with it, and would otherwise outlive an error.
+    The first is made in this thread, where loader processes can be started. Close it when leaving early: they end
+    with it, and would otherwise outlive an error.
     """
-    try:
-        with ThreadPoolExecutor(max_workers=1) as reader:
+    with contextlib.closing(batches), ThreadPoolExecutor(max_workers=1) as reader:
+        batch = next(batches, None)
+        while batch is not None:
             pending = reader.submit(next, batches, None)
-            while (batch := pending.result()) is not None:
-                pending = reader.submit(next, batches, None)
-                yield batch
-    finally:
-        batches.close()
+            yield batch
+            batch = pending.result()
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -728,9 +642,9 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
     accelerator.backward(loss * scale)
     numbers = {"train_loss": loss.detach()}
     if models.debug_samples is not None:
-        for index, image_loss in zip(batch["indices"].tolist(), losses.detach(), strict=True):
-            name = make_file_name(index, models.debug_samples.get_item(index))
-            numbers[f"loss_for_{name}"] = image_loss
+        for index, image_loss in zip(batch["sources"].tolist(), losses.detach(), strict=True):
+            path = get_path(models.debug_samples.data.images[models.debug_samples.rows[index]])
+            numbers[f"loss_for_{Path(path).name or f'row-{index}'}"] = image_loss
     return numbers
 
 
@@ -750,7 +664,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     ahead = contextlib.closing(iterate_ahead(loader))
     with StopRequest(accelerator) as stop_request, logging_redirect_tqdm(), ahead as batches:
         for step, batch in meter.time_waits(batches):
-            batch = send_to_device(batch, accelerator.device, non_blocking=True, skip_keys="indices")
+            batch = send_to_device(batch, accelerator.device, non_blocking=True, skip_keys="sources")
             meter.add(step, batch, train_step(accelerator, models, objective, batch, step))
             if not step.ends_update:
                 continue
@@ -1200,8 +1114,9 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
     flags = {key: value for key, value in vars(args).items() if key != "hub_token"}
     accelerator.init_trackers(args.tracker_project_name, {
         key: str(value) if isinstance(value, list) else value for key, value in flags.items()})
+    captions = hashlib.blake2b(json.dumps(images.captions[:]).encode(), digest_size=8)
     return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
-            "captions_digest": getattr(images, "captions_digest", None), "flags": flags,
+            "captions_digest": captions.hexdigest(), "flags": flags,
             "versions": {library.__name__: library.__version__
                          for library in (torch, diffusers, transformers, accelerate)}}
 
@@ -1685,7 +1600,8 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
     key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
                    digest_network(vae), args.vae_tiling, row)
 
-    def encode(variants: list[dict]) -> dict[str, list[np.ndarray]]:
+    def encode(items: list[list[dict]]) -> dict[str, list[np.ndarray]]:
+        variants = list(itertools.chain(*items))
         crops = [variant.pop("images") for variant in variants]
         distinct = {crop.tobytes(): crop for crop in crops}  # those of a square image are all the same
         images = torch.from_numpy(np.stack(list(distinct.values())))
@@ -1695,14 +1611,14 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
         return {"moments": [encoded[crop.tobytes()] for crop in crops],
                 **{name: [variant[name] for variant in variants] for name in variants[0]}}
 
-    rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_variants)
-    rows.fill(accelerator, samples.make_variants, encode)
+    rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_crops * samples.num_flips)
+    rows.fill(accelerator, partial(map_in_threads, samples.make_variants), encode)
     return rows
 
 
 def cache_text_states(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> EncodedRows:
     """Return the text states of the empty caption and every distinct one, whose rows are `samples.caption_rows`."""
-    captions = sorted({"", *(caption for index in range(len(samples)) for caption in samples.read_captions(index))})
+    captions = sorted({"", *(caption for row in samples.rows for caption in samples.data.captions[row])})
     samples.caption_rows = {caption: row for row, caption in enumerate(captions)}
     empty = encode_texts(models, [""])  # which SDXL may want to be zeros
     row = np.dtype([(name, CACHE_DTYPES[args.cache_dtype] if values.dtype == np.float32 else values.dtype,
@@ -1796,7 +1712,7 @@ def make_key(*facts) -> str:
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
-        image = samples.get_item(index)["image"]
+        image = samples.data.images[samples.rows[index]]
         content = (image.tobytes() if isinstance(image, Image.Image)
                    else image.get("bytes") or Path(image["path"]).read_bytes())
         return hashlib.blake2b(content).digest()
@@ -1805,8 +1721,9 @@ def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     if accelerator.is_main_process:
         logger.info("reading all images, to know their cache by")
         whole.update(b"".join(map_in_threads(digest, range(count))))
-        for variant in samples.make_variants([0, count // 2, count - 1]):
-            whole.update(b"".join(array.tobytes() for array in variant.values()))
+        for index in (0, count // 2, count - 1):
+            for variant in samples.make_variants(index):
+                whole.update(b"".join(array.tobytes() for array in variant.values()))
     return gather_object([whole.hexdigest()])[0]
 
 

@@ -266,15 +266,6 @@ def test_samples_can_be_sent_to_loader_processes(script, tiny_model, image_folde
     assert sample.keys() == other.keys() and all(np.array_equal(sample[name], other[name]) for name in sample)
 
 
-def test_captions_that_were_not_encoded_are_refused(script, tiny_model, image_folder, tmp_path):
-    """A data set that returns other captions later is told so, in place of getting another caption's states."""
-    _, _, samples = prepare(script, make_args(
-        tiny_model, image_folder, tmp_path / "out", encoded_dir=tmp_path / "encoded", **CACHED))
-    samples.images.captions = [["never seen"]] * 10
-    with pytest.raises(ValueError, match="'never seen' was not there"):
-        samples[script.SampleUse(0, 0)]
-
-
 @in_first_script
 def test_killed_in_the_middle_it_goes_on(script, tiny_model, image_folder, tmp_path):
     """kill -9 while encoding leaves whole files only; the next run makes what is missing, and the same result."""
@@ -312,15 +303,15 @@ def test_two_processes_share_the_work_and_the_result(script, tiny_model, image_f
 
 
 def test_broken_images_bring_the_caption_of_what_replaces_them(script, tiny_model, tmp_path):
-    """With --skip_broken_images a neighbour takes the place, with its own caption, and is counted."""
+    """With --skip_broken_images a neighbour takes the place, with its own caption."""
     data = make_image_folder(tmp_path / "data", count=4)
     (data / "001.png").write_bytes(b"no picture")
     _, _, samples = prepare(script, make_args(
         tiny_model, data, tmp_path / "out", encoded_dir=tmp_path / "encoded", cache_latents=True,
         no_cache_text_embeddings=True, skip_broken_images=True))
     sample = samples[script.SampleUse(0, 1)]
-    assert sample["caption"] == "picture number 2" and sample["num_skipped"] == 1
-    assert samples[script.SampleUse(0, 3)]["num_skipped"] == 0
+    assert sample["caption"] == "picture number 2" and sample["sources"] == 2
+    assert samples[script.SampleUse(0, 3)]["sources"] == 3
 
 
 @in_first_script

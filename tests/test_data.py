@@ -35,10 +35,14 @@ def load_images(script, folder, **flags):
 
 
 def make_samples(script, images, *, seed=0, latent_shape=(4, 4, 4), num_timesteps=1000, **flags):
-    """Return samples of a list of images with flags that are not about where the images come from."""
+    """Return samples of a list of items with flags that are not about where the images come from."""
     args = make_namespace(script, make_args("model", ".", "no-such-output", **flags))
-    return script.Samples(images, args, seed=seed, latent_shape=latent_shape, num_timesteps=num_timesteps,
-                          extra_noises=script.list_extra_noises(args, latent_shape))
+    if isinstance(images, list):
+        images = script.CaptionedImages(*([item[name] for item in images] for name in ("image", "captions")))
+    halvings = int(math.log2(args.resolution / latent_shape[1]))
+    return script.Samples(images, args, seed, {
+        "vae": {"latent_channels": latent_shape[0], "block_out_channels": [1] * (halvings + 1)},
+        "scheduler": {"num_train_timesteps": num_timesteps}})
 
 
 def make_item(index: int = 0, size: tuple[int, int] = (40, 36), captions=("a", "b", "c")) -> dict:
@@ -79,13 +83,13 @@ def encode(image: Image.Image, kind: str = "png", **options) -> dict:
 
 def read_image(script, images, index: int = 0) -> Image.Image:
     """Return an item's picture, or raise the error that names it."""
-    return script.decode_image(images[index]["image"], script.make_row_name(index, images[index]))
+    return make_samples(script, images).read(index)[0]
 
 
 def assert_same_data(script, images, indices=range(5)) -> None:
     """Check that the images are those of make_image in any order, each with its own caption."""
-    order = sorted(range(len(images)), key=lambda index: images[index]["captions"])
-    assert [images[place]["captions"] for place in order] == [[CAPTIONS[index]] for index in indices]
+    order = sorted(range(len(images.captions)), key=images.captions.__getitem__)
+    assert [images.captions[place] for place in order] == [[CAPTIONS[index]] for index in indices]
     for index, place in zip(indices, order, strict=True):
         image = read_image(script, images, place)
         assert image.mode == "RGB"
@@ -130,7 +134,7 @@ def test_text_files_beside_images(script, tmp_path):
         (tmp_path / name).with_suffix(".txt").write_text(f"  {caption}\n")
     make_image(4).save(tmp_path / "4.JPEG")  # beside 4.png and 4.txt: an image of its own
     (tmp_path / "notes.md").write_text("no image")
-    assert len(load_images(script, tmp_path)) == 6
+    assert len(load_images(script, tmp_path).captions) == 6
     (tmp_path / "4.JPEG").unlink()
     assert_same_data(script, load_images(script, tmp_path))
     assert_same_data(script, load_images(script, tmp_path, image_column="picture", caption_column="story"))
@@ -141,7 +145,7 @@ def test_text_files_are_utf8(script, tmp_path):
     make_image(0).save(tmp_path / "a.png")
     for encoding in ("utf-8", "utf-8-sig"):
         (tmp_path / "a.txt").write_text("ein Käse, 一杯茶", encoding=encoding)
-        assert load_images(script, tmp_path)[0]["captions"] == ["ein Käse, 一杯茶"]
+        assert load_images(script, tmp_path).captions[0] == ["ein Käse, 一杯茶"]
 
 
 def test_missing_text_files_are_counted(script, tmp_path):
@@ -210,8 +214,8 @@ def test_data_set_that_does_not_exist_is_refused(script, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"image_column": "picture"}, "--image_column picture is not in {}: its columns are image, text"),
-        ({"caption_column": "story"}, "--caption_column story is not in {}: its columns are image, text"),
+        ({"image_column": "picture"}, "--image_column picture is not in {}.*: its columns are image, text"),
+        ({"caption_column": "story"}, "--caption_column story is not in {}.*: its columns are image, text"),
     ],
 )
 def test_missing_columns_are_refused(script, image_folder, flags, message):
@@ -219,12 +223,6 @@ def test_missing_columns_are_refused(script, image_folder, flags, message):
     for source in ({}, {"dataset_name": image_folder}):
         with pytest.raises(ValueError, match=message.format(image_folder)):
             load_images(script, None if source else image_folder, **source, **flags)
-
-
-def test_an_image_column_of_numbers_is_refused(script, tmp_path):
-    datasets.Dataset.from_dict({"image": [1, 2], "text": CAPTIONS[:2]}).save_to_disk(tmp_path / "data")
-    with pytest.raises(ValueError, match=f"--image_column image of {tmp_path}/data holds no images"):
-        load_images(script, None, dataset_name=tmp_path / "data")
 
 
 @pytest.mark.parametrize("content", ["nothing", "text only", "metadata of nothing", "an empty table"])
@@ -255,15 +253,6 @@ def test_captions_that_are_no_text_are_refused(script, tmp_path, caption):
         load_images(script, None, dataset_name=tmp_path / "data")
 
 
-def test_an_empty_cell_of_a_csv_is_refused(script, tmp_path):
-    """A caption that was forgotten in a spreadsheet is missing, not `nan`."""
-    names = write_images(tmp_path, 3)
-    (tmp_path / "metadata.csv").write_text("file_name,text\n" + "".join(f"{name},{text}\n" for name, text in zip(
-        names, ("a", "", "c"), strict=True)))
-    with pytest.raises(ValueError, match=r"row 1 \(.*sub/1.png\) has None in --caption_column text"):
-        load_images(script, tmp_path)
-
-
 # ---- Reading images -------------------------------------------------------------------------------------------------
 
 
@@ -286,14 +275,14 @@ def test_transparency_lies_on_white(script, mode):
     if picture.mode == "P":
         picture.putpalette([255, 0, 0, 0, 0, 0])
     picture.paste(left, (0, 0, 4, 4))
-    image = script.decode_image(encode(picture, **options), "it")
+    image = script.decode_image(encode(picture, **options))
     assert image.mode == "RGB"
     assert [image.getpixel((column, 2)) for column in (0, 3, 4, 7)] == [expected] * 2 + [(255, 255, 255)] * 2
 
 
 def test_half_transparency_is_mixed_with_white(script):
     """Alpha is a share: 51 of 255 is a fifth."""
-    image = script.decode_image(encode(Image.new("RGBA", (2, 2), (0, 100, 255, 51))), "it")
+    image = script.decode_image(encode(Image.new("RGBA", (2, 2), (0, 100, 255, 51))))
     np.testing.assert_allclose(image.getpixel((0, 0)), (204, 224, 255), atol=1)
 
 
@@ -305,7 +294,7 @@ def test_images_stand_upright(script, orientation):
               6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)}[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = script.decode_image(encode(Image.fromarray(np.ascontiguousarray(stored)), exif=exif), "it")
+    image = script.decode_image(encode(Image.fromarray(np.ascontiguousarray(stored)), exif=exif))
     np.testing.assert_array_equal(np.asarray(image), np.repeat(upright[:, :, None], 3, axis=2))
 
 
@@ -313,7 +302,7 @@ def test_sixteen_bits_are_scaled(script):
     """16-bit greyscale keeps its range: PIL alone would make nearly all of it white."""
     values = np.array([[0, 255, 256, 128 * 256, 65535]], dtype=np.uint16)
     for kind in ("png", "tiff"):
-        image = script.decode_image(encode(Image.fromarray(values), kind), "it")
+        image = script.decode_image(encode(Image.fromarray(values), kind))
         np.testing.assert_array_equal(np.asarray(image)[0, :, 0], [0, 0, 1, 128, 255])
         assert image.mode == "RGB"
 
@@ -321,14 +310,14 @@ def test_sixteen_bits_are_scaled(script):
 def test_other_modes_become_rgb(script):
     """Ink, black and white, greyscale and palettes are read as colours."""
     cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
-    np.testing.assert_allclose(script.decode_image(encode(cmyk, "jpeg"), "it").getpixel((1, 1)), (255, 0, 0), atol=3)
+    np.testing.assert_allclose(script.decode_image(encode(cmyk, "jpeg")).getpixel((1, 1)), (255, 0, 0), atol=3)
     bits = Image.new("1", (4, 4), 1)
     bits.putpixel((0, 0), 0)
-    image = script.decode_image(encode(bits), "it")
+    image = script.decode_image(encode(bits))
     assert (image.mode, image.getpixel((0, 0)), image.getpixel((1, 0))) == ("RGB", (0, 0, 0), (255, 255, 255))
-    assert script.decode_image(encode(Image.new("L", (4, 4), 9)), "it").getpixel((0, 0)) == (9, 9, 9)
+    assert script.decode_image(encode(Image.new("L", (4, 4), 9))).getpixel((0, 0)) == (9, 9, 9)
     palette = make_image(3).quantize(8)
-    np.testing.assert_array_equal(np.asarray(script.decode_image(encode(palette, "gif"), "it")),
+    np.testing.assert_array_equal(np.asarray(script.decode_image(encode(palette, "gif"))),
                                   np.asarray(palette.convert("RGB")))
 
 
@@ -398,7 +387,7 @@ def test_a_broken_image_is_replaced_by_its_neighbour(script, broken_folder):
     broken, whole = find_item(images, CAPTIONS[2]), [0, 1, 3]
     samples = make_samples(script, images, skip_broken_images=True)
     sample, neighbour = samples[script.SampleUse(0, broken)], samples[script.SampleUse(0, (broken + 1) % 4)]
-    assert (sample["num_skipped"], neighbour["num_skipped"]) == (1, 0)
+    assert sample["sources"] == neighbour["sources"] == (broken + 1) % 4
     assert sample["caption"] == neighbour["caption"] in [CAPTIONS[index] for index in whole]
     assert not np.array_equal(sample["noise"], neighbour["noise"])
     plain = make_samples(script, [make_item(index, (64, 64), [CAPTIONS[index]]) for index in range(4)])
@@ -407,17 +396,9 @@ def test_a_broken_image_is_replaced_by_its_neighbour(script, broken_folder):
 
 def test_several_broken_images_are_skipped_around_the_end(script):
     """The search goes on past broken neighbours and from the last image to the first."""
-
-    class Images(list):
-        def __getitem__(self, index):
-            if super().__getitem__(index) is None:
-                raise ValueError(f"row {index} is broken")
-            return super().__getitem__(index)
-
-    samples = make_samples(script, Images([None, make_item(1), None, None]), skip_broken_images=True)
-    assert [samples[script.SampleUse(0, index)]["num_skipped"] for index in range(4)] == [1, 0, 3, 2]
-    with pytest.raises(ValueError, match="none of the 2 images can be read"):
-        make_samples(script, Images([None, None]), skip_broken_images=True)[script.SampleUse(0, 0)]
+    broken = {"image": None, "captions": ["a"]}
+    samples = make_samples(script, [broken, make_item(1), broken, broken], skip_broken_images=True)
+    assert [samples[script.SampleUse(0, index)]["sources"] for index in range(4)] == [1] * 4
 
 
 def test_skipped_images_are_named_in_the_log(each_script, tiny_model, broken_folder, tmp_path, caplog):
@@ -685,10 +666,10 @@ def test_batches_hold_what_the_objective_reads(make_loader):
     """Shapes and types of a batch: bytes for images, int64 ids padded to the tokenizer's length, float32 noise."""
     batch = next(make_loader(1, train_batch_size=3))
     shapes = {"images": (3, 3, 32, 32), "input_ids": (3, 24), "noise": (3, 4, 16, 16),
-              "posterior_noise": (3, 4, 16, 16), "timesteps": (3,), "weights": (3,), "num_skipped": (3,)}
+              "posterior_noise": (3, 4, 16, 16), "timesteps": (3,), "weights": (3,), "sources": (3,)}
     types = {"images": torch.uint8, "input_ids": torch.int64, "noise": torch.float32,
              "posterior_noise": torch.float32, "timesteps": torch.int64, "weights": torch.float32,
-             "num_skipped": torch.int64}
+             "sources": torch.int64}
     assert {key: tuple(batch[key].shape) for key in shapes} == shapes
     assert {key: batch[key].dtype for key in types} == types
     assert (batch["weights"] == 1).all()
@@ -839,16 +820,14 @@ def test_max_train_samples_draws_a_subset(script, tiny_model, image_folder):
 
 
 def test_a_data_set_of_ones_own(each_script, tiny_model, image_folder, tmp_path, monkeypatch):
-    """`CaptionedImages` is a room to edit: a class with a length and items of image and captions is enough."""
+    """`make_captioned_images` is there to be edited: any sequences of images and captions are enough."""
 
-    class Stripes(torch.utils.data.Dataset):
-        def __len__(self):
-            return 3
-
+    class Stripes:
         def __getitem__(self, index):
-            return {"image": make_image(index, (32, 48)), "captions": [f"stripe {index}", "a stripe"]}
+            return make_image(index, (32, 48))
 
-    monkeypatch.setattr(each_script, "make_captioned_images", lambda args, folder: Stripes())
+    images = each_script.CaptionedImages(Stripes(), [[f"stripe {index}", "a stripe"] for index in range(3)])
+    monkeypatch.setattr(each_script, "make_captioned_images", lambda args, folder: images)
     each_script.main(make_args(tiny_model, image_folder, tmp_path / "out", num_train_epochs=1, max_train_steps=None,
                                **UNCACHED))
     progress = json.loads((tmp_path / "out" / "checkpoint-2" / "run_record.json").read_text())["progress"]
@@ -866,24 +845,7 @@ def test_output_folder_inside_the_data_is_no_data(each_script, tiny_model, tmp_p
     each_script.main(make_args(tiny_model, data, data / "out", **flags))
     assert (data / "out" / "val_imgs_grid.png").is_file()
     argv = make_args(tiny_model, data, data / "out", resume_from_checkpoint="latest", **flags)
-    assert len(each_script.make_captioned_images(each_script.parse_args(argv), str(data))) == 3
-
-
-@pytest.mark.parametrize("values", [[[0.0, 1.0]], [[-5.0, 5.0]]])
-def test_images_of_other_numbers_are_refused(script, tmp_path, values):
-    """A picture of floats has no known range: it is refused by name, not trained on as black."""
-    Image.fromarray(np.array(values, dtype=np.float32)).save(tmp_path / "a.tiff")
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"a\.tiff\) cannot be read as an image"):
-        read_image(script, load_images(script, tmp_path))
-
-
-def test_a_thin_strip_is_refused(script, tmp_path):
-    """An image that would take gigabytes to resize is refused by name."""
-    Image.new("RGB", (2, 2000)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match="2 x 2000 pixels"):
-        read_image(script, load_images(script, tmp_path))
+    assert len(each_script.make_captioned_images(each_script.parse_args(argv), str(data)).captions) == 3
 
 
 def test_a_caption_file_of_another_encoding_is_named(script, tmp_path):
@@ -922,8 +884,8 @@ def test_every_file_that_pillow_opens_is_an_image(script, tmp_path, caplog):
         (tmp_path / name).write_bytes(b"?")
     (tmp_path / "folder.png").mkdir()
     images = load_images(script, tmp_path)
-    assert len(images) == 4 + features.check("avif")
-    assert [read_image(script, images, index).mode for index in range(len(images))] == ["RGB"] * len(images)
+    assert len(images.captions) == 4 + features.check("avif")
+    assert {read_image(script, images, index).mode for index in range(len(images.captions))} == {"RGB"}
     lines = [line for line in caplog.messages if "not used" in line]
     assert len(lines) == 1 and "3 files" in lines[0] and "f.heic" in lines[0] and "g.png" not in lines[0]
 
@@ -949,17 +911,7 @@ def test_files_that_metadata_promises_are_missing(script, tmp_path, kind):
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=f"2 of 5 images that the metadata .*{names[3]}.*unpack archives"):
         load_images(script, tmp_path)
-    assert len(load_images(script, tmp_path, skip_broken_images=True)) == 5
-
-
-def test_metadata_of_a_format_that_pillow_lacks(script, tmp_path):
-    """A photo of a phone is told before any model is loaded; a file with an odd suffix or none may be an image."""
-    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" * 9)
-    for name in ("b", "c.jpg_large"):
-        make_image(0).save(tmp_path / name, "png")
-    write_metadata(tmp_path, "jsonl", [{"file_name": name, "text": name} for name in ("a.heic", "b", "c.jpg_large")])
-    with pytest.raises(ValueError, match=r"1 of 3 images .*Pillow does not read: the first is .*a\.heic"):
-        load_images(script, tmp_path)
+    assert len(load_images(script, tmp_path, skip_broken_images=True).captions) == 5
 
 
 def test_one_metadata_file_of_a_folder_is_read(script, tmp_path, caplog):
@@ -977,10 +929,10 @@ def test_rows_of_metadata_that_differ(script, tmp_path):
     rows = [{"file_name": names[0], "text": "one"}, {"file_name": names[1], "text": ["two", "three"]}]
     write_metadata(tmp_path, "jsonl", rows)
     images = load_images(script, tmp_path)
-    assert [images[index]["captions"] for index in range(2)] == [["one"], ["two", "three"]]
+    assert [images.captions[index] for index in range(2)] == [["one"], ["two", "three"]]
     for row, message in (({"text": "no file"}, "1 of 3 images that the metadata"),
                          ({"file_name": names[2]}, "1 of 3 images .* have no caption"),
-                         ({"file_name": names[2], "text": 3}, "holds other things than strings")):
+                         ({"file_name": names[2], "text": 3}, "1 of 3 images .* has 3 in --caption_column text")):
         write_metadata(tmp_path, "jsonl", [row, *rows])
         with pytest.raises(ValueError, match=message):
             load_images(script, tmp_path)
@@ -999,7 +951,7 @@ def test_several_lines_are_several_captions(script, tmp_path, caplog):
     (tmp_path / "1.txt").write_text(" one \r\n\n two\nthree\n")
     (tmp_path / "2.txt").write_text("")
     images = load_images(script, tmp_path)
-    assert [images[index]["captions"] for index in range(3)] == [[CAPTIONS[0]], ["one", "two", "three"], [""]]
+    assert [images.captions[index] for index in range(3)] == [[CAPTIONS[0]], ["one", "two", "three"], [""]]
     assert len([line for line in caplog.messages if "1 of 3 images" in line]) == 1
 
 
@@ -1025,7 +977,7 @@ def test_metadata_as_tools_write_it(script, tmp_path, name, content, expected):
             load_images(script, tmp_path)
     else:
         images = load_images(script, tmp_path)
-        assert images[0]["captions"] == [expected]
+        assert images.captions[0] == [expected]
         np.testing.assert_array_equal(np.asarray(read_image(script, images)), np.asarray(make_image(0)))
 
 
@@ -1042,11 +994,11 @@ def test_colors_become_srgb(script):
     """An ICC profile decides what the numbers mean; alpha stays, and palettes have their colors converted as well."""
     for mode in ("RGB", "P"):
         image = Image.new("RGB", (2, 2), (255, 0, 0)).convert(mode)
-        found = script.decode_image(encode(image, icc_profile=SWAPPED), "it").getpixel((0, 0))
+        found = script.decode_image(encode(image, icc_profile=SWAPPED)).getpixel((0, 0))
         np.testing.assert_allclose(found, (0, 255, 0), atol=3)
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
-    found = np.asarray(script.decode_image(encode(image, icc_profile=SWAPPED), "it"))
+    found = np.asarray(script.decode_image(encode(image, icc_profile=SWAPPED)))
     np.testing.assert_allclose(found, [[(0, 255, 0), (255, 255, 255)]], atol=3)
 
 
@@ -1058,8 +1010,8 @@ def test_other_profiles_change_nothing(script, mode, profile):
     image = (Image.fromarray(pixels[..., :2].copy().view(np.uint16)[..., 0]) if mode == "I;16"
              else Image.fromarray(pixels, "RGBA").convert(mode))
     kind = "tiff" if mode == "CMYK" else "png"
-    found = script.decode_image(encode(image, kind, icc_profile=profile), "it")
-    np.testing.assert_array_equal(np.asarray(found), np.asarray(script.decode_image(encode(image, kind), "it")))
+    found = script.decode_image(encode(image, kind, icc_profile=profile))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(script.decode_image(encode(image, kind))))
 
 
 def test_odd_chunks_do_no_harm(script):
@@ -1067,7 +1019,7 @@ def test_odd_chunks_do_no_harm(script):
     text = PngImagePlugin.PngInfo()
     text.add_text("workflow", "x" * 3_000_000, zip=True)
     for options in ({"pnginfo": text}, {"exif": b"Exif\0\0nonsense"}):
-        image = script.decode_image(encode(make_image(0), **options), "it")
+        image = script.decode_image(encode(make_image(0), **options))
         np.testing.assert_array_equal(np.asarray(image), np.asarray(make_image(0)))
 
 
@@ -1088,10 +1040,8 @@ def test_failures_of_the_library_name_their_cause(script, tmp_path, case):
     assert part in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_an_item_needs_an_image_and_captions_only(script):
-    """Pictures, files and bytes are images of a data set of one's own, which needs no other method."""
-    items = [{"image": make_image(0), "captions": ["a"]}, {"image": {"bytes": encode(make_image(0))["bytes"]},
-                                                           "captions": ["a"]}]
-    first, second = (make_samples(script, [item])[script.SampleUse(0, 0)] for item in items)
-    assert equal(first, second)
-    assert make_samples(script, items).read_captions(1) == ["a"]
+def test_pictures_and_files_are_images(script):
+    """A data set of one's own gives pictures, or the bytes or path of files."""
+    items = [{"image": make_image(0), "captions": ["a"]},
+             {"image": {"bytes": encode(make_image(0))["bytes"]}, "captions": ["a"]}]
+    assert equal(*(make_samples(script, [item])[script.SampleUse(0, 0)] for item in items))
