@@ -2,6 +2,7 @@
 # installs what it needs there, once; again only when requirements or constraints.txt have changed.
 #   make quickstart            train a tiny Stable Diffusion on the pictures in quickstart/, and look at what it draws
 #   make test                  all tests            make check   style, copies, structure, sizes: seconds
+#   make torture MINUTES=60    kill runs of each script at random moments, and compare how they end
 #   make benchmark             speed and memory     make style   fix what ruff can fix
 #   make test NEWEST=1         all tests with the newest packages that requirements*.txt allow, in .venv-newest
 #   make constraints           the same, and if they pass, constraints.txt is what they passed with
@@ -14,6 +15,7 @@ VENV ?= $(if $(NEWEST),.venv-newest,.venv)
 BASE_PYTHON ?= python3
 CONSTRAINTS ?= $(if $(NEWEST),,constraints.txt)
 ARGS ?=
+MINUTES ?= 60
 
 PYTHON := $(VENV)/bin/python
 # PIP_CONSTRAINT replaces a constraint in the user's pip configuration, which may clash with these versions.
@@ -27,7 +29,7 @@ TEST_READY := $(VENV)/.installed-to-test
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check style copies benchmark constraints newest
+.PHONY: help quickstart test torture check style copies benchmark constraints newest
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -41,6 +43,9 @@ test: WORKERS := -n 2 --dist worksteal
 test: $(TEST_READY)
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && \
 	HF_HOME="$$home" HF_HUB_OFFLINE=1 WANDB_MODE=offline $(PYTHON) -m pytest $(WORKERS) $(ARGS)
+
+torture: $(TEST_READY)
+	HF_HUB_OFFLINE=1 $(PYTHON) tests/torture.py --minutes $(MINUTES) $(ARGS)
 
 check: $(CHECK_READY)
 	$(PYTHON) -m ruff check .

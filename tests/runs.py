@@ -78,14 +78,15 @@ def recorded(script, before=None):
 class Run:
     """A run in a process of its own, or one of several that train together; killed at the end of the `with`."""
 
-    def __init__(self, script, argv: list, log: Path, limit: int | None = None, **environment: object) -> None:
+    def __init__(self, script, argv: list, log: Path, limit: int | None = None, target=None,
+                 **environment: object) -> None:
         environment = {key: str(value) for key, value in environment.items()}
         arguments = (Path(script.__file__).name, [str(word) for word in argv], str(log), limit, environment)
         os.environ["PYTHONPATH"] = str(ROOT / "tests")  # for the process that the others are forked from
         forkserver.ensure_running()
         del os.environ["PYTHONPATH"]
-        self.log = Path(log)
-        self.process = FORKS.Process(target=run_in_child, args=arguments)
+        self.log, self.rank = Path(log), int(environment.get("RANK", 0))
+        self.process = FORKS.Process(target=target or run_in_child, args=arguments)
         self.process.start()
 
     def __enter__(self) -> "Run":
@@ -115,10 +116,18 @@ class Run:
 
 
 def run_in_child(name: str, argv: list[str], log: str, limit: int | None, environment: dict[str, str]) -> None:
-    """Run a script alone: output to `log`, no file larger than `limit` bytes, in a process group of its own.
+    """Run a script alone; what it trained on stands in `log` with the process's rank and .json at the end."""
+    set_up_child(log, limit, environment)
+    script = load_script(name)
+    with recorded(script) as seen:
+        try:
+            script.main(argv)
+        finally:
+            Path(f"{log}.{environment.get('RANK', 0)}.json").write_text(json.dumps(seen))
 
-    What it trained on stands in `log` with the process's rank and .json at the end.
-    """
+
+def set_up_child(log: str, limit: int | None, environment: dict[str, str]) -> None:
+    """Make this process one of its own: output to `log`, no file larger than `limit` bytes, a process group."""
     os.setsid()
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(stream, 1)
@@ -128,22 +137,16 @@ def run_in_child(name: str, argv: list[str], log: str, limit: int | None, enviro
     multiprocessing.set_start_method(None, force=True)  # loader processes as in any other run, not as this one
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    script = load_script(name)
-    with recorded(script) as seen:
-        try:
-            script.main(argv)
-        finally:
-            Path(f"{log}.{environment.get('RANK', 0)}.json").write_text(json.dumps(seen))
 
 
-def start_pair(script, argv: list, log: Path) -> list[Run]:
+def start_pair(script, argv: list, log: Path, target=None) -> list[Run]:
     """Start two processes that train together on the CPU, set up as torchrun would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
               "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    return [Run(script, argv, log, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(2)]
+    return [Run(script, argv, log, target=target, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(2)]
 
 
 def run_pair(script, argv: list, log: Path) -> list[list[dict]]:
