@@ -323,7 +323,6 @@ def load_rows(args: Namespace) -> tuple[datasets.Dataset, list]:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         raise ValueError(f"--dataset_name {name} cannot be loaded: {reason}") from error
     check_columns(args, name, rows.column_names)
-    rows = rows.with_format(None)
     return rows, rows[args.caption_column][:]
 
 
@@ -339,8 +338,11 @@ def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, l
     """Return --image_column and the captions of a folder: of metadata files, or of its images and .txt files."""
     files = list_files(Path(folder), seen={Path(args.output_dir).resolve()})
     metadata = sorted({path.parent: path for path in reversed(files) if path.name in METADATA_READERS}.values())
-    rows = [row for path in metadata for row in read_metadata(path, args)] if metadata else [
-        (path, read_caption_file(path.with_suffix(".txt"))) for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+    if metadata:
+        rows = [row for path in metadata for row in read_metadata(path, args)]
+    else:
+        rows = [(path, read_caption_file(path.with_suffix(".txt"))) for path in files
+                if path.suffix.lower() in IMAGE_SUFFIXES]
     images = [path for path, _ in rows]
     missing = [path for path in images if not path.is_file()]
     if missing and not args.skip_broken_images:
@@ -364,37 +366,30 @@ def list_files(folder: Path, seen: set[Path]) -> list[Path]:
     return [file for path in paths for file in (list_files(path, seen) if path.is_dir() else [path])]
 
 
+METADATA_READERS = {  # of a file opened as text; each gives dicts
+    "metadata.csv": partial(csv.DictReader, strict=True),
+    "metadata.jsonl": lambda file: (dict(json.loads(line)) for line in file if line.strip()),
+    "metadata.parquet": lambda file: pyarrow.parquet.read_table(file.buffer).to_pylist(),
+}
+
+
 def read_metadata(path: Path, args: Namespace) -> list[tuple]:
     """Return the image file and the captions of each row of a metadata file."""
     rows = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows.extend(METADATA_READERS[path.name](file))
-        # as in `datasets`, file_name is the column image, and NAME_file_name the column NAME
-        columns = {"image" if name == "file_name" else name.removesuffix("_file_name"): name
-                   for row in rows for name in row}
     except Exception as error:  # each reader raises its own
-        raise ValueError(f"{path} cannot be read after row {len(rows)}: {error}. It needs file_name and captions, in "
-                         "UTF-8; in .csv double quotes around commas.") from error
+        raise ValueError(f"{path} cannot be read after row {len(rows)}: {error}. It must be UTF-8, with file_name and "
+                         "captions.") from error
+    names = dict.fromkeys(name for row in rows for name in row)
+    if None in names:
+        extra = next(row[None] for row in rows if None in row)
+        raise ValueError(f"{path} has more cells than its header, the first {extra}: put captions with commas in "
+                         "double quotes.")
     if rows:
-        check_columns(args, path, list(columns))
-    return [(path.parent / str(row.get(columns[args.image_column]) or "").replace("\\", "/"),
-             row.get(columns[args.caption_column])) for row in rows]
-
-
-def read_csv(file):
-    """Yield the rows of a .csv as dicts."""
-    for row in csv.DictReader(file, strict=True):
-        if None in row:
-            raise ValueError("the next row has more cells than the header")
-        yield row
-
-
-METADATA_READERS = {  # of a file opened as text
-    "metadata.csv": read_csv,
-    "metadata.jsonl": lambda file: (dict(json.loads(line)) for line in file if line.strip()),
-    "metadata.parquet": lambda file: pyarrow.parquet.read_table(file.buffer).to_pylist(),
-}
+        check_columns(args, path, ["image" if name == "file_name" else name for name in names])  # as `datasets` does
+    return [(path.parent / (row.get("file_name") or ""), row.get(args.caption_column)) for row in rows]
 
 
 def read_caption_file(path: Path) -> list[str] | None:
@@ -410,7 +405,7 @@ def read_caption_file(path: Path) -> list[str] | None:
 
 def get_path(image: Image.Image | dict | None) -> str:
     """Return the path of an image, or nothing if it has no file of its own."""
-    return (image.get("path") if isinstance(image, dict) else None) or ""
+    return (image.get("path") or "") if isinstance(image, dict) else ""
 
 
 def decode_image(image: Image.Image | dict) -> Image.Image:
@@ -450,7 +445,7 @@ def transform_image(image: Image.Image, args: Namespace, corner: np.ndarray, fli
     room = np.array([resized.height, resized.width]) - size
     top, left = (np.round(room / 2) if args.center_crop else corner * (room + 1)).astype(int).tolist()
     cropped = TVF.crop(resized, top, left, size, size)
-    return {"images": np.ascontiguousarray(np.asarray(cropped).transpose(2, 0, 1)),
+    return {"images": np.stack(cropped.split()),
             "time_ids": np.array([image.height, image.width, top, left, size, size], np.float32)}
 
 
@@ -475,13 +470,12 @@ class Samples:
         self.timestep_cdf = compute_timestep_cdf(args, configs["scheduler"].get("num_train_timesteps", 1000))
         side = args.resolution // compute_vae_factor(configs["vae"])
         self.latent_shape = (configs["vae"].get("latent_channels", 4), side, side)
-        self.noise_shapes = {"posterior_noise": self.latent_shape, "noise": self.latent_shape,
-                             **list_extra_noises(args, self.latent_shape)}
+        self.noise_shapes = dict.fromkeys(("posterior_noise", "noise"), self.latent_shape)
         self.num_crops = 1 if args.center_crop else args.cache_crops or 4  # in the cache, for each image
         self.num_flips = 1 + args.random_flip  # of each crop: with --random_flip mirrored as well
         self.latents = None  # EncodedRows with --cache_latents: the variants of each image
         self.text_states = None  # EncodedRows with --cache_text_embeddings
-        self.caption_rows: dict[str, int] = {}  # in them
+        self.caption_rows = {}  # the row of each caption in them
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -511,9 +505,9 @@ class Samples:
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes.items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        return {**image, **text, **noises, "timesteps": np.int64(timestep), "weights": np.float32(use.weight)}
+        return {**image, **text, **noises, "timesteps": timestep, "weights": np.float32(use.weight)}
 
-    def make_variants(self, index: int) -> list[dict[str, np.ndarray]]:
+    def make_variants(self, index: int) -> list[dict]:
         """Return the crops of an image that are cached, the same for any seed."""
         image, source = self.read(index)
         return [{**transform_image(image, self.args, make_rng(0, "cached crop", index, crop).random(2), flip),
@@ -525,7 +519,7 @@ class Samples:
         try:
             return decode_image(stored), index
         except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
-            message = f"row {index} of the data ({get_path(stored)}) cannot be read as an image: {error}."
+            message = f"row {index} of the data ({get_path(stored) or 'no file'}) cannot be read as an image: {error}."
             if not self.args.skip_broken_images:
                 raise ValueError(f"{message} Fix or remove it, or add --skip_broken_images.") from error
         logging.getLogger(__name__).warning(f"skipped: {message}")
@@ -540,11 +534,12 @@ def map_in_threads(function, things) -> list:
 
 def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
               configs: dict[str, dict]) -> Data:
-    """Return the samples to train on, and those of --validation_data_dir: plain, and with a seed of their own."""
-    plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "noise_offset": 0,
-             "input_perturbation": 0, "timestep_bias_strategy": "none", "max_train_samples": None}
-    return Data(train=Samples(images, args, seed, configs),
-                held_out=held_out_images and Samples(held_out_images, Namespace(**vars(args) | plain), 0, configs))
+    """Return the samples to train on, and those of --validation_data_dir: with plain draws, the same in every run."""
+    train = Samples(images, args, seed, configs)
+    train.noise_shapes |= list_extra_noises(args, train.latent_shape)
+    plain = Namespace(**vars(args) | {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0,
+                                      "timestep_bias_strategy": "none", "max_train_samples": None})
+    return Data(train, held_out_images and Samples(held_out_images, plain, 0, configs))
 
 
 def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):

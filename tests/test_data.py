@@ -40,9 +40,9 @@ def make_samples(script, images, *, seed=0, latent_shape=(4, 4, 4), num_timestep
     if isinstance(images, list):
         images = script.CaptionedImages(*([item[name] for item in images] for name in ("image", "captions")))
     halvings = int(math.log2(args.resolution / latent_shape[1]))
-    return script.Samples(images, args, seed, {
-        "vae": {"latent_channels": latent_shape[0], "block_out_channels": [1] * (halvings + 1)},
-        "scheduler": {"num_train_timesteps": num_timesteps}})
+    configs = {"vae": {"latent_channels": latent_shape[0], "block_out_channels": [1] * (halvings + 1)},
+               "scheduler": {"num_train_timesteps": num_timesteps}}
+    return script.make_data(args, images, None, seed, configs).train
 
 
 def make_item(index: int = 0, size: tuple[int, int] = (40, 36), captions=("a", "b", "c")) -> dict:
@@ -960,7 +960,6 @@ def test_several_lines_are_several_captions(script, tmp_path, caplog):
     ("metadata.csv", b"file_name,text,n\r\n0.png,007,\r\n", "007"),
     ("metadata.jsonl", b'\xef\xbb\xbf{"file_name": "./0.png", "text": "a", "n": 1}\n\n', "a"),
     ("metadata.jsonl", b'{"file_name": "sub/../0.png", "text": "a"}', "a"),
-    ("metadata.jsonl", b'{"file_name": "sub\\\\..\\\\0.png", "text": "a"}', "a"),
     ("metadata.jsonl", b'{"file_name": "FOLDER/0.png", "text": "a"}', "a"),
     ("metadata.csv", b"file_name,text\n0.png,a, b\n", ValueError),
     ("metadata.csv", "file_name,text\n0.png,Käse\n".encode("latin-1"), ValueError),
@@ -973,7 +972,7 @@ def test_metadata_as_tools_write_it(script, tmp_path, name, content, expected):
     write_captioned(tmp_path, "0.png", "sub/1.png")
     (tmp_path / name).write_bytes(content.replace(b"FOLDER", str(tmp_path).encode()))
     if expected is ValueError:
-        with pytest.raises(ValueError, match=f"{tmp_path}/{name} cannot be read after row"):
+        with pytest.raises(ValueError, match=f"{tmp_path}/{name} (cannot be read after row|has more cells)"):
             load_images(script, tmp_path)
     else:
         images = load_images(script, tmp_path)
