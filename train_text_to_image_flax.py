@@ -1581,7 +1581,7 @@ FLAX_FILES = {"unet": "diffusion_flax_model.msgpack", "vae": "diffusion_flax_mod
 UNSUPPORTED_SETTINGS = {
     "unet": ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"),
     "vae": ("shift_factor", "latents_mean", "latents_std"),
-    "scheduler": ("use_flow_sigmas", "shift", "sigma_data"),  # the last two: of flow matching, and of EDM
+    "scheduler": ("use_flow_sigmas",),
 }
 # Settings of networks: those that may differ, with what holds where an old file leaves them out, ...
 SETTINGS = {
@@ -1676,10 +1676,11 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
-    where, unet, vae = args.pretrained_model_name_or_path, configs["unet"], configs["vae"]
+    where, factor = args.pretrained_model_name_or_path, compute_vae_factor(configs["vae"])
+    unet, vae, scheduler = configs["unet"], configs["vae"], configs["scheduler"]
     in_channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    factor, num_timesteps = compute_vae_factor(vae), configs["scheduler"].get("num_train_timesteps", 1000)
-    prediction_type = make_scheduler_config(args, configs["scheduler"])["prediction_type"]
+    sampler, num_timesteps = scheduler.get("_class_name", ""), scheduler.get("num_train_timesteps", 1000)
+    prediction_type = args.prediction_type or scheduler.get("prediction_type", "epsilon")
     refusals = (
         *((configs[part].get(name), f"the {part} has {name} = {configs[part].get(name)!r}, which this script cannot "
            "train with: name another model.") for part, names in UNSUPPORTED_SETTINGS.items() for name in names),
@@ -1691,8 +1692,9 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
          "cannot be trained, and a VAE must be made for this kind of model."),
         (args.resolution % factor, f"--resolution {args.resolution} must be a multiple of {factor}, for the VAE: try "
          f"{max(1, args.resolution // factor) * factor}."),
-        (prediction_type not in PREDICTION_TYPES,
-         f"{where} has prediction type {prediction_type}; this script has {', '.join(PREDICTION_TYPES)}."),
+        (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
+         f"{where} is for {sampler} with prediction type {prediction_type}; this script trains models for noise as "
+         f"DDPM adds it, with prediction type {', '.join(PREDICTION_TYPES)}."),
         (args.dream_training and prediction_type != "epsilon",
          f"--dream_training needs prediction type epsilon; this run has {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
@@ -2004,13 +2006,14 @@ class EncodedRows:
                    if not is_whole(path)]
         inputs = iterate_ahead(make_inputs(items) for _, items in missing)
         bar = tqdm(missing, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
+        first = self.dtype.names[0]
         for (path, items), encoded in zip(bar, map(encode, inputs), strict=True):
-            rows = np.empty(len(encoded[self.dtype.names[0]]), self.dtype)
-            for name in self.dtype.names:
-                rows[name] = encoded[name]
-                if not np.isfinite(rows[name]).all():
-                    raise RuntimeError(f"the encodings of items {items.start} to {items.stop - 1} of the data are not "
-                                       f"finite as {rows[name].dtype}: try --mixed_precision no, --cache_dtype fp32.")
+            rows = np.empty(len(encoded[first]), self.dtype)
+            for name, values in encoded.items():
+                rows[name] = values
+            if not np.isfinite(rows[first]).all():
+                raise RuntimeError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
+                                   f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
             self.save(rows, path)
         logger.info(f"cache {self.folder}: this process wrote {len(missing)} of {len(self.files)} files")
         accelerator.wait_for_everyone()

@@ -1177,7 +1177,7 @@ ADDITION_EMBED_TYPE = "text_time"  # of the UNet: tells this kind of model from 
 UNSUPPORTED_SETTINGS = {
     "unet": ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"),
     "vae": ("shift_factor", "latents_mean", "latents_std"),
-    "scheduler": ("use_flow_sigmas", "shift", "sigma_data"),  # the last two: of flow matching, and of EDM
+    "scheduler": ("use_flow_sigmas",),
 }
 # What the names that --lora_target knows stand for in the UNet, and in a text encoder: ends of the names of layers.
 LORA_TARGETS = {
@@ -1213,8 +1213,8 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             where, files = locate_part(args, part)
             kind = DDPMScheduler if part == "scheduler" else UNet2DConditionModel  # which reads any config.json
             configs[part] = kind.load_config(where, **files)
-    with explained_load(args, "scheduler"):  # what diffusers lacks would only fail at the export
-        getattr(diffusers, configs["scheduler"].get("_class_name", "DDPMScheduler")).from_config(configs["scheduler"])
+            if part == "scheduler":  # what diffusers lacks would only fail at the export
+                getattr(diffusers, configs[part].get("_class_name", "DDPMScheduler")).from_config(configs[part])
     known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
     for part, tokenizer in zip(TEXT_ENCODERS, TOKENIZERS, strict=True):
         with explained_load(args, tokenizer):
@@ -1255,11 +1255,9 @@ def locate_model(args: Namespace) -> str:
         if "v_pred" in names:  # a file says it so, as it has no configuration
             pipeline.scheduler.register_to_config(prediction_type="v_prediction",
                                                   rescale_betas_zero_snr="ztsnr" in names)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True) as aside:
-            pipeline.save_pretrained(Path(aside, "model"))
-            with contextlib.suppress(OSError):  # another process was faster
-                Path(aside, "model").rename(folder)
+        aside = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
+        pipeline.save_pretrained(aside)
+        replace_folder(aside, folder)
     except Exception as error:  # of several libraries
         raise ValueError(f"{error} Is it a {MODEL_KIND} model? The configurations and tokenizers that one file lacks "
                          "come from the hub, or from the model folder that --single_file_config names.") from error
@@ -1276,10 +1274,11 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
-    where, unet, vae = args.pretrained_model_name_or_path, configs["unet"], configs["vae"]
+    where, factor = args.pretrained_model_name_or_path, compute_vae_factor(configs["vae"])
+    unet, vae, scheduler = configs["unet"], configs["vae"], configs["scheduler"]
     in_channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    factor, num_timesteps = compute_vae_factor(vae), configs["scheduler"].get("num_train_timesteps", 1000)
-    prediction_type = make_scheduler_config(args, configs["scheduler"])["prediction_type"]
+    sampler, num_timesteps = scheduler.get("_class_name", ""), scheduler.get("num_train_timesteps", 1000)
+    prediction_type = args.prediction_type or scheduler.get("prediction_type", "epsilon")
     refusals = (
         *((configs[part].get(name), f"the {part} has {name} = {configs[part].get(name)!r}, which this script cannot "
            "train with: name another model.") for part, names in UNSUPPORTED_SETTINGS.items() for name in names),
@@ -1291,8 +1290,9 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
          "cannot be trained, and a VAE must be made for this kind of model."),
         (args.resolution % factor, f"--resolution {args.resolution} must be a multiple of {factor}, for the VAE: try "
          f"{max(1, args.resolution // factor) * factor}."),
-        (prediction_type not in PREDICTION_TYPES,
-         f"{where} has prediction type {prediction_type}; this script has {', '.join(PREDICTION_TYPES)}."),
+        (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
+         f"{where} is for {sampler} with prediction type {prediction_type}; this script trains models for noise as "
+         f"DDPM adds it, with prediction type {', '.join(PREDICTION_TYPES)}."),
         (args.dream_training and prediction_type != "epsilon",
          f"--dream_training needs prediction type epsilon; this run has {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
@@ -1343,24 +1343,25 @@ def explained_load(args: Namespace, part: str = ""):
 
 
 def load_network(args: Namespace, part: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Load a network, frozen; OSError if its files lack weights, in whose place libraries put random values.
+    """Load a network, frozen; refuse files that lack weights, in whose place libraries put random values.
 
     A part without files of --variant is loaded from those without a variant, or else of fp16.
     """
     (where, files), failures = locate_part(args, part), []
     own = args.variant if "subfolder" in files else None  # --variant is not for a VAE named separately
-    for variant in (own, None, "fp16"):
-        try:
-            network, report = NETWORK_CLASSES[part].from_pretrained(
-                where, **files, variant=variant, dtype=dtype, output_loading_info=True)
-        except OSError as error:
-            failures.append(error)
-            continue
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise OSError(f"the weights of its {part} lack {', '.join(missing[:3])} ({len(missing)} tensors in all).")
-        return network.requires_grad_(False).eval()
-    raise failures[0]
+    with explained_load(args, part):
+        for variant in (own, None, "fp16"):
+            try:
+                network, report = NETWORK_CLASSES[part].from_pretrained(
+                    where, **files, variant=variant, dtype=dtype, output_loading_info=True)
+            except OSError as error:
+                failures.append(error)
+                continue
+            missing = sorted(report["missing_keys"])
+            if missing:
+                raise OSError(f"the weights lack {', '.join(missing[:3])} ({len(missing)} tensors in all).")
+            return network.requires_grad_(False).eval()
+        raise failures[0]
 
 
 def load_parts(args: Namespace, accelerator: Accelerator, configs: dict[str, dict], in_float32: tuple = ()) -> dict:
@@ -1394,37 +1395,27 @@ def load_force_zeros(args: Namespace) -> bool:
     return config.get("force_zeros_for_empty_prompt", True)
 
 
-def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict],
-                initial_adapter: dict[str, Tensor] | None = None) -> Models:
+def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
     """Load the networks, frozen and in the run's precision but the VAE; give adapters to those that are trained."""
     parts = load_parts(args, accelerator, configs, ("vae",) * needs_float32(args, configs["vae"]))
+    check_lora_targets(args, parts["unet"])
     adapters = make_lora_configs(args, parts)
     models = Models(**parts, scheduler_config=make_scheduler_config(args, configs["scheduler"]),
                     force_zeros_for_empty_prompt=load_force_zeros(args), clip_skip=args.clip_skip,
                     trained=tuple(adapters), metadata=make_lora_metadata(args, adapters))
     for part, config in adapters.items():
         add_adapter(getattr(models, part), config)
-    if initial_adapter:
-        copy_weights(name_lora_weights(vars(models)), initial_adapter, "the adapter to start from")
     return models
 
 
-def make_empty_adapter(args: Namespace, configs: dict[str, dict]) -> dict[str, Tensor]:
-    """Return the weights to train, without values and by name; refuse --lora_target without a layer."""
-    with torch.device("meta"):
-        networks = {"unet": UNet2DConditionModel.from_config(configs["unet"])}
-        for part in TEXT_ENCODERS if args.train_text_encoder else ():
-            networks[part] = NETWORK_CLASSES[part](transformers.CLIPTextConfig.from_dict(configs[part]))
-    layers = [f".{name}" for name, module in networks["unet"].named_modules()
+def check_lora_targets(args: Namespace, unet: UNet2DConditionModel) -> None:
+    """Refuse a --lora_target that names no layer, which PEFT would pass over."""
+    layers = [f".{name}" for name, module in unet.named_modules()
               if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
     for name in args.lora_target:
         if name not in LORA_TARGETS and not any(layer.endswith(f".{name}") for layer in layers):
             raise ValueError(f"--lora_target {name} is no linear or convolution layer of the UNet: give some of "
                              f"{', '.join(LORA_TARGETS)}, or ends of layer names such as to_q.")
-    with torch.device("meta"):
-        for part, config in make_lora_configs(args, networks).items():
-            inject_adapter_in_model(config, networks[part])
-    return name_lora_weights(networks)
 
 
 def make_lora_configs(args: Namespace, networks: dict[str, torch.nn.Module]) -> dict[str, LoraConfig]:
@@ -1476,20 +1467,22 @@ def list_text_targets(args: Namespace, text_encoder: torch.nn.Module, num_unused
             and not any(layer in name for layer in unused)]
 
 
-def load_initial_adapter(args: Namespace, configs: dict[str, dict], places: dict[str, Tensor],
-                         checkpoint: Path | None) -> dict[str, Tensor]:
-    """Return the weights of --pretrained_lora_model_name_or_path, if they have the names and shapes of `places`.
+def load_initial_adapter(args: Namespace, models: Models, checkpoint: Path | None) -> None:
+    """Start from the adapter that --pretrained_lora_model_name_or_path names, if its names and shapes fit.
 
-    Empty without the flag, and on resume: the checkpoint holds the adapter. With another --lora_alpha than the file
-    has, B is rescaled, so that the adapter does the same.
+    On resume the checkpoint holds the adapter. With another --lora_alpha than the file has, B is rescaled, so that the
+    adapter does the same.
     """
-    where = args.pretrained_lora_model_name_or_path
+    where, places = args.pretrained_lora_model_name_or_path, name_lora_weights(vars(models))
     if where is None or checkpoint is not None:
-        return {}
+        return
     flag = f"--pretrained_lora_model_name_or_path {where}"
     try:
         weights, alphas, facts = StableDiffusionLoraLoaderMixin.lora_state_dict(
-            where, unet_config=Namespace(**configs["unet"]), cache_dir=args.cache_dir, return_lora_metadata=True)
+            where, unet_config=models.unet.config, cache_dir=args.cache_dir, return_lora_metadata=True)
+        if Path(where, "adapter_config.json").is_file():  # PEFT's own format, for a UNet
+            config = json.loads(Path(where, "adapter_config.json").read_text())
+            facts = {f"unet.{name}": value for name, value in config.items()}
     except Exception as error:  # of several libraries, about files that are missing, damaged or no LoRA
         raise ValueError(f"{flag} cannot be read: {error}. Give a folder with {LORA_FILE}, a .safetensors file, or a "
                          "name on the hub.") from error
@@ -1506,8 +1499,7 @@ def load_initial_adapter(args: Namespace, configs: dict[str, dict], places: dict
         scale = compute_lora_scale(alpha, rank, facts.get(f"{part}.use_rslora", False))
         scale /= compute_lora_scale(args.lora_alpha, args.rank, args.use_rslora)
         weights[name] = weights[name].float() * scale
-    copy_weights(places, weights, flag)  # on meta: checks names and shapes
-    return weights
+    copy_weights(places, weights, flag)
 
 
 def compute_lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
@@ -1664,13 +1656,14 @@ class EncodedRows:
                    if not is_whole(path)]
         inputs = iterate_ahead(make_inputs(items) for _, items in missing)
         bar = tqdm(missing, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
+        first = self.dtype.names[0]
         for (path, items), encoded in zip(bar, map(encode, inputs), strict=True):
-            rows = np.empty(len(encoded[self.dtype.names[0]]), self.dtype)
-            for name in self.dtype.names:
-                rows[name] = encoded[name]
-                if not np.isfinite(rows[name]).all():
-                    raise RuntimeError(f"the encodings of items {items.start} to {items.stop - 1} of the data are not "
-                                       f"finite as {rows[name].dtype}: try --mixed_precision no, --cache_dtype fp32.")
+            rows = np.empty(len(encoded[first]), self.dtype)
+            for name, values in encoded.items():
+                rows[name] = values
+            if not np.isfinite(rows[first]).all():
+                raise RuntimeError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
+                                   f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
             self.save(rows, path)
         logger.info(f"cache {self.folder}: this process wrote {len(missing)} of {len(self.files)} files")
         accelerator.wait_for_everyone()
@@ -2420,10 +2413,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = make_accelerator(args)
     with accelerator.local_main_process_first():
         configs = load_model_configs(args)
-    empty_adapter = make_empty_adapter(args, configs)
     lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    initial_adapter = load_initial_adapter(args, configs, empty_adapter, checkpoint)
     with accelerator.main_process_first():
         images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
         held_out_images = make_captioned_images(args, args.validation_data_dir) if args.validation_data_dir else None
@@ -2431,8 +2422,8 @@ def main(argv: list[str] | None = None) -> None:
     check_changes(checkpoint, record)
     data = make_data(args, images, held_out_images, record["seed"], configs)
 
-    with explained_load(args):
-        models = load_models(args, accelerator, configs, initial_adapter)
+    models = load_models(args, accelerator, configs)
+    load_initial_adapter(args, models, checkpoint)
     models.debug_samples = data.train if args.debug_loss else None
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)

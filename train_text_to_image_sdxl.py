@@ -1149,7 +1149,7 @@ ADDITION_EMBED_TYPE = "text_time"  # of the UNet: tells this kind of model from 
 UNSUPPORTED_SETTINGS = {
     "unet": ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"),
     "vae": ("shift_factor", "latents_mean", "latents_std"),
-    "scheduler": ("use_flow_sigmas", "shift", "sigma_data"),  # the last two: of flow matching, and of EDM
+    "scheduler": ("use_flow_sigmas",),
 }
 
 
@@ -1164,8 +1164,8 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             where, files = locate_part(args, part)
             kind = DDPMScheduler if part == "scheduler" else UNet2DConditionModel  # which reads any config.json
             configs[part] = kind.load_config(where, **files)
-    with explained_load(args, "scheduler"):  # what diffusers lacks would only fail at the export
-        getattr(diffusers, configs["scheduler"].get("_class_name", "DDPMScheduler")).from_config(configs["scheduler"])
+            if part == "scheduler":  # what diffusers lacks would only fail at the export
+                getattr(diffusers, configs[part].get("_class_name", "DDPMScheduler")).from_config(configs[part])
     known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
     for part, tokenizer in zip(TEXT_ENCODERS, TOKENIZERS, strict=True):
         with explained_load(args, tokenizer):
@@ -1206,11 +1206,9 @@ def locate_model(args: Namespace) -> str:
         if "v_pred" in names:  # a file says it so, as it has no configuration
             pipeline.scheduler.register_to_config(prediction_type="v_prediction",
                                                   rescale_betas_zero_snr="ztsnr" in names)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True) as aside:
-            pipeline.save_pretrained(Path(aside, "model"))
-            with contextlib.suppress(OSError):  # another process was faster
-                Path(aside, "model").rename(folder)
+        aside = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
+        pipeline.save_pretrained(aside)
+        replace_folder(aside, folder)
     except Exception as error:  # of several libraries
         raise ValueError(f"{error} Is it a {MODEL_KIND} model? The configurations and tokenizers that one file lacks "
                          "come from the hub, or from the model folder that --single_file_config names.") from error
@@ -1227,10 +1225,11 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     """Refuse a model that this script cannot train with these flags."""
-    where, unet, vae = args.pretrained_model_name_or_path, configs["unet"], configs["vae"]
+    where, factor = args.pretrained_model_name_or_path, compute_vae_factor(configs["vae"])
+    unet, vae, scheduler = configs["unet"], configs["vae"], configs["scheduler"]
     in_channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
-    factor, num_timesteps = compute_vae_factor(vae), configs["scheduler"].get("num_train_timesteps", 1000)
-    prediction_type = make_scheduler_config(args, configs["scheduler"])["prediction_type"]
+    sampler, num_timesteps = scheduler.get("_class_name", ""), scheduler.get("num_train_timesteps", 1000)
+    prediction_type = args.prediction_type or scheduler.get("prediction_type", "epsilon")
     refusals = (
         *((configs[part].get(name), f"the {part} has {name} = {configs[part].get(name)!r}, which this script cannot "
            "train with: name another model.") for part, names in UNSUPPORTED_SETTINGS.items() for name in names),
@@ -1242,8 +1241,9 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
          "cannot be trained, and a VAE must be made for this kind of model."),
         (args.resolution % factor, f"--resolution {args.resolution} must be a multiple of {factor}, for the VAE: try "
          f"{max(1, args.resolution // factor) * factor}."),
-        (prediction_type not in PREDICTION_TYPES,
-         f"{where} has prediction type {prediction_type}; this script has {', '.join(PREDICTION_TYPES)}."),
+        (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
+         f"{where} is for {sampler} with prediction type {prediction_type}; this script trains models for noise as "
+         f"DDPM adds it, with prediction type {', '.join(PREDICTION_TYPES)}."),
         (args.dream_training and prediction_type != "epsilon",
          f"--dream_training needs prediction type epsilon; this run has {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
@@ -1294,24 +1294,25 @@ def explained_load(args: Namespace, part: str = ""):
 
 
 def load_network(args: Namespace, part: str, dtype: torch.dtype) -> torch.nn.Module:
-    """Load a network, frozen; OSError if its files lack weights, in whose place libraries put random values.
+    """Load a network, frozen; refuse files that lack weights, in whose place libraries put random values.
 
     A part without files of --variant is loaded from those without a variant, or else of fp16.
     """
     (where, files), failures = locate_part(args, part), []
     own = args.variant if "subfolder" in files else None  # --variant is not for a VAE named separately
-    for variant in (own, None, "fp16"):
-        try:
-            network, report = NETWORK_CLASSES[part].from_pretrained(
-                where, **files, variant=variant, dtype=dtype, output_loading_info=True)
-        except OSError as error:
-            failures.append(error)
-            continue
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise OSError(f"the weights of its {part} lack {', '.join(missing[:3])} ({len(missing)} tensors in all).")
-        return network.requires_grad_(False).eval()
-    raise failures[0]
+    with explained_load(args, part):
+        for variant in (own, None, "fp16"):
+            try:
+                network, report = NETWORK_CLASSES[part].from_pretrained(
+                    where, **files, variant=variant, dtype=dtype, output_loading_info=True)
+            except OSError as error:
+                failures.append(error)
+                continue
+            missing = sorted(report["missing_keys"])
+            if missing:
+                raise OSError(f"the weights lack {', '.join(missing[:3])} ({len(missing)} tensors in all).")
+            return network.requires_grad_(False).eval()
+        raise failures[0]
 
 
 def load_parts(args: Namespace, accelerator: Accelerator, configs: dict[str, dict], in_float32: tuple = ()) -> dict:
@@ -1516,13 +1517,14 @@ class EncodedRows:
                    if not is_whole(path)]
         inputs = iterate_ahead(make_inputs(items) for _, items in missing)
         bar = tqdm(missing, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
+        first = self.dtype.names[0]
         for (path, items), encoded in zip(bar, map(encode, inputs), strict=True):
-            rows = np.empty(len(encoded[self.dtype.names[0]]), self.dtype)
-            for name in self.dtype.names:
-                rows[name] = encoded[name]
-                if not np.isfinite(rows[name]).all():
-                    raise RuntimeError(f"the encodings of items {items.start} to {items.stop - 1} of the data are not "
-                                       f"finite as {rows[name].dtype}: try --mixed_precision no, --cache_dtype fp32.")
+            rows = np.empty(len(encoded[first]), self.dtype)
+            for name, values in encoded.items():
+                rows[name] = values
+            if not np.isfinite(rows[first]).all():
+                raise RuntimeError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
+                                   f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
             self.save(rows, path)
         logger.info(f"cache {self.folder}: this process wrote {len(missing)} of {len(self.files)} files")
         accelerator.wait_for_everyone()
@@ -2183,8 +2185,7 @@ def main(argv: list[str] | None = None) -> None:
     check_changes(checkpoint, record)
     data = make_data(args, images, held_out_images, record["seed"], configs)
 
-    with explained_load(args):
-        models = load_models(args, accelerator, configs)
+    models = load_models(args, accelerator, configs)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, len(data.train))

@@ -228,7 +228,7 @@ def test_weights_that_the_averaged_unet_lacks_are_told(full_script, image_folder
     weights = load_file(path)
     del weights["conv_in.weight"]
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(OSError, match="the weights of its unet lack conv_in.weight"):
+    with pytest.raises(ValueError, match="its unet: the weights lack conv_in.weight"):
         run(full_script, make_args("team/model", image_folder, tmp_path / "out", cache_dir=hub_cache, use_ema=True,
                                    non_ema_revision="raw", max_train_steps=1))
 
