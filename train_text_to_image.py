@@ -63,7 +63,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import accelerate
 import datasets
 import huggingface_hub
 import numpy as np
@@ -641,7 +640,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             meter.add(step, batch, train_step(accelerator, models, objective, batch, step))
             if not step.ends_update:
                 continue
-            numbers = {"epoch": step.epoch, **get_learning_rates(models)}
+            numbers = {"epoch": step.epoch, "lr": models.lr_scheduler.get_last_lr()[0]}
             numbers["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             models.optimizer.step()
             models.lr_scheduler.step()
@@ -1061,11 +1060,8 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
     flags = {key: value for key, value in vars(args).items() if key != "hub_token"}
     accelerator.init_trackers(args.tracker_project_name, {
         key: str(value) if isinstance(value, list) else value for key, value in flags.items()})
-    captions = hashlib.blake2b(json.dumps(images.captions[:]).encode(), digest_size=8)
     return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
-            "captions_digest": captions.hexdigest(), "flags": flags,
-            "versions": {library.__name__: library.__version__
-                         for library in (torch, diffusers, transformers, accelerate)}}
+            "captions_digest": make_key(images.captions[:]), "flags": flags}
 
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int,
@@ -1105,8 +1101,7 @@ class StopRequest:
         """Note the signal; a second one of the same kind ends the process at once, even while it waits for another."""
         self.signal_number = number
         signal.signal(number, signal.SIG_DFL)
-        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once",
-                       main_process_only=False)
+        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once")
 
     def agreed(self) -> int:
         """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
@@ -1590,9 +1585,8 @@ def update_in_backward(args: Namespace, accelerator: Accelerator, models: Models
     """
     if not args.optimizer_in_backward:
         return
-    if accelerator.num_processes > 1 or accelerator.mixed_precision == "fp16":
-        raise ValueError("--optimizer_in_backward updates before gradients are averaged or unscaled: it needs one "
-                         "process and --mixed_precision bf16 or no.")
+    if accelerator.num_processes > 1:
+        raise ValueError("--optimizer_in_backward updates before gradients are averaged: it needs a single process.")
     optimizer = models.optimizer.optimizer
 
     def update(group: dict, parameter: torch.nn.Parameter) -> None:
@@ -1614,8 +1608,9 @@ def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
 
 def compute_learning_rate(args: Namespace, part: str, num_processes: int) -> float:
     """Return the peak learning rate of a network, with --scale_lr times the samples in an update."""
-    is_own = part != "unet" and args.text_encoder_lr is not None
-    rate = args.text_encoder_lr if is_own else args.learning_rate
+    rate = args.learning_rate
+    if part != "unet" and args.text_encoder_lr is not None:
+        rate = args.text_encoder_lr
     return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
 
 
@@ -1624,12 +1619,6 @@ def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
     return get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_cycles=args.lr_num_cycles,
         num_training_steps=max(last_step, args.lr_warmup_steps + 1), power=args.lr_power)  # a decay needs a length
-
-
-def get_learning_rates(models: Models) -> dict[str, float]:
-    """Return the learning rates of the next update: `lr` of the UNet, `lr_text_encoder` of text encoders."""
-    rates = models.lr_scheduler.get_last_lr()
-    return {"lr": rates[0], **({"lr_text_encoder": rates[-1]} if len(models.trained) > 1 else {})}
 
 
 def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
@@ -1710,7 +1699,7 @@ def make_ema(args: Namespace, accelerator: Accelerator, models: Models) -> EmaWe
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
-RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed and flags
 EMA_FOLDER = "unet_ema"  # in a checkpoint: the EMA weights and, in config.json, the state of the average
 # Flags that must not change on resume: they decide which tensors a checkpoint holds, and how they lie in memory.
 FIXED_FLAGS = {"use_ema", "use_8bit_adam", "use_adafactor", "train_text_encoder", "channels_last"}

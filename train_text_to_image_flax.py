@@ -72,7 +72,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pyarrow.parquet
-import transformers
 from filelock import FileLock, Timeout
 from jax import Array as Tensor
 from jax.experimental import multihost_utils
@@ -694,8 +693,6 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, r
     metrics = {"train_loss": (losses * batch["weights"]).sum() / batch["window_size"], "grad_norm": norm,
                "lr": rates["unet"], "signal": batch["signal"].max(),
                "long_captions": (batch["num_long"] * (batch["weights"] > 0)).sum()}
-    if len(rates) > 1:
-        metrics["lr_text_encoder"] = rates["text_encoder"]
     averages, ema_updates = state.averages, state.ema_updates
     if averages is not None:
         ema_updates = ema_updates + 1
@@ -1505,11 +1502,9 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
     seed, args.hub_model_id = gather_object([(seed, args.hub_model_id)])[0]
     if accelerator.is_main_process:
         accelerator.trackers = [start_tracker(name, args) for name in args.report_to.split(",") if name != "none"]
-    captions = hashlib.blake2b(json.dumps(images.captions[:]).encode(), digest_size=8)
     return {"seed": seed, "num_processes": accelerator.num_devices, "precision": accelerator.mixed_precision,
-            "captions_digest": captions.hexdigest(),
-            "flags": {key: value for key, value in vars(args).items() if key != "hub_token"},
-            "versions": {library.__name__: library.__version__ for library in (jax, flax, optax, transformers)}}
+            "captions_digest": make_key(images.captions[:]),
+            "flags": {key: value for key, value in vars(args).items() if key != "hub_token"}}
 
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int,
@@ -2099,8 +2094,9 @@ def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
 
 def compute_learning_rate(args: Namespace, part: str, num_processes: int) -> float:
     """Return the peak learning rate of a network, with --scale_lr times the samples in an update."""
-    is_own = part != "unet" and args.text_encoder_lr is not None
-    rate = args.text_encoder_lr if is_own else args.learning_rate
+    rate = args.learning_rate
+    if part != "unet" and args.text_encoder_lr is not None:
+        rate = args.text_encoder_lr
     return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
 
 
@@ -2190,7 +2186,7 @@ def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedu
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
-RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed and flags
 TRAINED = "state"  # in a checkpoint: weights and moments
 EMA_FOLDER = "averages"  # in a checkpoint: the EMA weights
 LOSS_SCALE_FOLDER = "loss_scale"

@@ -71,7 +71,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import accelerate
 import datasets
 import huggingface_hub
 import numpy as np
@@ -663,7 +662,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             meter.add(step, batch, train_step(accelerator, models, objective, batch, step))
             if not step.ends_update:
                 continue
-            numbers = {"epoch": step.epoch, **get_learning_rates(models)}
+            numbers = {"epoch": step.epoch, "lr": models.lr_scheduler.get_last_lr()[0]}
             numbers["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
             models.optimizer.step()
             models.lr_scheduler.step()
@@ -1109,11 +1108,8 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
     flags = {key: value for key, value in vars(args).items() if key != "hub_token"}
     accelerator.init_trackers(args.tracker_project_name, {
         key: str(value) if isinstance(value, list) else value for key, value in flags.items()})
-    captions = hashlib.blake2b(json.dumps(images.captions[:]).encode(), digest_size=8)
     return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
-            "captions_digest": captions.hexdigest(), "flags": flags,
-            "versions": {library.__name__: library.__version__
-                         for library in (torch, diffusers, transformers, accelerate)}}
+            "captions_digest": make_key(images.captions[:]), "flags": flags}
 
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int,
@@ -1153,8 +1149,7 @@ class StopRequest:
         """Note the signal; a second one of the same kind ends the process at once, even while it waits for another."""
         self.signal_number = number
         signal.signal(number, signal.SIG_DFL)
-        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once",
-                       main_process_only=False)
+        logger.warning("stop requested: finishing this update and saving a checkpoint; ask again to stop at once")
 
     def agreed(self) -> int:
         """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
@@ -1777,8 +1772,9 @@ def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
 
 def compute_learning_rate(args: Namespace, part: str, num_processes: int) -> float:
     """Return the peak learning rate of a network, with --scale_lr times the samples in an update."""
-    is_own = part != "unet" and args.text_encoder_lr is not None
-    rate = args.text_encoder_lr if is_own else args.learning_rate
+    rate = args.learning_rate
+    if part != "unet" and args.text_encoder_lr is not None:
+        rate = args.text_encoder_lr
     return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
 
 
@@ -1787,12 +1783,6 @@ def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
     return get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_cycles=args.lr_num_cycles,
         num_training_steps=max(last_step, args.lr_warmup_steps + 1), power=args.lr_power)  # a decay needs a length
-
-
-def get_learning_rates(models: Models) -> dict[str, float]:
-    """Return the learning rates of the next update: `lr` of the UNet, `lr_text_encoder` of text encoders."""
-    rates = models.lr_scheduler.get_last_lr()
-    return {"lr": rates[0], **({"lr_text_encoder": rates[-1]} if len(models.trained) > 1 else {})}
 
 
 def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
@@ -1878,7 +1868,7 @@ def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
-RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags and versions
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed and flags
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
 EMA_FOLDER = "lora_ema"  # in a checkpoint: the EMA weights and, in config.json, the state of the average
 # Flags that must not change on resume: they decide which tensors a checkpoint holds, and how they lie in memory.

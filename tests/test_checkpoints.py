@@ -115,7 +115,7 @@ def test_files_of_a_checkpoint(script, args, saved, caplog):
     assert record["progress"] == {"global_step": 2, "epoch": 0, "samples_seen": 4}
     assert (record["seed"], record["num_processes"]) == (0, 1)
     assert (record["flags"]["train_batch_size"], record["flags"]["gradient_accumulation_steps"]) == (2, 1)
-    assert record["versions"]["torch"] == torch.__version__ and record["captions_digest"]
+    assert record["captions_digest"]
 
 
 def test_networks_of_a_checkpoint_load_in_diffusers(full_script, args, saved):

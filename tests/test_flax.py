@@ -642,7 +642,6 @@ def test_bf16_and_a_trained_text_encoder(flax, plain_run, tiny_model, image_fold
     losses = train(flax, tiny_model, image_folder, out, **PLAIN, mixed_precision="bf16", train_text_encoder=True,
                    text_encoder_lr=1e-5)
     np.testing.assert_allclose(list(losses.values()), list(plain_run.losses.values()), rtol=0.03)
-    assert read_scalars(out, "lr_text_encoder")[1] == pytest.approx(1e-5)
     assert all(name.startswith("text_model.") for name in list_keys(out / "text_encoder"))
     pipeline = StableDiffusionPipeline.from_pretrained(out)
     base = StableDiffusionPipeline.from_pretrained(tiny_model)

@@ -71,7 +71,7 @@ def test_updates_in_the_backward_pass_need_one_process(first_script, tiny_models
     first, second = start_pair(first_script, argv, tmp_path / "log")
     with first, second:
         assert (first.end(), second.end()) == (1, 1)
-    assert "it needs one process and --mixed_precision bf16 or no" in (tmp_path / "log").read_text()
+    assert "it needs a single process" in (tmp_path / "log").read_text()
 
 
 def test_adafactor_trains_and_resumes_exactly(script, train, tiny_model):
