@@ -1705,12 +1705,11 @@ EMA_FOLDER = "unet_ema"  # in a checkpoint: the EMA weights and, in config.json,
 FIXED_FLAGS = {"use_ema", "use_8bit_adam", "use_adafactor", "train_text_encoder", "channels_last"}
 # Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
-    "output_dir cache_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
-    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo hub_token local_rank "
-    "offload_ema foreach_ema dataloader_num_workers validation_prompts validation_prompt num_validation_images "
-    "validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format encoded_dir debug_loss optimizer_in_backward "
-    "pretrained_lora_model_name_or_path".split()
+    "output_dir cache_dir encoded_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
+    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo local_rank debug_loss "
+    "offload_ema foreach_ema optimizer_in_backward dataloader_num_workers validation_prompts validation_prompt "
+    "num_validation_images validation_steps validation_epochs validation_data_dir validation_guidance_scale "
+    "validation_inference_steps save_kohya_format pretrained_lora_model_name_or_path".split()
 )
 
 
@@ -1750,16 +1749,15 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
     if checkpoint is None:
         return
     saved = load_run_record(checkpoint)
-    before = {"channels_last": False, **saved, **saved.get("flags", {}), "use_ema": (checkpoint / EMA_FOLDER).is_dir()}
-    now = {**record, **record["flags"]}
-    changed = [key for key in sorted(before.keys() & now.keys() - INCONSEQUENTIAL_FLAGS - {"flags"})
-               if before[key] != now[key]]
-    changes = "; ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
-    if FIXED_FLAGS & set(changed):
-        raise ValueError(f"settings differ from {checkpoint}: {changes}. Its tensors do not fit: give the command as "
-                         "it was.")
+    flags = saved.get("flags", {"channels_last": False})  # of the reference, which keeps no record
+    before, now = {**saved, **flags, "use_ema": (checkpoint / EMA_FOLDER).is_dir()}, {**record, **record["flags"]}
+    changed = {key: f"{key} {before[key]} -> {now[key]}" for key in sorted(before.keys() & now.keys() - {"flags"})
+               if before[key] != now[key] and key not in INCONSEQUENTIAL_FLAGS}
+    if misfits := [changed[key] for key in changed if key in FIXED_FLAGS]:
+        raise ValueError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
     if changed:
-        logger.warning(f"settings differ from {checkpoint}: {changes}. Training goes on with the new values.")
+        logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the "
+                       "new values.")
     elif saved:
         logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
     else:
@@ -1821,8 +1819,10 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
                            "room, then add --resume_from_checkpoint latest.") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        draft = aside / "record"
+        draft.write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
         finish_files(aside)
-        (aside / RUN_RECORD).write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
+        draft.rename(aside / RUN_RECORD)
         replace_folder(aside, place)
         logger.info(f"saved {place}")
         others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]

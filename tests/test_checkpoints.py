@@ -316,7 +316,7 @@ def test_full_disk_leaves_earlier_checkpoints_untouched(script, args, copied, tm
     argv = args(copied, max_train_steps=6, checkpoints_total_limit=1, resume_from_checkpoint="latest")
     with Run(script, argv, log, limit=50_000) as child:  # no file may be larger: as little room as on a full disk
         assert child.end() == 1
-    assert "checkpoint-6 could not be written: is the disk full?" in log.read_text().splitlines()[-1]
+    assert "checkpoint-6 could not be written: is the disk full?" in log.read_text()
     assert list_names(copied) == {"checkpoint-2", "checkpoint-4"}
     assert read_folder(copied / "checkpoint-4") == before
     run(script, argv)
@@ -379,7 +379,7 @@ def test_another_optimizer_is_refused(script, tiny_model, image_folder, tmp_path
     """Moments of one optimizer are not loaded into another, and the error names the flag."""
     script.main(make_args(tiny_model, image_folder, tmp_path / "out", max_train_steps=1))
     flags = {"resume_from_checkpoint": "latest", "use_8bit_adam": True}
-    with pytest.raises(ValueError, match="checkpoint-1: .*use_8bit_adam False -> True.* as it was"):
+    with pytest.raises(ValueError, match="checkpoint-1 does not fit: use_8bit_adam False -> True"):
         script.main(make_args(tiny_model, image_folder, tmp_path / "out", max_train_steps=2, **flags))
 
 

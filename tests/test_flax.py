@@ -591,7 +591,7 @@ def test_resumed_run_is_the_uninterrupted_one(flax, full_run, tiny_model, odd_fo
 
 def test_averages_need_their_flag_and_another_script_is_told(flax, full_run, tiny_model, image_folder, tmp_path):
     checkpoint = full_run.out / "checkpoint-3"
-    with pytest.raises(ValueError, match="--use_ema"):
+    with pytest.raises(ValueError, match="checkpoint-3 does not fit: use_ema True -> False"):
         flax.main(make_args(tiny_model, image_folder, tmp_path / "out", resume_from_checkpoint=checkpoint))
     other = tmp_path / "checkpoint-2"
     other.mkdir()

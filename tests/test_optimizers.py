@@ -89,7 +89,7 @@ def test_adafactor_trains_and_resumes_exactly(script, train, tiny_model):
 def test_moments_of_adafactor_fit_no_adamw(script, train):
     """A checkpoint of one is refused by the other, by the flag's name."""
     train("out", use_adafactor=True, max_train_steps=1)
-    with pytest.raises(ValueError, match="checkpoint-1: .*use_adafactor True -> False.* as it was"):
+    with pytest.raises(ValueError, match="checkpoint-1 does not fit: use_adafactor True -> False"):
         train("out", max_train_steps=2, resume_from_checkpoint="latest")
 
 

@@ -347,7 +347,7 @@ def test_checkpoint_of_the_reference_is_resumed(script, args, tmp_path, caplog):
 def test_ema_weights_come_and_go_with_a_new_run_only(script, args, use_ema, tmp_path):
     """With --use_ema they must be in the checkpoint, without it they would be lost: refused before a model loads."""
     run(script, args(tmp_path / "first", max_train_steps=1, use_ema=use_ema))
-    with pytest.raises(ValueError, match=f"checkpoint-1: .*use_ema {use_ema} -> {not use_ema}.* as it was"):
+    with pytest.raises(ValueError, match=f"checkpoint-1 does not fit: use_ema {use_ema} -> {not use_ema}"):
         run(script, args(tmp_path / "out", resume_from_checkpoint=tmp_path / "first/checkpoint-1",
                          use_ema=not use_ema))
     assert list_names(tmp_path / "out") == set()
@@ -395,7 +395,7 @@ def test_interrupt_that_also_closes_the_output_still_saves(script, tiny_model, i
 def test_another_layout_of_the_weights_is_refused(script, args, tmp_path):
     """AdamW's moments lie in memory as the weights do: --channels_last must stay what it was."""
     run(script, args(tmp_path / "out", max_train_steps=1))
-    with pytest.raises(ValueError, match="channels_last False -> True.* as it was"):
+    with pytest.raises(ValueError, match="checkpoint-1 does not fit: channels_last False -> True"):
         run(script, args(tmp_path / "out", max_train_steps=2, channels_last=True, resume_from_checkpoint="latest"))
 
 
