@@ -678,10 +678,8 @@ def encode_batch(models: Models, batch: dict) -> tuple[Tensor, dict]:
 
     Both come from the caches where the batch brings them: as `moments` and `encoder_hidden_states` [b, s, d].
     """
-    if "moments" in batch:
-        mean, std = batch["moments"].float().chunk(2, dim=1)
-    else:
-        mean, std = encode_images(models.vae, batch["images"])
+    moments = batch["moments"] if "moments" in batch else encode_images(models.vae, batch["images"])
+    mean, std = moments.float().chunk(2, dim=1)
     latents = (mean + std * batch["posterior_noise"]) * models.vae.config.scaling_factor
     if "encoder_hidden_states" in batch:
         return latents, {"encoder_hidden_states": batch["encoder_hidden_states"].float()}
@@ -689,11 +687,11 @@ def encode_batch(models: Models, batch: dict) -> tuple[Tensor, dict]:
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return float32 mean and standard deviation [b, c, h, w] of what uint8 images [b, 3, H, W] are encoded to."""
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Return the moments [b, 2c, h, w] of uint8 images [b, 3, H, W]: mean and standard deviation of their latents."""
     pixel_values = images.to(vae.device).float() / 127.5 - 1  # [-1, 1]
     posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
+    return torch.cat([posterior.mean, posterior.std], dim=1).float()
 
 
 def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
@@ -713,34 +711,26 @@ def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab", "trackio", "all")
-OPTIONAL_PACKAGES = {"use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
-                     "enable_npu_flash_attention": "torch_npu"}
 
 
-def make_type(kind: type, rule: str, is_possible):
-    """Return an argparse type that reads a `kind` and refuses values that break `rule`."""
+def in_range(kind: type, low: float, high: float = math.inf):
+    """Return an argparse type for numbers from `low` to `high`."""
 
     def read(text: str):
         value = kind(text)
-        if not is_possible(value):
-            raise ArgumentTypeError(f"{rule}, got {text!r}")
+        if not low <= value <= high:
+            raise ArgumentTypeError(f"must be from {low} to {high}, got {text!r}")
         return value
 
     read.__name__ = kind.__name__  # argparse then says "invalid int value" of what is no number
     return read
 
 
-def one_of(names: tuple[str, ...]):
-    """Return an argparse type for one of `names`."""
-    return make_type(str, f"choose from {', '.join(names)}", names.__contains__)
-
-
-positive_int = make_type(int, "must be positive", lambda value: value > 0)
-nonnegative_int = make_type(int, "must not be negative", lambda value: value >= 0)
-uint32 = make_type(int, f"must not be negative or above {2**32 - 1}", lambda value: 0 <= value < 2**32)
-positive_float = make_type(float, "must be positive and finite", lambda value: 0 < value < math.inf)
-nonnegative_float = make_type(float, "must not be negative or infinite", lambda value: 0 <= value < math.inf)
-fraction = make_type(float, "must be from 0 to 1", lambda value: 0 <= value <= 1)
+positive_int = in_range(int, 1)
+nonnegative_int = in_range(int, 0)
+positive_float = in_range(float, 1e-30)
+nonnegative_float = in_range(float, 0)
+fraction = in_range(float, 0, 1)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -770,20 +760,16 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
     """Add all flags, in groups."""
     add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True,
-        help="Model to start from: a folder in diffusers format or a name on the hub.")
-    add("--pretrained_vae_model_name_or_path",
-        help="VAE folder or hub name to use instead of the model's own; --revision and --variant do not apply.")
+    add("--pretrained_model_name_or_path", required=True, help="Base model: a folder, .safetensors file or hub name.")
+    add("--pretrained_vae_model_name_or_path", help="VAE to use: a folder or hub name, without revision and variant.")
     add("--revision", help="Branch, tag or commit of the model on the hub.")
     add("--variant", help="Weight files to load: fp16 loads *.fp16.safetensors.")
     add("--cache_dir", help="Folder for downloaded models and data sets.")
     add("--single_file_config",
         help="Folder or hub name of a model whose configurations and tokenizers go with a model in one .safetensors "
         "file. If not given: diffusers' own choice.")
-    add("--clip_skip", type=positive_int,
-        help="Use the text states of this many layers before the usual one, as diffusers' pipelines count.")
-    add("--train_text_encoder", action="store_true",
-        help="Train the text encoder (SDXL: both) together with the UNet.")
+    add("--clip_skip", type=positive_int, help="Use text states this many layers earlier, counted as diffusers does.")
+    add("--train_text_encoder", action="store_true", help="Train the text encoder (SDXL: both) with the UNet.")
 
     add = parser.add_argument_group("adapter").add_argument
     add("--pretrained_lora_model_name_or_path",
@@ -806,64 +792,46 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help=f"Also write {KOHYA_FILE}, for ComfyUI, AUTOMATIC1111 and kohya's tools.")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_name",
-        help="Data set: a name on the hub, or a local folder that `datasets` loads or has saved.")
+    add("--dataset_name", help="Data set: a name on the hub, or a local folder that `datasets` loads or has saved.")
     add("--dataset_config_name", help="Configuration of --dataset_name.")
     add("--train_data_dir",
         help="Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name and "
         "--caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
     add("--image_column", default="image", help="Column of the images.")
-    add("--caption_column", default="text",
-        help="Column of the captions: a string, or a list of strings of which one is drawn each time.")
-    add("--max_train_samples", type=positive_int,
-        help="Train on at most this many samples, chosen at random by --seed.")
-    add("--resolution", type=positive_int,
-        help="Size of the training images in pixels: the shorter side is resized to it, then a square is cropped.")
-    add("--image_interpolation_mode", default="lanczos", choices=tuple(INTERPOLATION_MODES),
-        help="Filter for resizing images.")
+    add("--caption_column", default="text", help="Column of the captions: a string, or a list of which one is drawn.")
+    add("--max_train_samples", type=positive_int, help="Train on at most this many samples, drawn by --seed.")
+    add("--resolution", type=positive_int, help="Pixels: the shorter side is resized to it, then a square is cropped.")
+    add("--image_interpolation_mode", default="lanczos", choices=tuple(INTERPOLATION_MODES), help="Resizing filter.")
     add("--center_crop", action="store_true", help="Crop at the center, not at random.")
     add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
     add("--proportion_empty_prompts", type=fraction, default=0,
         help="Probability of dropping the caption; 0.1 keeps classifier-free guidance working (arXiv:2207.12598).")
-    add("--skip_broken_images", action="store_true",
-        help="Replace an image that cannot be read by the next one that can; the log names them.")
+    add("--skip_broken_images", action="store_true", help="Replace images that cannot be read; the log names them.")
     add("--dataloader_num_workers", type=nonnegative_int, default=0,
         help="Processes that load data; 0: threads. Raise it if `data_wait` in the logs exceeds a few percent.")
 
     add = parser.add_argument_group("cache").add_argument
-    add("--cache_latents", action="store_true",
-        help="Encode all images once, before training, and keep the VAE's output on disk.")
-    add("--no_cache_latents", dest="cache_latents", action="store_false", help="Encode images in every training step.")
-    add("--cache_text_embeddings", action="store_true",
-        help="Encode all captions once, before training, and keep the text embeddings on disk.")
-    add("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false",
-        help="Encode captions in every training step.")
-    add("--cache_crops", type=positive_int,
-        help="Random crops to cache per image; one is drawn each time. If not given: 4, or 1 with --center_crop.")
-    add("--cache_dtype", default="fp16", choices=("fp16", "fp32"),
-        help="Number format on disk: fp32 if fp16 overflows.")
-    add("--encoded_dir",
-        help="Folder of the cache, shared between runs. If not given: in --cache_dir or the hub's cache.")
+    add("--cache_latents", action="store_true", help="Encode all images once and keep them on disk.")
+    add("--no_cache_latents", dest="cache_latents", action="store_false", help="Encode each time.")
+    add("--cache_text_embeddings", action="store_true", help="Encode all captions once and keep them on disk.")
+    add("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false", help="Encode each time.")
+    add("--cache_crops", type=positive_int, help="Random crops to cache per image. If not given: 4; centered, 1.")
+    add("--cache_dtype", default="fp16", choices=("fp16", "fp32"), help="Format on disk: fp32 if fp16 overflows.")
+    add("--encoded_dir", help="Folder of the cache, shared between runs. If not given: in --cache_dir or the hub's.")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--prediction_type", type=one_of(PREDICTION_TYPES),
-        help=f"What the UNet predicts: {', '.join(PREDICTION_TYPES)}. If not given: the model's own.")
-    add("--snr_gamma", type=positive_float,
-        help="Weight the loss by Min-SNR with this gamma; 5.0 is common (arXiv:2303.09556).")
+    add("--prediction_type", help=f"What the UNet predicts: {', '.join(PREDICTION_TYPES)}. If not given: the model's.")
+    add("--snr_gamma", type=positive_float, help="Min-SNR weights with this gamma; 5.0 is common (arXiv:2303.09556).")
     add("--noise_offset", type=nonnegative_float, default=0,
         help="Strength of noise constant over a latent channel; 0.1 helps with very dark and bright images.")
     add("--input_perturbation", type=nonnegative_float, default=0,
         help="Strength of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
-    add("--dream_training", action="store_true",
-        help="Correct input and target by the UNet's estimate: fewer but slower steps (DREAM, arXiv:2312.00210).")
-    add("--dream_detail_preservation", type=nonnegative_float, default=1.0,
-        help="Exponent p of DREAM: larger keeps more detail, smaller converges faster.")
+    add("--dream_training", action="store_true", help="Use DREAM (arXiv:2312.00210): fewer but slower updates.")
+    add("--dream_detail_preservation", type=nonnegative_float, default=1.0, help="Larger keeps more detail (DREAM).")
     add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
         help="Draw some timesteps more often: earlier (less noisy) ones, later ones, or a range.")
-    add("--timestep_bias_multiplier", type=positive_float, default=1.0,
-        help="How many times as often the chosen timesteps are drawn.")
-    add("--timestep_bias_portion", type=fraction, default=0.25,
-        help="Fraction of all timesteps that `earlier` and `later` choose.")
+    add("--timestep_bias_multiplier", type=positive_float, default=1.0, help="How many times as often they are drawn.")
+    add("--timestep_bias_portion", type=fraction, default=0.25, help="Fraction that `earlier` and `later` choose.")
     add("--timestep_bias_begin", type=nonnegative_int, default=0, help="First timestep of `range`.")
     add("--timestep_bias_end", type=int, default=1000, help="End of `range`, not included.")
     add("--rescale_betas_zero_snr", action="store_true",
@@ -875,55 +843,39 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         help="Forward and backward passes per update, for batches that do not fit into memory.")
     add("--num_train_epochs", type=positive_int, default=100, help="Passes over the data.")
     add("--max_train_steps", type=positive_int, help="Optimizer updates in total; overrides --num_train_epochs.")
-    add("--seed", type=uint32, help="Seed of all random draws. If not given, one is drawn and logged.")
+    add("--seed", type=nonnegative_int, help="Seed of all random draws. If not given, one is drawn and logged.")
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--learning_rate", type=nonnegative_float, default=1e-4, help="Peak learning rate.")
-    add("--text_encoder_lr", type=nonnegative_float,
-        help="Peak learning rate of the text encoder with --train_text_encoder. If not given: --learning_rate.")
-    add("--scale_lr", action="store_true",
-        help="Multiply learning rates by batch size, accumulation steps and number of devices.")
-    add("--lr_scheduler", type=one_of(LR_SCHEDULERS), default="constant",
-        help=f"Learning-rate schedule: {', '.join(LR_SCHEDULERS)}.")
-    add("--lr_warmup_steps", type=nonnegative_int, default=500,
-        help="Updates over which the learning rate rises from 0; `constant` has no warmup.")
+    add("--text_encoder_lr", type=nonnegative_float, help="Peak learning rate of the text encoder, if not the UNet's.")
+    add("--scale_lr", action="store_true", help="Multiply learning rates by the total batch size.")
+    add("--lr_scheduler", default="constant", help=f"One of {', '.join(LR_SCHEDULERS)}.")
+    add("--lr_warmup_steps", type=nonnegative_int, default=500, help="Updates of rising rate, not of `constant`.")
     add("--lr_num_cycles", type=positive_int, default=1, help="Cycles of cosine_with_restarts.")
     add("--lr_power", type=positive_float, default=1.0, help="Exponent of polynomial.")
     add("--adam_beta1", type=fraction, default=0.9, help="Decay of Adam's first moment.")
     add("--adam_beta2", type=fraction, default=0.999, help="Decay of Adam's second moment.")
     add("--adam_weight_decay", type=nonnegative_float, default=1e-2, help="Decoupled weight decay.")
     add("--adam_epsilon", type=positive_float, default=1e-08, help="Added to the denominator of Adam's update.")
-    add("--max_grad_norm", type=nonnegative_float, default=1.0,
-        help="Clip gradients to this norm; 0 turns clipping off.")
+    add("--max_grad_norm", type=nonnegative_float, default=1.0, help="Clip gradients to this norm; 0 turns it off.")
 
     add = parser.add_argument_group("EMA").add_argument
-    add("--use_ema", action="store_true",
-        help="Keep an exponential moving average of the weights; use it for validation and export.")
-    add("--ema_decay", type=fraction, default=0.9999,
-        help="Share of the old average kept at update n; n / (9 + n) while that is smaller.")
+    add("--use_ema", action="store_true", help="Average the weights exponentially, for validation and export.")
+    add("--ema_decay", type=fraction, default=0.9999, help="Decay of the average; at update n at most n / (9 + n).")
 
     add = parser.add_argument_group("precision and memory").add_argument
     add("--mixed_precision", choices=("no", "fp16", "bf16"),
         help="Number format of the forward pass and the frozen networks. If not given: accelerate's setting.")
-    add("--allow_tf32", action="store_true",
-        help="Multiply float32 matrices in TF32: faster on Ampere GPUs and newer, slightly less exact.")
-    add("--gradient_checkpointing", action="store_true",
-        help="Recompute activations in the backward pass: less memory, slower updates.")
+    add("--allow_tf32", action="store_true", help="Multiply float32 matrices in TF32: faster, slightly less exact.")
+    add("--gradient_checkpointing", action="store_true", help="Recompute activations to save memory, slower.")
     add("--use_8bit_adam", action="store_true", help="Use AdamW with 8-bit moments (bitsandbytes).")
-    add("--use_adafactor", action="store_true",
-        help="Use Adafactor (arXiv:1804.04235): less memory than AdamW; Adam's betas and epsilon do not apply.")
-    add("--foreach_ema", action="store_true",
-        help="Accepted for old commands: EMA weights are always updated in one call.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true",
-        help="Use the attention of xformers instead of PyTorch's.")
-    add("--enable_npu_flash_attention", action="store_true",
-        help="Use the flash attention of Ascend NPUs (torch_npu).")
-    add("--vae_tiling", action="store_true",
-        help=f"Cut images larger than {VAE_TILE} pixels into tiles for the VAE: much less memory, but faint seams.")
-    add("--torch_compile", action="store_true",
-        help="Compile the UNet: minutes at the start, faster steps afterwards.")
-    add("--channels_last", action="store_true",
-        help="Store the UNet's weights channels-last: faster convolutions in half precision.")
+    add("--use_adafactor", action="store_true", help="Use Adafactor (arXiv:1804.04235): less memory than AdamW.")
+    add("--foreach_ema", action="store_true", help="For old commands: EMA weights are always updated in one call.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
+    add("--enable_npu_flash_attention", action="store_true", help="Use flash attention of Ascend NPUs (torch_npu).")
+    add("--vae_tiling", action="store_true", help=f"VAE in tiles above {VAE_TILE} pixels: less memory, faint seams.")
+    add("--torch_compile", action="store_true", help="Compile the UNet: minutes at the start, faster steps after.")
+    add("--channels_last", action="store_true", help="Channels-last UNet weights: faster in half precision.")
     add("--local_rank", type=int, default=-1, help="Accepted for old launchers; not needed.")
 
     add = parser.add_argument_group("validation").add_argument
@@ -940,19 +892,14 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
 
     add = parser.add_argument_group("checkpoints and output").add_argument
     add("--output_dir", help="Folder for everything that is saved.")
-    add("--checkpointing_steps", type=positive_int, default=500,
-        help="Save a checkpoint every this many updates, and always after the last one.")
-    add("--checkpoints_total_limit", type=positive_int,
-        help="Checkpoints to keep; the oldest is removed once a newer one is complete.")
-    add("--resume_from_checkpoint",
-        help="Checkpoint to resume: `latest`, a name in --output_dir, or a path.")
+    add("--checkpointing_steps", type=positive_int, default=500, help="Save every this many updates, and at the end.")
+    add("--checkpoints_total_limit", type=positive_int, help="Checkpoints to keep; the oldest goes after a newer one.")
+    add("--resume_from_checkpoint", help="Checkpoint to resume: `latest`, a name in --output_dir, or a path.")
 
     add = parser.add_argument_group("tracking and hub").add_argument
-    add("--report_to", default="tensorboard",
-        help=f"Where to log: {', '.join(TRACKERS)} (several with commas), or none.")
+    add("--report_to", default="tensorboard", help=f"Where to log: {', '.join(TRACKERS)} (comma-separated), or none.")
     add("--logging_dir", default="logs", help="Folder for logs, inside --output_dir.")
-    add("--logging_steps", type=positive_int, default=10,
-        help="Fetch the metrics from the device every this many updates; every update is logged.")
+    add("--logging_steps", type=positive_int, default=10, help="Updates between readings of numbers; each is logged.")
     add("--tracker_project_name", default="text2image-fine-tune", help="Name of the project in trackers.")
     add("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
     add("--hub_model_id", help="Repository to upload to. If not given: --output_dir's name.")
@@ -973,12 +920,10 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
 
 def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, str]) -> None:
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
-    out, trackers = Path(args.output_dir).resolve(), args.report_to.split(",")
+    out = Path(args.output_dir).resolve()
     earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
     sources = {flag: getattr(args, flag) for flag in ("pretrained_model_name_or_path", "dataset_name",
                                                       "train_data_dir", "validation_data_dir")}
-    packages = {f"report_to {name}": name for name in trackers if name in TRACKERS and name != "all"}
-    packages |= {flag: package for flag, package in OPTIONAL_PACKAGES.items() if getattr(args, flag, False)}
     cases = [
         *own_cases,
         (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
@@ -991,6 +936,10 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
            f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
            "own: name another.")
           for flag, folder in sources.items()),
+        (args.prediction_type not in (None, *PREDICTION_TYPES),
+         f"--prediction_type {args.prediction_type}: choose from {', '.join(PREDICTION_TYPES)}."),
+        (args.lr_scheduler not in LR_SCHEDULERS,
+         f"--lr_scheduler {args.lr_scheduler}: choose from {', '.join(LR_SCHEDULERS)}."),
         (args.dream_training and args.input_perturbation > 0,
          "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
@@ -1001,14 +950,13 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         (args.cache_text_embeddings and args.train_text_encoder,
          "--train_text_encoder changes the text embeddings, so they cannot be cached: add "
          "--no_cache_text_embeddings."),
-        (trackers != ["none"] and not set(trackers) <= set(TRACKERS),
-         f"--report_to {args.report_to}: choose from {', '.join(TRACKERS)}, several with commas, or none alone."),
         (args.hub_token and args.report_to not in ("tensorboard", "none"),
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
-        *((importlib.util.find_spec(package) is None,
-           f"--{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
-          for flag, package in packages.items()),
+        *((tracker not in TRACKERS or (tracker != "all" and importlib.util.find_spec(tracker) is None),
+           f"--report_to {tracker} is unknown or not installed: choose from {', '.join(TRACKERS)}, several with "
+           "commas, or none alone.")
+          for tracker in args.report_to.split(",") if args.report_to != "none"),
     ]
     for is_wrong, message in cases:
         if is_wrong:
@@ -1538,7 +1486,7 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
         distinct = {crop.tobytes(): crop for crop in crops}  # those of a square image are all the same
         images = torch.from_numpy(np.stack(list(distinct.values())))
         batches = images.split(max(1, ENCODED_PIXELS // args.resolution**2))
-        moments = torch.cat([torch.cat(encode_images(vae, batch), dim=1).cpu() for batch in batches]).numpy()
+        moments = torch.cat([encode_images(vae, batch).cpu() for batch in batches]).numpy()
         encoded = dict(zip(distinct, moments, strict=True))
         return {"moments": [encoded[crop.tobytes()] for crop in crops],
                 **{name: [variant[name] for variant in variants] for name in variants[0]}}
@@ -2219,18 +2167,19 @@ def make_example(args: Namespace, prompt: str) -> str:
 def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
     """Write README.md, the model card, with the pictures drawn after the last update."""
     folder, base = Path(args.output_dir), args.pretrained_model_name_or_path
-    prompts = args.validation_prompts or ["a prompt like the captions it was trained on"]
-    text = f"# Fine-tuned {base}\n\nTrained on {args.dataset_name or 'images in a local folder'}.\n"
+    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=MODEL_TAGS,
+                                           inference=True, base_model=None if Path(base).exists() else base)
+    text = f"---\n{header.to_yaml()}\n---\n\n# Fine-tuned {base}\n\n"
+    text += f"Trained on {args.dataset_name or 'images in a local folder'}.\n\n"
     grid = folder / "validation" / f"step-{progress.global_step}" / "grid.png"
     if grid.is_file():
         shutil.copyfile(grid, folder / "val_imgs_grid.png")
-        text += "\n![Pictures drawn after the last update](./val_imgs_grid.png)\n"
-    text += f"\n## Use\n\n```python\n{make_example(args, prompts[0])}\n```\n\n## Training\n\n"
+        text += "![Pictures drawn after the last update](./val_imgs_grid.png)\n\n"
+    prompt = args.validation_prompts[0] if args.validation_prompts else "a prompt like the captions it was trained on"
+    text += f"## Use\n\n```python\n{make_example(args, prompt)}\n```\n\n## Training\n\n"
     facts = {**vars(args), "updates": progress.global_step, "seed": seed}
     text += "".join(f"- {name}: {facts[name]}\n" for name in CARD_FACTS if facts.get(name) is not None)
-    header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=MODEL_TAGS,
-                                           inference=True, base_model=None if Path(base).exists() else base)
-    (folder / "README.md").write_text(f"---\n{header.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def push_to_hub(args: Namespace) -> None:

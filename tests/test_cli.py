@@ -41,17 +41,16 @@ FRACTIONS = ["proportion_empty_prompts", "timestep_bias_portion", "ema_decay", "
              "lora_dropout"]
 UNBOUNDED = {"local_rank", "timestep_bias_end"}  # not used; bounded by --timestep_bias_begin and the model
 IMPOSSIBLE_VALUES = [
-    *((flag, value, "must be positive") for flag, value in itertools.product(POSITIVE_COUNTS, ("0", "-1"))),
-    *((flag, value, "must be positive") for flag, value in itertools.product(POSITIVE_REALS, ("0", "-0.5", "nan"))),
-    *((flag, "-1", "must not be negative") for flag in NONNEGATIVE_COUNTS),
-    *((flag, value, "must not be negative") for flag, value in itertools.product(NONNEGATIVE_REALS, ("-0.1", "nan"))),
-    *((flag, value, "must be from 0 to 1") for flag, value in itertools.product(FRACTIONS, ("-0.1", "1.5", "nan"))),
-    *((flag, "inf", "must") for flag in POSITIVE_REALS + NONNEGATIVE_REALS + FRACTIONS),
-    ("seed", str(2**32), "must"),  # the random number generators of NumPy end there
+    *((flag, value, "must be from 1 to inf") for flag, value in itertools.product(POSITIVE_COUNTS, ("0", "-1"))),
+    *((flag, value, "must be from 1e-30 to inf")
+      for flag, value in itertools.product(POSITIVE_REALS, ("0", "-0.5", "nan"))),
+    *((flag, "-1", "must be from 0 to inf") for flag in NONNEGATIVE_COUNTS),
+    *((flag, value, "must be from 0 to inf") for flag, value in itertools.product(NONNEGATIVE_REALS, ("-0.1", "nan"))),
+    *((flag, value, "must be from 0 to 1")
+      for flag, value in itertools.product(FRACTIONS, ("-0.1", "1.5", "inf", "nan"))),
     ("lr_scheduler", "cosinus", "choose from linear, cosine, "),
     ("report_to", "tensorbord", "choose from tensorboard, wandb, "),
     ("report_to", "", "choose from tensorboard, wandb, "),
-    ("report_to", "none,paper", "choose from tensorboard, wandb, "),
     ("report_to", "none,tensorboard", "or none alone"),
     ("lr_scheduler", "piecewise_constant", "choose from linear, cosine, "),  # its rules have no flag
     ("prediction_type", "x0", "choose from epsilon, v_prediction, sample"),
@@ -265,24 +264,15 @@ def test_impossible_pairs_are_refused(capsys, places, case):
     assert [part for part in (fill_in(part, places) for part in parts) if part not in message] == []
 
 
-@pytest.mark.parametrize(
-    ("flags", "package"),
-    [
-        ({"enable_xformers_memory_efficient_attention": True}, "xformers"),
-        ({"enable_npu_flash_attention": True}, "torch_npu"),
-        ({"use_8bit_adam": True}, "bitsandbytes"),
-        *(({"report_to": name}, name) for name in ("wandb", "comet_ml", "mlflow", "aim", "clearml", "dvclive",
-                                                   "swanlab", "trackio")),
-        ({"report_to": "tensorboard,comet_ml"}, "comet_ml"),
-    ],
-)
-def test_packages_that_are_not_installed_are_named(capsys, places, flags, package):
-    """A flag that needs a package says which, and how to get it."""
+@pytest.mark.parametrize("trackers", ["wandb", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab", "trackio",
+                                      "tensorboard,comet_ml"])
+def test_trackers_that_are_not_installed_are_named(capsys, places, trackers):
+    """A tracker that is not there is refused: accelerate would leave it out without a word."""
+    package = trackers.split(",")[-1]
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
-    message = get_refusal(capsys, places, **flags)
-    assert f"--{next(iter(flags))}" in message
-    assert f"needs {package}, which is not installed: pip install {package}, or drop the flag" in message
+    message = get_refusal(capsys, places, report_to=trackers)
+    assert f"--report_to {package} is unknown or not installed" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="this machine has a GPU")
