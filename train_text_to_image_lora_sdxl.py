@@ -336,7 +336,7 @@ def check_columns(args: Namespace, source: str | Path, columns: list[str]) -> No
 def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, list]:
     """Return --image_column and the captions of a folder: of metadata files, or of its images and .txt files."""
     files = list_files(Path(folder), seen={Path(args.output_dir).resolve()})
-    metadata = sorted({path.parent: path for path in reversed(files) if path.name in METADATA_READERS}.values())
+    metadata = {path.parent: path for path in files if path.name in METADATA_READERS}.values()  # one of a folder
     if metadata:
         rows = [row for path in metadata for row in read_metadata(path, args)]
     else:
@@ -414,7 +414,7 @@ def decode_image(image: Image.Image | dict) -> Image.Image:
     image.load()
     with contextlib.suppress(Exception):  # a sound picture may have broken EXIF data
         image = ImageOps.exif_transpose(image)
-    profile = image.info.get("icc_profile")
+    profile = image.info.get("icc_profile", b"")
     if image.mode.startswith("I"):  # 16 bits per pixel, which PIL would clip to 8 rather than scale
         image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -423,7 +423,7 @@ def decode_image(image: Image.Image | dict) -> Image.Image:
     plain = image.convert("RGB")
     with contextlib.suppress(ImageCms.PyCMSError):  # no profile, or a broken one
         converted = ImageCms.profileToProfile(
-            image if image.mode in ("L", "CMYK") else plain, io.BytesIO(profile or b""),
+            image if image.mode in ("L", "CMYK") else plain, io.BytesIO(profile),
             ImageCms.createProfile("sRGB"), outputMode="RGB")
         if max(most for _, most in ImageChops.difference(converted, plain).getextrema()) > 2:  # else sRGB, rounded
             return converted

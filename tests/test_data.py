@@ -920,7 +920,7 @@ def test_one_metadata_file_of_a_folder_is_read(script, tmp_path, caplog):
     for kind in ("jsonl", "csv"):
         write_metadata(tmp_path, kind, rows)
     assert_same_data(script, load_images(script, tmp_path))
-    assert "metadata.jsonl" in caplog.text
+    assert "metadata.csv" in caplog.text
 
 
 def test_rows_of_metadata_that_differ(script, tmp_path):
