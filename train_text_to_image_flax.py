@@ -1896,19 +1896,19 @@ def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, sam
     channels, height, width = samples.latent_shape
     row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (2 * channels, height, width)),
                     ("time_ids", np.float32, (6,)), ("sources", np.int64)])
-    key = make_key("flax", digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
+    key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
                    digest_network(models, "vae"), row)
     rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_crops * samples.num_flips)
     batch_size = min(max(1, ENCODED_PIXELS // args.resolution**2),
                      math.ceil(rows.rows_per_file / jax.local_device_count()))
     encoder = LocalEncoder(models, "vae", lambda models, images: encode_images(models.vae, images), batch_size)
 
-    def encode(crops: list[list[dict]]) -> dict[str, np.ndarray]:
-        variants = list(itertools.chain(*crops))
+    def encode(items: range) -> dict[str, np.ndarray]:
+        variants = list(itertools.chain(*map_in_threads(samples.make_variants, items)))
         arrays = {name: np.stack([variant[name] for variant in variants]) for name in variants[0]}
         return {"moments": np.moveaxis(encoder(np.moveaxis(arrays.pop("images"), 1, -1)), -1, 1), **arrays}
 
-    rows.fill(accelerator, partial(map_in_threads, samples.make_variants), encode)
+    rows.fill(accelerator, encode)
     return rows
 
 
@@ -1919,16 +1919,16 @@ def cache_text_states(args: Namespace, accelerator: Accelerator, models: Models,
     tokenizer, width = models.tokenizer, models.configs["text_encoder"]["hidden_size"]
     row = np.dtype([("encoder_hidden_states", CACHE_DTYPES[args.cache_dtype], (tokenizer.model_max_length, width)),
                     ("num_long", np.bool_)])
-    key = make_key("flax", captions, row, tokenizer.pad_token_id, digest_network(models, "text_encoder"))
+    key = make_key(captions, row, tokenizer.pad_token_id, digest_network(models, "text_encoder"))
     encoder = LocalEncoder(models, "text_encoder", lambda models, input_ids: encode_captions(
         models, {"input_ids": input_ids})["encoder_hidden_states"].astype(jnp.float32), 16)
 
-    def encode(texts: list[str]) -> dict[str, np.ndarray]:
-        batch = collate([{"caption": text} for text in texts], list_tokenizers(models))
+    def encode(items: range) -> dict[str, np.ndarray]:
+        batch = collate([{"caption": captions[item]} for item in items], list_tokenizers(models))
         return {"encoder_hidden_states": encoder(batch["input_ids"]), "num_long": batch["num_long"]}
 
     rows = EncodedRows(args, f"captions-{key}", row, len(captions))
-    rows.fill(accelerator, lambda items: [captions[item] for item in items], encode)
+    rows.fill(accelerator, encode)
     return rows
 
 
@@ -1951,18 +1951,17 @@ class EncodedRows:
         values = open_rows(self.files[file][0])[place]
         return {name: values[name] for name in self.dtype.names}
 
-    def fill(self, accelerator: Accelerator, make_inputs, encode) -> None:
-        """Write the files that are missing: the values by name that `encode(make_inputs(items))` returns.
+    def fill(self, accelerator: Accelerator, encode) -> None:
+        """Write the files that are missing: the values by name that `encode(items)` returns.
 
-        Processes share the work. The inputs of the next file are made while one is encoded. A file is written aside,
-        then renamed: a run that was killed goes on with the next file, and two runs that write the same do no harm.
+        Processes share the work. A file is written aside, then renamed: a run that was killed goes on with the next
+        file, and two runs that write the same do no harm.
         """
-        missing = [(path, items) for path, items in self.files[accelerator.process_index :: accelerator.num_processes]
-                   if not is_whole(path)]
-        inputs = iterate_ahead(make_inputs(items) for _, items in missing)
-        bar = tqdm(missing, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
-        first = self.dtype.names[0]
-        for (path, items), encoded in zip(bar, map(encode, inputs), strict=True):
+        mine, first = self.files[accelerator.process_index :: accelerator.num_processes], self.dtype.names[0]
+        for path, items in tqdm(mine, f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
+            if is_whole(path):
+                continue
+            encoded = encode(items)
             rows = np.empty(len(encoded[first]), self.dtype)
             for name, values in encoded.items():
                 rows[name] = values
@@ -1970,8 +1969,8 @@ class EncodedRows:
                 raise RuntimeError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
                                    f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
             self.save(rows, path)
-        logger.info(f"cache {self.folder}: this process wrote {len(missing)} of {len(self.files)} files")
         accelerator.wait_for_everyone()
+        logger.info(f"cache {self.folder} has its {len(self.files)} files")
 
     def save(self, rows: np.ndarray, path: Path) -> None:
         try:
@@ -1987,7 +1986,8 @@ class EncodedRows:
 
 def is_whole(path: Path) -> bool:
     with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
-        return len(open_rows(path)) > 0
+        open_rows(path)
+        return True
     return False
 
 
@@ -2010,23 +2010,20 @@ def digest_images(accelerator: Accelerator, samples: Samples) -> str:
                    else image.get("bytes") or Path(image["path"]).read_bytes())
         return hashlib.blake2b(content).digest()
 
-    whole, count = hashlib.blake2b(digest_size=12), len(samples)
+    key, count = None, len(samples)
     if accelerator.is_main_process:
-        logger.info("reading all images, to know their cache by")
-        whole.update(b"".join(map_in_threads(digest, range(count))))
-        for index in (0, count // 2, count - 1):
-            for variant in samples.make_variants(index):
-                whole.update(b"".join(array.tobytes() for array in variant.values()))
-    return gather_object([whole.hexdigest()])[0]
+        logger.info("reading all images, to find their cache")
+        preprocessed = map(samples.make_variants, (0, count // 2, count - 1))
+        pieces = [array.tobytes() for variants in preprocessed for variant in variants for array in variant.values()]
+        key = hashlib.blake2b(b"".join(pieces + map_in_threads(digest, range(count))), digest_size=12).hexdigest()
+    return gather_object([key])[0]
 
 
 def digest_network(models: Models, part: str) -> str:
     """Hash a network's settings and weights, wherever they were loaded from."""
-    settings = {name: models.configs[part][name] for name in SETTINGS[part]}
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=12)
-    for name, array in sorted(select_part(models.frozen, part).items()):
-        digest.update(repr((name, array.dtype)).encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+    digest = hashlib.blake2b(repr(models.configs[part]).encode(), digest_size=12)
+    for _, array in sorted(select_part(models.frozen, part).items()):
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

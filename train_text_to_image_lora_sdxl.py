@@ -1310,14 +1310,15 @@ def load_network(args: Namespace, part: str, dtype: torch.dtype) -> torch.nn.Mod
 def load_parts(args: Namespace, accelerator: Accelerator, configs: dict[str, dict], in_float32: tuple = ()) -> dict:
     """Return tokenizers and frozen networks, these in the run's precision or, if named, in float32."""
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    parts = {part: load_network(args, part, torch.float32 if part in in_float32 else weight_dtype)
-             for part in NETWORK_CLASSES}
+    parts = {part: configs[part] for part in TOKENIZERS}
+    for part in NETWORK_CLASSES:
+        parts[part] = load_network(args, part, torch.float32 if part in in_float32 else weight_dtype)
     if args.vae_tiling:
         vae = parts["vae"]
         vae.enable_tiling()
         vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
         vae.tile_latent_min_size = vae.tile_sample_min_size // compute_vae_factor(vae.config)
-    return {**{part: configs[part] for part in TOKENIZERS}, **parts}
+    return parts
 
 
 def needs_float32(args: Namespace, vae_config: dict) -> bool:
@@ -1496,8 +1497,8 @@ def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
 
 @contextlib.contextmanager
 def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
-    """Move VAE and text encoders to the device, and afterwards those whose outputs are cached to host memory."""
-    text_encoders = [getattr(models, part) for part in TEXT_ENCODERS]
+    """Move the frozen encoders to the device, and afterwards those whose outputs are cached to host memory."""
+    text_encoders = [getattr(models, part) for part in TEXT_ENCODERS if part not in models.trained]
     for network in (models.vae, *text_encoders):
         network.to(accelerator.device)
     yield
@@ -1530,8 +1531,8 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
     key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
                    digest_network(vae), args.vae_tiling, row)
 
-    def encode(items: list[list[dict]]) -> dict[str, list[np.ndarray]]:
-        variants = list(itertools.chain(*items))
+    def encode(items: range) -> dict[str, list[np.ndarray]]:
+        variants = list(itertools.chain(*map_in_threads(samples.make_variants, items)))
         crops = [variant.pop("images") for variant in variants]
         distinct = {crop.tobytes(): crop for crop in crops}  # those of a square image are all the same
         images = torch.from_numpy(np.stack(list(distinct.values())))
@@ -1542,7 +1543,7 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
                 **{name: [variant[name] for variant in variants] for name in variants[0]}}
 
     rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_crops * samples.num_flips)
-    rows.fill(accelerator, partial(map_in_threads, samples.make_variants), encode)
+    rows.fill(accelerator, encode)
     return rows
 
 
@@ -1557,7 +1558,7 @@ def cache_text_states(args: Namespace, accelerator: Accelerator, models: Models,
                    [tokenizer.pad_token_id for tokenizer in list_tokenizers(models)],
                    [digest_network(getattr(models, part)) for part in TEXT_ENCODERS])
     rows = EncodedRows(args, f"captions-{key}", row, len(captions))
-    rows.fill(accelerator, lambda items: [captions[item] for item in items], partial(encode_texts, models))
+    rows.fill(accelerator, lambda items: encode_texts(models, [captions[item] for item in items]))
     return rows
 
 
@@ -1589,18 +1590,17 @@ class EncodedRows:
         values = open_rows(self.files[file][0])[place]
         return {name: values[name] for name in self.dtype.names}
 
-    def fill(self, accelerator: Accelerator, make_inputs, encode) -> None:
-        """Write the files that are missing: the values by name that `encode(make_inputs(items))` returns.
+    def fill(self, accelerator: Accelerator, encode) -> None:
+        """Write the files that are missing: the values by name that `encode(items)` returns.
 
-        Processes share the work. The inputs of the next file are made while one is encoded. A file is written aside,
-        then renamed: a run that was killed goes on with the next file, and two runs that write the same do no harm.
+        Processes share the work. A file is written aside, then renamed: a run that was killed goes on with the next
+        file, and two runs that write the same do no harm.
         """
-        missing = [(path, items) for path, items in self.files[accelerator.process_index :: accelerator.num_processes]
-                   if not is_whole(path)]
-        inputs = iterate_ahead(make_inputs(items) for _, items in missing)
-        bar = tqdm(missing, desc=f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
-        first = self.dtype.names[0]
-        for (path, items), encoded in zip(bar, map(encode, inputs), strict=True):
+        mine, first = self.files[accelerator.process_index :: accelerator.num_processes], self.dtype.names[0]
+        for path, items in tqdm(mine, f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
+            if is_whole(path):
+                continue
+            encoded = encode(items)
             rows = np.empty(len(encoded[first]), self.dtype)
             for name, values in encoded.items():
                 rows[name] = values
@@ -1608,8 +1608,8 @@ class EncodedRows:
                 raise RuntimeError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
                                    f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
             self.save(rows, path)
-        logger.info(f"cache {self.folder}: this process wrote {len(missing)} of {len(self.files)} files")
         accelerator.wait_for_everyone()
+        logger.info(f"cache {self.folder} has its {len(self.files)} files")
 
     def save(self, rows: np.ndarray, path: Path) -> None:
         try:
@@ -1625,7 +1625,8 @@ class EncodedRows:
 
 def is_whole(path: Path) -> bool:
     with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
-        return len(open_rows(path)) > 0
+        open_rows(path)
+        return True
     return False
 
 
@@ -1648,14 +1649,13 @@ def digest_images(accelerator: Accelerator, samples: Samples) -> str:
                    else image.get("bytes") or Path(image["path"]).read_bytes())
         return hashlib.blake2b(content).digest()
 
-    whole, count = hashlib.blake2b(digest_size=12), len(samples)
+    key, count = None, len(samples)
     if accelerator.is_main_process:
-        logger.info("reading all images, to know their cache by")
-        whole.update(b"".join(map_in_threads(digest, range(count))))
-        for index in (0, count // 2, count - 1):
-            for variant in samples.make_variants(index):
-                whole.update(b"".join(array.tobytes() for array in variant.values()))
-    return gather_object([whole.hexdigest()])[0]
+        logger.info("reading all images, to find their cache")
+        preprocessed = map(samples.make_variants, (0, count // 2, count - 1))
+        pieces = [array.tobytes() for variants in preprocessed for variant in variants for array in variant.values()]
+        key = hashlib.blake2b(b"".join(pieces + map_in_threads(digest, range(count))), digest_size=12).hexdigest()
+    return gather_object([key])[0]
 
 
 def digest_network(network: torch.nn.Module) -> str:
