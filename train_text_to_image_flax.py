@@ -1428,16 +1428,13 @@ def gather_object(things: list) -> list:
     return [thing for row in multihost_utils.process_allgather(packed) for thing in json.loads(row.tobytes())]
 
 
-def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | None:
-    """Create the output folder, without leftovers of a killed run; return the lock that keeps other runs out.
-
-    The lock is held until the process ends. Raises ValueError if another run on this machine has it.
-    """
-    lock, folder = None, Path(args.output_dir).resolve()
+def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
+    """Create the output folder, clear what a crash has left, and return the lock that keeps other runs out."""
+    folder = Path(args.output_dir).resolve()
+    lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{make_key(str(folder))}.lock"), thread_local=False,
+                    is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{make_key(str(folder))}.lock"), thread_local=False,
-                        is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
         try:
             lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
         except Timeout as error:
@@ -2199,7 +2196,8 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
     before, now = {**saved, **flags, "use_ema": (checkpoint / EMA_FOLDER).is_dir()}, {**record, **record["flags"]}
     changed = {key: f"{key} {before[key]} -> {now[key]}" for key in sorted(before.keys() & now.keys() - {"flags"})
                if before[key] != now[key] and key not in INCONSEQUENTIAL_FLAGS}
-    if misfits := [changed[key] for key in changed if key in FIXED_FLAGS]:
+    misfits = [changed[key] for key in changed if key in FIXED_FLAGS]
+    if misfits:
         raise ValueError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
     if changed:
         logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the "

@@ -993,16 +993,13 @@ def make_accelerator(args: Namespace) -> Accelerator:
     return accelerator
 
 
-def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock | None:
-    """Create the output folder, without leftovers of a killed run; return the lock that keeps other runs out.
-
-    The lock is held until the process ends. Raises ValueError if another run on this machine has it.
-    """
-    lock, folder = None, Path(args.output_dir).resolve()
+def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
+    """Create the output folder, clear what a crash has left, and return the lock that keeps other runs out."""
+    folder = Path(args.output_dir).resolve()
+    lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{make_key(str(folder))}.lock"), thread_local=False,
+                    is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{make_key(str(folder))}.lock"), thread_local=False,
-                        is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
         try:
             lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
         except Timeout as error:
@@ -1052,9 +1049,9 @@ class StopRequest:
     """On SIGTERM, SIGUSR1 (SLURM, before the time limit) or the first Ctrl-C, all processes save and stop."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.signal_number, self.previous = 0, {}
-        self.group = (torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo")
-                      if accelerator.num_processes > 1 else None)
+        self.signal_number, self.previous, self.group = 0, {}, None
+        if accelerator.num_processes > 1:  # not NCCL, which would wait for the GPU
+            self.group = torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo")
 
     def __enter__(self) -> StopRequest:
         try:
@@ -1659,8 +1656,7 @@ def make_optimizer(args: Namespace, groups: list[dict]):
         import bitsandbytes
 
         return bitsandbytes.optim.AdamW8bit(groups, lr, betas, eps)
-    is_fusible = groups[0]["params"][0].device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr, betas, eps, fused=is_fusible)
+    return torch.optim.AdamW(groups, lr, betas, eps, fused=groups[0]["params"][0].device.type in ("cuda", "cpu"))
 
 
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
@@ -1823,7 +1819,8 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
     before, now = {**saved, **flags, "use_ema": (checkpoint / EMA_FOLDER).is_dir()}, {**record, **record["flags"]}
     changed = {key: f"{key} {before[key]} -> {now[key]}" for key in sorted(before.keys() & now.keys() - {"flags"})
                if before[key] != now[key] and key not in INCONSEQUENTIAL_FLAGS}
-    if misfits := [changed[key] for key in changed if key in FIXED_FLAGS]:
+    misfits = [changed[key] for key in changed if key in FIXED_FLAGS]
+    if misfits:
         raise ValueError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
     if changed:
         logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the "
