@@ -645,6 +645,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     ahead = contextlib.closing(iterate_ahead(loader))
     with StopRequest(accelerator) as stop_request, logging_redirect_tqdm(), ahead as batches:
         for step, batch in meter.time_waits(batches):
+            # `sources`, the numbers of the images, stay in host memory: reading them would wait for the device
             batch = send_to_device(batch, accelerator.device, non_blocking=True, skip_keys="sources")
             meter.add(step, batch, train_step(accelerator, models, objective, batch, step))
             if not step.ends_update:
