@@ -641,8 +641,8 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             meter.add(step, batch, train_step(accelerator, models, objective, batch, step))
             if not step.ends_update:
                 continue
-            numbers = {"epoch": step.epoch, "lr": models.lr_scheduler.get_last_lr()[0]}
-            numbers["grad_norm"] = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+            numbers = {"epoch": step.epoch, "lr": models.lr_scheduler.get_last_lr()[0],
+                       "grad_norm": accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)}
             models.optimizer.step()
             models.lr_scheduler.step()
             models.optimizer.zero_grad()
@@ -899,8 +899,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
     out = Path(args.output_dir).resolve()
     earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
-    sources = {flag: getattr(args, flag) for flag in ("pretrained_model_name_or_path", "dataset_name",
-                                                      "train_data_dir", "validation_data_dir")}
+    sources = ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir")
     cases = [
         *own_cases,
         (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
@@ -909,10 +908,10 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         (earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
          "overwrite: add --resume_from_checkpoint latest to continue it, or name another folder."),
-        *((folder and Path(folder).resolve() == out,
+        *((getattr(args, flag) and Path(getattr(args, flag)).resolve() == out,
            f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
            "own: name another.")
-          for flag, folder in sources.items()),
+          for flag in sources),
         (args.prediction_type not in (None, *PREDICTION_TYPES),
          f"--prediction_type {args.prediction_type}: choose from {', '.join(PREDICTION_TYPES)}."),
         (args.lr_scheduler not in LR_SCHEDULERS,
