@@ -1034,15 +1034,13 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int,
                    checkpoint: Path | None) -> None:
     """Log what is trained, on what, for how long, and from where it starts."""
-    trained = sum(parameter.numel() for parameter in name_trained_parameters(accelerator, models).values())
     last_step = compute_last_step(args, num_samples, accelerator.num_processes)
-    logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
-                f"{args.resolution} px, seed {seed}")
-    logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_processes)} samples: "
+    logger.info(f"training {' and '.join(models.trained)} on {num_samples:,} samples at {args.resolution} px for "
+                f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_processes)}: "
                 f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
                 f"{accelerator.num_processes} processes on {accelerator.device}")
-    logger.info(f"precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} prediction, "
-                f"output in {args.output_dir}, starting from {checkpoint or 'the base model'}")
+    logger.info(f"seed {seed}, precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} "
+                f"prediction, output in {args.output_dir}, starting from {checkpoint or 'the base model'}")
 
 
 class StopRequest:
