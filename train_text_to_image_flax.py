@@ -1602,9 +1602,8 @@ def load_tokenizer(args: Namespace, part: str, text_config: dict) -> CLIPTokeniz
     tokenizer = CLIPTokenizer.from_pretrained(where, **files)
     tokenizer.model_max_length = min(tokenizer.model_max_length, text_config.get("max_position_embeddings", 77))
     if not 512 < len(tokenizer) <= text_config["vocab_size"]:  # 256 bytes, each also at the end of a word
-        raise OSError(f"it has a vocabulary of {len(tokenizer)}, and its text encoder one of "
-                      f"{text_config['vocab_size']}: tokenizer.json, or vocab.json and merges.txt, are missing or of "
-                      "another model.")
+        raise OSError(f"it has a vocabulary of {len(tokenizer)}, its text encoder one of {text_config['vocab_size']}: "
+                      "tokenizer.json, or vocab.json and merges.txt, are missing or of another model.")
     return tokenizer
 
 
@@ -1659,14 +1658,13 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
             raise ValueError(message)
     scale = vae.get("scaling_factor", 0.18215)
     if scale != VAE_SCALE:
-        logger.warning(f"the VAE of {locate_part(args, 'vae')[0]} has scaling_factor {scale}, but {MODEL_KIND} has "
-                       f"{VAE_SCALE}: if the VAE is made for it, set it to {VAE_SCALE} in its config.json; else take "
-                       "another.")
+        logger.warning(f"the VAE has scaling_factor {scale}, not that of {MODEL_KIND}: if it is made for such models, "
+                       f"set it to {VAE_SCALE} in its config.json, else take another.")
 
 
 def compute_vae_factor(vae_config: dict) -> int:
     """Return how many pixels one latent value spans in each direction."""
-    return 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
 def make_scheduler_config(args: Namespace, config: dict) -> dict:
@@ -1929,10 +1927,7 @@ def cache_text_states(args: Namespace, accelerator: Accelerator, models: Models,
 
 
 class EncodedRows:
-    """Encoded images or captions, as rows of .npy files that processes and runs share.
-
-    `dtype` names the values of a row. An image has a row for each of its variants, all in the same file.
-    """
+    """Encoded captions, or variants of images, as rows of .npy files that processes and runs share."""
 
     def __init__(self, args: Namespace, name: str, dtype: np.dtype, num_items: int, rows_per_item: int = 1) -> None:
         size = min(FILE_SIZE // (rows_per_item * dtype[0].itemsize), math.ceil(num_items / LEAST_FILES)) or 1
@@ -1948,14 +1943,14 @@ class EncodedRows:
         return {name: values[name] for name in self.dtype.names}
 
     def fill(self, accelerator: Accelerator, encode) -> None:
-        """Write the files that are missing: the values by name that `encode(items)` returns.
+        """Write this process's share of the files that are missing: the values by name that `encode(items)` returns.
 
-        Processes share the work. A file is written aside, then renamed: a run that was killed goes on with the next
-        file, and two runs that write the same do no harm.
+        Each is written aside, then renamed: a killed run goes on with the next file, and two runs do no harm.
         """
         mine, first = self.files[accelerator.process_index :: accelerator.num_processes], self.dtype.names[0]
         for path, items in tqdm(mine, f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
-            if is_whole(path):
+            with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
+                open_rows(path)
                 continue
             encoded = encode(items)
             rows = np.empty(len(encoded[first]), self.dtype)
@@ -1980,13 +1975,6 @@ class EncodedRows:
                              "or use fewer --cache_crops; files written so far are kept.") from error
 
 
-def is_whole(path: Path) -> bool:
-    with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
-        open_rows(path)
-        return True
-    return False
-
-
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
     """Return the rows of a file as a memory map."""
@@ -2002,15 +1990,14 @@ def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
         image = samples.data.images[samples.rows[index]]
-        content = (image.tobytes() if isinstance(image, Image.Image)
-                   else image.get("bytes") or Path(image["path"]).read_bytes())
-        return hashlib.blake2b(content).digest()
+        return hashlib.blake2b(image.tobytes() if isinstance(image, Image.Image)
+                               else image.get("bytes") or Path(image["path"]).read_bytes()).digest()
 
     key, count = None, len(samples)
     if accelerator.is_main_process:
         logger.info("reading all images, to find their cache")
-        preprocessed = map(samples.make_variants, (0, count // 2, count - 1))
-        pieces = [array.tobytes() for variants in preprocessed for variant in variants for array in variant.values()]
+        pieces = [array.tobytes() for index in (0, count // 2, count - 1)
+                  for variant in samples.make_variants(index) for array in variant.values()]
         key = hashlib.blake2b(b"".join(pieces + map_in_threads(digest, range(count))), digest_size=12).hexdigest()
     return gather_object([key])[0]
 
