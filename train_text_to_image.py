@@ -252,7 +252,9 @@ def make_objective(args: Namespace, scheduler_config: dict, device: torch.device
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+NO_IMAGES = {"HDF5", "MPEG"}  # formats that Pillow knows and cannot decode, of files that people have beside images
+IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
+                  if name in Image.OPEN and name not in NO_IMAGES}
 INTERPOLATION_MODES = {mode.name.lower(): mode for mode in InterpolationMode}
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: ComfyUI writes a whole workflow as one chunk
 
@@ -498,15 +500,16 @@ class Samples:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return an image and its index or, with --skip_broken_images, those of the next one that can be read."""
-        stored = self.data.images[self.rows[index]]
-        try:
-            return decode_image(stored), index
-        except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
-            message = f"row {index} of the data ({get_path(stored) or 'no file'}) cannot be read as an image: {error}."
-            if not self.args.skip_broken_images:
-                raise ValueError(f"{message} Fix or remove it, or add --skip_broken_images.") from error
-        logging.getLogger(__name__).warning(f"skipped: {message}")
-        return self.read((index + 1) % len(self))
+        for source in itertools.chain(range(index, len(self)), range(index)):
+            stored = self.data.images[self.rows[source]]
+            try:
+                return decode_image(stored), source
+            except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
+                message = f"row {source} of the data ({get_path(stored)}) cannot be read as an image: {error}."
+                if not self.args.skip_broken_images:
+                    raise ValueError(f"{message} Fix or remove it, or add --skip_broken_images.") from error
+            logging.getLogger(__name__).warning(f"skipped: {message}")
+        raise ValueError("none of the images can be read: see the warnings above.")
 
 
 def map_in_threads(function, things) -> list:
@@ -704,6 +707,8 @@ def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "mlflow", "aim", "clearml", "dvclive", "swanlab", "trackio", "all")
+OPTIONAL_PACKAGES = {"use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers",
+                     "enable_npu_flash_attention": "torch_npu"}
 
 
 def in_range(kind: type, low: float, high: float = math.inf):
@@ -929,6 +934,9 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         (args.hub_token and args.report_to not in ("tensorboard", "none"),
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
+        *((getattr(args, flag, False) and importlib.util.find_spec(package) is None,
+           f"--{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
+          for flag, package in OPTIONAL_PACKAGES.items()),
         *((tracker not in TRACKERS or (tracker != "all" and importlib.util.find_spec(tracker) is None),
            f"--report_to {tracker} is unknown or not installed: choose from {', '.join(TRACKERS)}, several with "
            "commas, or none alone.")
@@ -1340,8 +1348,8 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
     key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
                    digest_network(vae), args.vae_tiling, row)
 
-    def encode(items: range) -> dict[str, list[np.ndarray]]:
-        variants = list(itertools.chain(*map_in_threads(samples.make_variants, items)))
+    def encode(items: list[list[dict]]) -> dict[str, list[np.ndarray]]:
+        variants = list(itertools.chain(*items))
         crops = {variant["images"].tobytes(): variant["images"] for variant in variants}  # one of a square image
         batches = torch.from_numpy(np.stack(list(crops.values()))).split(max(1, ENCODED_PIXELS // args.resolution**2))
         moments = torch.cat([encode_images(vae, batch).cpu() for batch in batches]).numpy()
@@ -1350,7 +1358,7 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
                 **{name: [variant[name] for variant in variants] for name in ("time_ids", "sources")}}
 
     rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_crops * samples.num_flips)
-    rows.fill(accelerator, encode)
+    rows.fill(accelerator, partial(map_in_threads, samples.make_variants), encode)
     return rows
 
 
@@ -1365,7 +1373,7 @@ def cache_text_states(args: Namespace, accelerator: Accelerator, models: Models,
                    [tokenizer.pad_token_id for tokenizer in list_tokenizers(models)],
                    [digest_network(getattr(models, part)) for part in TEXT_ENCODERS])
     rows = EncodedRows(args, f"captions-{key}", row, len(captions))
-    rows.fill(accelerator, lambda items: encode_texts(models, [captions[item] for item in items]))
+    rows.fill(accelerator, lambda items: [captions[item] for item in items], partial(encode_texts, models))
     return rows
 
 
@@ -1394,17 +1402,17 @@ class EncodedRows:
         values = open_rows(self.files[file][0])[place]
         return {name: values[name] for name in self.dtype.names}
 
-    def fill(self, accelerator: Accelerator, encode) -> None:
-        """Write this process's share of the files that are missing: the values by name that `encode(items)` returns.
+    def fill(self, accelerator: Accelerator, read, encode) -> None:
+        """Write this process's share of the missing files: the values by name that `encode(read(items))` returns.
 
-        Each is written aside, then renamed: a killed run goes on with the next file, and two runs do no harm.
+        What is read next is read while this is encoded. A file is written aside, then renamed: a killed run goes on
+        with the next file, and two runs do no harm.
         """
         mine, first = self.files[accelerator.process_index :: accelerator.num_processes], self.dtype.names[0]
-        for path, items in tqdm(mine, f"encoding {self.folder.name}", disable=not accelerator.is_main_process):
-            with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
-                open_rows(path)
-                continue
-            encoded = encode(items)
+        missing = [(path, items) for path, items in mine if not is_whole(path)]
+        inputs = iterate_ahead(read(items) for _, items in missing)
+        bar = tqdm(missing, f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
+        for (path, items), encoded in zip(bar, map(encode, inputs), strict=True):
             rows = np.empty(len(encoded[first]), self.dtype)
             for name, values in encoded.items():
                 rows[name] = values
@@ -1427,6 +1435,12 @@ class EncodedRows:
                              "or use fewer --cache_crops; files written so far are kept.") from error
 
 
+def is_whole(path: Path) -> bool:
+    with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
+        return len(open_rows(path)) > 0
+    return False
+
+
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
     """Return the rows of a file as a memory map."""
@@ -1442,8 +1456,11 @@ def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
     def digest(index: int) -> bytes:
         image = samples.data.images[samples.rows[index]]
-        return hashlib.blake2b(image.tobytes() if isinstance(image, Image.Image)
-                               else image.get("bytes") or Path(image["path"]).read_bytes()).digest()
+        try:
+            return hashlib.blake2b(image.tobytes() if isinstance(image, Image.Image)
+                                   else image.get("bytes") or Path(image["path"]).read_bytes()).digest()
+        except Exception:  # decoding it will say why, or skip it
+            return b""
 
     key, count = None, len(samples)
     if accelerator.is_main_process:
