@@ -1591,6 +1591,10 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             if file is None:
                 raise OSError(f"{name} is missing.")
             configs[part] = json.loads(file.read_text())
+            addition = configs["unet"].get("addition_embed_type")
+            if addition != ADDITION_EMBED_TYPE:
+                raise ValueError(f"it has addition_embed_type {addition}: this script trains {MODEL_KIND} models. "
+                                 "Scripts for SDXL have sdxl in their names.")
     with explained_load(args, "tokenizer"):
         configs["tokenizer"] = load_tokenizer(args, "tokenizer", configs["text_encoder"])
     check_model_configs(args, configs)
@@ -1643,9 +1647,6 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     refusals = (
         *((configs[part].get(name), f"the {part} has {name} = {configs[part].get(name)!r}, which this script cannot "
            "train with: name another model.") for part, names in UNSUPPORTED_SETTINGS.items() for name in names),
-        (unet.get("addition_embed_type") != ADDITION_EMBED_TYPE,
-         f"the UNet of {where} has addition_embed_type {unet.get('addition_embed_type')}: this script trains "
-         f"{MODEL_KIND} models. Scripts for SDXL have sdxl in their names."),
         (in_channels != latent_channels,
          f"the UNet of {where} takes {in_channels} channels and the VAE makes {latent_channels}: inpainting models "
          "cannot be trained, and a VAE must be made for this kind of model."),

@@ -1123,6 +1123,10 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             where, files = locate_part(args, part)
             kind = DDPMScheduler if part == "scheduler" else UNet2DConditionModel  # which reads any config.json
             configs[part] = kind.load_config(where, **files)
+            addition = configs["unet"].get("addition_embed_type")
+            if addition != ADDITION_EMBED_TYPE:
+                raise ValueError(f"it has addition_embed_type {addition}: this script trains {MODEL_KIND} models. "
+                                 "Scripts for SDXL have sdxl in their names.")
             if part == "scheduler":  # what diffusers lacks would only fail at the export
                 getattr(diffusers, configs[part].get("_class_name", "DDPMScheduler")).from_config(configs[part])
     known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
@@ -1191,9 +1195,6 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     refusals = (
         *((configs[part].get(name), f"the {part} has {name} = {configs[part].get(name)!r}, which this script cannot "
            "train with: name another model.") for part, names in UNSUPPORTED_SETTINGS.items() for name in names),
-        (unet.get("addition_embed_type") != ADDITION_EMBED_TYPE,
-         f"the UNet of {where} has addition_embed_type {unet.get('addition_embed_type')}: this script trains "
-         f"{MODEL_KIND} models. Scripts for SDXL have sdxl in their names."),
         (in_channels != latent_channels,
          f"the UNet of {where} takes {in_channels} channels and the VAE makes {latent_channels}: inpainting models "
          "cannot be trained, and a VAE must be made for this kind of model."),

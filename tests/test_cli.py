@@ -419,7 +419,7 @@ def test_an_installation_at_fault_does_not_blame_the_model(each_script, tiny_mod
 def test_data_is_checked_before_weights_are_read(script, tiny_model, image_folder, tmp_path):
     """A wrong column costs no load of the model: here there are no weights to load."""
     model = keep_configs_only(tiny_model, tmp_path / "model")
-    with pytest.raises(ValueError, match="--caption_column story is not in .*images: its columns are image, text"):
+    with pytest.raises(ValueError, match="--caption_column story is not in .*metadata.jsonl: its columns are image, text"):
         script.main(make_args(model, image_folder, tmp_path / "out", caption_column="story"))
 
 
