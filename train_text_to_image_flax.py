@@ -54,6 +54,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ from filelock import FileLock, Timeout
 from jax import Array as Tensor
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_arrays
 from tqdm.auto import tqdm
@@ -119,6 +120,7 @@ class MicroStep(NamedTuple):
     window_size: int  # samples in the update that this micro step is part of
     ends_update: bool
     ends_epoch: bool
+    indices: list[int]  # of its samples in the data set
 
 
 class Data(NamedTuple):
@@ -300,6 +302,7 @@ def compute_alphas_cumprod(config: dict) -> np.ndarray:
 NO_IMAGES = {"HDF5", "MPEG"}  # formats that Pillow knows and cannot decode, of files that people have beside images
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
                   if name in Image.OPEN and name not in NO_IMAGES}
+LARGEST_ASPECT = 4  # longer side over shorter, of a bucket: as SDXL's own sizes (Podell et al. 2023, appendix I)
 INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
                        for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: ComfyUI writes a whole workflow as one chunk
@@ -439,10 +442,16 @@ def get_path(image: Image.Image | dict | None) -> str:
     return (image.get("path") or "") if isinstance(image, dict) else ""
 
 
+def open_image(image: Image.Image | dict) -> Image.Image:
+    """Return an image whose pixels may not have been read yet."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
+
+
 def decode_image(image: Image.Image | dict) -> Image.Image:
     """Return an image as RGB, as viewers show it: upright as its EXIF says, in sRGB, transparency over white."""
-    if isinstance(image, dict):
-        image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
+    image = open_image(image)
     image.load()
     with contextlib.suppress(Exception):  # a sound picture may have broken EXIF data
         image = ImageOps.exif_transpose(image)
@@ -462,22 +471,62 @@ def decode_image(image: Image.Image | dict) -> Image.Image:
     return plain
 
 
-def transform_image(image: Image.Image, args: Namespace, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
-    """Return `images` uint8 [3, resolution, resolution], resized by the shorter side, mirrored, cropped; `time_ids`.
+def parse_size(size: int | str) -> tuple[int, int]:
+    """Return height and width in pixels of a size such as 512, or 768x512 (width x height)."""
+    width, _, height = str(size).partition("x")
+    return int(height or width), int(width)
+
+
+def list_sizes(args: Namespace) -> list[tuple[int, int]]:
+    """Return the sizes of training images, height and width: one or, with buckets, all of about its area."""
+    height, width = parse_size(args.resolution)
+    if not args.aspect_ratio_buckets:
+        return [(height, width)]
+    area, step = height * width, args.bucket_step
+    sizes = [(side, area // side // step * step) for side in range(step, math.isqrt(LARGEST_ASPECT * area) + 1, step)]
+    return [size for size in sizes if 0 < max(size) <= LARGEST_ASPECT * min(size)]
+
+
+def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int, int]]) -> np.ndarray:
+    """Return for each of the `rows` of the images which of the sizes is nearest in aspect ratio."""
+    def measure(row: int) -> tuple[int, int]:
+        try:
+            image = open_image(images[row])
+            width, height = image.size
+            return (width, height) if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else (height, width)
+        except Exception:  # decoding it will say why, or skip it
+            return sys.maxsize, sys.maxsize
+
+    measured = map_in_threads(measure, rows)
+    aspects, choices = (np.log([height / width for height, width in pairs]) for pairs in (measured, sizes))
+    buckets = np.abs(aspects[:, None] - choices).argmin(axis=1)
+    counts, enlarged = np.bincount(buckets, minlength=len(sizes)), np.any(measured < np.array(sizes)[buckets], axis=1)
+    logger.info("images by width x height: " + ", ".join(
+        f"{count} of {width}x{height}" for (height, width), count in zip(sizes, counts, strict=True) if count))
+    if enlarged.any():
+        logger.warning(f"{enlarged.sum()} images are smaller than their size and are enlarged, the first in row "
+                       f"{rows[int(enlarged.argmax())]} of the data")
+    return buckets
+
+
+def transform_image(image: Image.Image, args: Namespace, size: tuple[int, int], corner: np.ndarray,
+                    flip: bool) -> dict[str, np.ndarray]:
+    """Return `images` uint8 [3, *size], resized to cover height and width, mirrored, cropped; and `time_ids`.
 
     `corner` is the crop's top left, as fractions of the pixels that it can move down and across. SDXL is conditioned
     on `time_ids` [6]: original height and width, top and left of the crop, and the crop's height and width (Podell et
     al. 2023, arXiv:2307.01952, section 2.2).
     """
-    size, shorter = args.resolution, min(image.size)
-    resized = image.resize([size * side // shorter for side in image.size],
-                           INTERPOLATION_MODES[args.image_interpolation_mode])
+    height, width = size
+    is_tall = image.height * width > height * image.width
+    sides = (width * image.height // image.width, width) if is_tall else (height, height * image.width // image.height)
+    resized = image.resize(sides[::-1], INTERPOLATION_MODES[args.image_interpolation_mode])
     resized = ImageOps.mirror(resized) if flip else resized
     room = np.array([resized.height, resized.width]) - size
     top, left = (np.round(room / 2) if args.center_crop else corner * (room + 1)).astype(int).tolist()
-    cropped = resized.crop((left, top, left + size, top + size))
+    cropped = resized.crop((left, top, left + width, top + height))
     return {"images": np.stack(cropped.split()),
-            "time_ids": np.array([image.height, image.width, top, left, size, size], np.float32)}
+            "time_ids": np.array([image.height, image.width, top, left, height, width], np.float32)}
 
 
 def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
@@ -493,15 +542,21 @@ def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
 class Samples:
     """What each use of a sample trains on: its image, caption, and every random number that its loss needs."""
 
-    def __init__(self, data: CaptionedImages, args: Namespace, seed: int, configs: dict[str, dict]) -> None:
+    def __init__(self, data: CaptionedImages, args: Namespace, seed: int, configs: dict[str, dict],
+                 extra_noises=list_extra_noises) -> None:
         self.data, self.args, self.seed = data, args, seed
         self.rows = range(len(data.captions))  # of the data, for each sample
         if (args.max_train_samples or math.inf) < len(self.rows):
             self.rows = make_rng(seed, "subset").permutation(len(self.rows))[: args.max_train_samples].tolist()
         self.timestep_cdf = compute_timestep_cdf(args, configs["scheduler"].get("num_train_timesteps", 1000))
-        side = args.resolution // compute_vae_factor(configs["vae"])
-        self.latent_shape = (configs["vae"].get("latent_channels", 4), side, side)
-        self.noise_shapes = dict.fromkeys(("posterior_noise", "noise"), self.latent_shape)
+        self.sizes = list_sizes(args)
+        self.buckets = np.zeros(len(self.rows), int)  # the size of each sample, by its place in `sizes`
+        if args.aspect_ratio_buckets:
+            self.buckets = choose_buckets(data.images, self.rows, self.sizes)
+        channels, factor = configs["vae"].get("latent_channels", 4), compute_vae_factor(configs["vae"])
+        self.latent_shapes = [(channels, height // factor, width // factor) for height, width in self.sizes]
+        self.noise_shapes = [{"posterior_noise": shape, "noise": shape, **extra_noises(args, shape)}
+                             for shape in self.latent_shapes]
         self.num_crops = 1 if args.center_crop else args.cache_crops or 4  # in the cache, for each image
         self.num_flips = 1 + args.random_flip  # of each crop: with --random_flip mirrored as well
         self.latents = None  # EncodedRows with --cache_latents: the variants of each image
@@ -517,32 +572,47 @@ class Samples:
     def __getitem__(self, use: SampleUse) -> dict:
         """Return one sample: image and caption, or what is cached of them, `timesteps` and noises.
 
-        The image is `images` uint8 [3, resolution, resolution] or, cached, the `moments` [2c, h, w] of one of its
-        crops; either way with `time_ids` [6], and `sources`, the index of the image found in its place.
+        The image is `images` uint8 [3, height, width] or, cached, the `moments` [2c, h, w] of one of its crops; either
+        way with `time_ids` [6], and `sources`, the index of the image found in its place.
         """
+        bucket = self.buckets[use.index]
         rng, where = partial(make_rng, self.seed), (use.epoch, use.index)
         corner, flip = rng("crop", *where).random(2), self.args.random_flip and rng("flip", *where).random() < 0.5
         if self.latents is None:
             picture, source = self.read(use.index)
-            image = {**transform_image(picture, self.args, corner, flip), "sources": np.int64(source)}
+            image = {**transform_image(picture, self.args, self.sizes[bucket], corner, flip),
+                     "sources": np.int64(source)}
         else:
             crop = int(corner[0] * self.num_crops)
             image = self.latents.read((use.index * self.num_crops + crop) * self.num_flips + flip)
+            channels, height, width = self.latent_shapes[bucket]
+            image["moments"] = image["moments"][: 2 * channels * height * width].reshape(-1, height, width)
         captions = self.data.captions[self.rows[image["sources"]]]
         caption = captions[rng("caption", *where).integers(len(captions))]
         if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
             caption = ""
         text = {"caption": caption} if self.text_states is None else self.text_states.read(self.caption_rows[caption])
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
-                  for purpose, shape in self.noise_shapes.items()}
+                  for purpose, shape in self.noise_shapes[bucket].items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
         return {**image, **text, **noises, "timesteps": timestep, "weights": np.float32(use.weight)}
 
     def make_variants(self, index: int) -> list[dict]:
         """Return the crops of an image that are cached, the same for any seed."""
-        image, source = self.read(index)
-        return [{**transform_image(image, self.args, make_rng(0, "cached crop", index, crop).random(2), flip),
-                 "sources": np.int64(source)} for crop in range(self.num_crops) for flip in range(self.num_flips)]
+        (image, source), size = self.read(index), self.sizes[self.buckets[index]]
+        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
+        return [{**transform_image(image, self.args, size, corner, flip), "sources": np.int64(source)}
+                for corner in corners for flip in range(self.num_flips)]
+
+    def make_order(self, epoch: int, update_size: int) -> np.ndarray:
+        """Return the indices of an epoch in random order; with buckets in runs of one size, of an update each."""
+        order = make_rng(self.seed, "order", epoch).permutation(len(self))
+        if not self.args.aspect_ratio_buckets:
+            return order
+        in_buckets = [order[self.buckets[order] == bucket] for bucket in range(len(self.sizes))]
+        runs = [indices[first : first + update_size] for indices in in_buckets
+                for first in range(0, len(indices), update_size)]
+        return np.concatenate([runs[place] for place in make_rng(self.seed, "runs", epoch).permutation(len(runs))])
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return an image and its index or, with --skip_broken_images, those of the next one that can be read."""
@@ -568,36 +638,38 @@ def make_data(args: Namespace, images: CaptionedImages, held_out_images: Caption
               configs: dict[str, dict]) -> Data:
     """Return the samples to train on, and those of --validation_data_dir: with plain draws, the same in every run."""
     train = Samples(images, args, seed, configs)
-    train.noise_shapes |= list_extra_noises(args, train.latent_shape)
     plain = Namespace(**vars(args) | {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0,
                                       "timestep_bias_strategy": "none", "max_train_samples": None})
-    return Data(train, held_out_images and Samples(held_out_images, plain, 0, configs))
+    return Data(train, held_out_images and Samples(held_out_images, plain, 0, configs, extra_noises=lambda *_: {}))
 
 
-def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
+def plan_micro_steps(samples: Samples, progress: Progress, num_updates: int, micro_batch_size: int, accumulation: int):
     """Yield the micro steps of the next `num_updates` updates, from where `progress` stands.
 
-    `micro_batch_size` counts samples over all processes. An epoch ends with whatever is left: a smaller micro batch, a
-    smaller update. No sample is repeated or left out, also when a resumed run has another batch size.
+    `micro_batch_size` counts samples over all processes. An update has images of one size; it is smaller at the end of
+    an epoch and where a bucket ends. No sample is repeated or left out, without buckets also when a resumed run has
+    another batch size.
     """
-    epoch, first = progress.epoch, progress.samples_seen
+    epoch, first, order = progress.epoch, progress.samples_seen, None
     for _ in range(num_updates):
-        if first >= num_samples:
-            epoch, first = epoch + 1, 0
-        end = min(first + micro_batch_size * accumulation, num_samples)
+        if first >= len(samples):
+            epoch, first, order = epoch + 1, 0, None
+        if order is None:
+            order = samples.make_order(epoch, micro_batch_size * accumulation)
+        indices = order[first : first + micro_batch_size * accumulation]
+        differs = samples.buckets[indices] != samples.buckets[indices[0]]
+        end = first + (int(differs.argmax()) or len(indices))  # argmax is 0 if none differs
         for start in range(first, end, micro_batch_size):
             last = min(start + micro_batch_size, end)
-            yield MicroStep(epoch, start, last, end - first, ends_update=last == end, ends_epoch=last == num_samples)
+            yield MicroStep(epoch, start, last, end - first, ends_update=last == end,
+                            ends_epoch=last == len(samples), indices=order[start:last].tolist())
         first = end
 
 
-def share_samples(steps, num_samples: int, seed: int, rank: int, num_processes: int):
+def share_samples(steps, rank: int, num_processes: int):
     """Yield this process's part of each micro step: a contiguous one, so that processes make one large batch."""
-    epoch, order = None, []
     for step in steps:
-        if step.epoch != epoch:
-            epoch, order = step.epoch, make_rng(seed, "order", step.epoch).permutation(num_samples).tolist()
-        uses = [SampleUse(epoch, index) for index in order[step.first : step.last]]
+        uses = [SampleUse(step.epoch, index) for index in step.indices]
         begin, end = (len(uses) * part // num_processes for part in (rank, rank + 1))
         yield uses[begin:end] or [uses[0]._replace(weight=0.0)]
 
@@ -618,7 +690,7 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, n
 def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator, size: int):
     """Yield each micro step with this process's batch of it, always of `size` samples for each of its devices."""
     steps, planned = itertools.tee(steps)
-    shares = share_samples(planned, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
+    shares = share_samples(planned, accelerator.process_index, accelerator.num_processes)
     tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
     with ThreadPoolExecutor(num_workers or 8) as pool:
         for step, uses in zip(steps, shares, strict=True):
@@ -666,6 +738,25 @@ def iterate_ahead(batches):
             pending = reader.submit(next, batches, None)
             yield batch
             batch = pending.result()
+
+
+def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples) -> None:
+    """With --preview_data, write a sheet of training samples as preview.png, and stop."""
+    if args.preview_data is None:
+        return
+    if accelerator.is_main_process:
+        indices = samples.make_order(0, args.train_batch_size)[: args.preview_data].tolist()
+        columns = math.ceil(math.sqrt(len(indices)))
+        sheet = Image.new("RGB", (columns * 256, math.ceil(len(indices) / columns) * 336), "white")
+        for place, index in enumerate(indices):
+            sample, left, top = samples[SampleUse(0, index)], place % columns * 256, place // columns * 336
+            picture = Image.fromarray(np.moveaxis(sample["images"], 0, -1))
+            sheet.paste(ImageOps.contain(picture, (250, 250)), (left, top))
+            text = f"{picture.width}x{picture.height}\n{textwrap.fill(sample['caption'], 44, max_lines=5)}"
+            ImageDraw.Draw(sheet).multiline_text((left, top + 254), text, "black", ImageFont.load_default(11))
+        sheet.save(Path(args.output_dir, "preview.png"))
+        logger.info(f"wrote {args.output_dir}/preview.png, for --preview_data, and stopped")
+    sys.exit(0)
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -742,35 +833,37 @@ def compute_gradients(accelerator: Accelerator, models: Models, objective: Objec
 
 
 def compile_train_step(models: Models, batch: dict[str, Tensor]) -> jax.stages.Compiled:
-    """Return `train_step` compiled for batches of this shape; others would be an error, not a second compilation."""
+    """Return `train_step` compiled for batches of this shape, which it must be for each size of images."""
     began = time.perf_counter()
     compiled = models.programs.train_step.lower(models.state, models.placed, batch).compile()
-    logger.info(f"compiled the update in {time.perf_counter() - began:.1f} s")
+    logger.info(f"compiled the update for {batch['noise'].shape} in {time.perf_counter() - began:.1f} s")
     return compiled
 
 
 def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data, progress: Progress,
           record: dict) -> int:
     """Train until the last update, advancing `progress`; return the signal that stopped it early, or 0."""
-    last_step = compute_last_step(args, len(data.train), accelerator.num_devices)
+    last_step = compute_last_step(args, data.train, accelerator.num_devices)
     if progress.global_step > last_step:
         logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
         last_step = progress.global_step + 1
-    steps = plan_micro_steps(progress, last_step - progress.global_step, len(data.train),
+    steps = plan_micro_steps(data.train, progress, last_step - progress.global_step,
                              args.train_batch_size * accelerator.num_devices, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, steps, models, args.dataloader_num_workers, accelerator,
                              args.train_batch_size)
     meter = Meter(args, accelerator, progress.global_step, last_step)
     stop_request = StopRequest(accelerator)
     ahead = contextlib.closing(iterate_ahead(make_updates(args, accelerator, loader, stop_request)))
-    compiled, signal_number = None, 0
+    compiled, signal_number = {}, 0
 
     with stop_request, logging_redirect_tqdm(), ahead as updates:
         for step, batch in meter.time_waits(updates):
-            if compiled is None:
-                compiled = compile_train_step(models, batch)
-                meter.started = time.perf_counter()
-            models.state, metrics = compiled(models.state, models.placed, batch)
+            shape = batch["noise"].shape
+            if shape not in compiled:
+                began = time.perf_counter()
+                compiled[shape] = compile_train_step(models, batch)
+                meter.started += time.perf_counter() - began  # which is not training
+            models.state, metrics = compiled[shape](models.state, models.placed, batch)
             progress.advance(step)
             meter.end_update(progress.global_step, step, metrics)
 
@@ -1131,6 +1224,16 @@ nonnegative_float = in_range(float, 0)
 fraction = in_range(float, 0, 1)
 
 
+def image_size(text: str) -> int | str:
+    """An argparse type: 512 as a number, 768x512 (width x height) as it is."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
+        raise ArgumentTypeError(f"must be positive, as 512 or 768x512 (width x height), got {text!r}")
+    return text if "x" in text else int(text)
+
+
+image_size.__name__ = "int"  # to who lists the flags, what it is in the reference
+
+
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Return the flags of the command line (or of `argv`), refusing impossible ones with exit status 2."""
     parser = ArgumentParser(
@@ -1170,7 +1273,13 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--image_column", default="image", help="Column of the images.")
     add("--caption_column", default="text", help="Column of the captions: a string, or a list of which one is drawn.")
     add("--max_train_samples", type=positive_int, help="Train on at most this many samples, drawn by --seed.")
-    add("--resolution", type=positive_int, help="Pixels: the shorter side is resized to it, then a square is cropped.")
+    add("--resolution", type=image_size,
+        help="Pixels, as 512 or 768x512 (width x height): images are resized to cover it, then cropped.")
+    add("--aspect_ratio_buckets", action="store_true",
+        help="Train each image near its own shape, at the size nearest in aspect ratio of about --resolution's area.")
+    add("--bucket_step", type=positive_int, default=64, help="Sides of those sizes are multiples of this.")
+    add("--preview_data", type=positive_int,
+        help="Write preview.png with this many training samples, as cropped and captioned, then stop.")
     add("--image_interpolation_mode", default="lanczos", choices=tuple(INTERPOLATION_MODES), help="Resizing filter.")
     add("--center_crop", action="store_true", help="Crop at the center, not at random.")
     add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
@@ -1253,6 +1362,8 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompts", nargs="+", help="Prompts to draw, one image each.")
     add("--validation_prompt", help="Prompt to draw --num_validation_images images of.")
+    add("--validation_size", type=image_size, nargs="+",
+        help="Size of the images to draw, as 512 or 768x512; several: one each. If not given: --resolution.")
     add("--num_validation_images", type=nonnegative_int, default=4, help="Images to draw of --validation_prompt.")
     add("--validation_epochs", type=positive_int, help="Validate every this many epochs.")
     add("--validation_steps", type=positive_int, help="Also validate every this many updates.")
@@ -1287,6 +1398,7 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
             setattr(args, name, os.path.expanduser(value))
     repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     args.validation_prompts = (args.validation_prompts or []) + repeated
+    args.validation_size = args.validation_size or [args.resolution]
     return args
 
 
@@ -1311,6 +1423,8 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
          f"--prediction_type {args.prediction_type}: choose from {', '.join(PREDICTION_TYPES)}."),
         (args.lr_scheduler not in LR_SCHEDULERS,
          f"--lr_scheduler {args.lr_scheduler}: choose from {', '.join(LR_SCHEDULERS)}."),
+        (not list_sizes(args), f"--bucket_step {args.bucket_step} leaves no size of about --resolution "
+         f"{args.resolution}: lower it."),
         (args.dream_training and args.input_perturbation > 0,
          "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
@@ -1472,12 +1586,12 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
             "flags": {key: value for key, value in vars(args).items() if key != "hub_token"}}
 
 
-def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int,
+def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, seed: int,
                    checkpoint: Path | None) -> None:
     """Log what is trained, on what, for how long, and from where it starts."""
     trained = sum(array.size for array in models.state.weights.values())
-    last_step = compute_last_step(args, num_samples, accelerator.num_devices)
-    logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {num_samples:,} samples at "
+    last_step = compute_last_step(args, samples, accelerator.num_devices)
+    logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {len(samples):,} samples at "
                 f"{args.resolution} px, seed {seed}")
     logger.info(f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_devices)} samples: "
                 f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
@@ -1650,8 +1764,9 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
         (in_channels != latent_channels,
          f"the UNet of {where} takes {in_channels} channels and the VAE makes {latent_channels}: inpainting models "
          "cannot be trained, and a VAE must be made for this kind of model."),
-        (args.resolution % factor, f"--resolution {args.resolution} must be a multiple of {factor}, for the VAE: try "
-         f"{max(1, args.resolution // factor) * factor}."),
+        (any(side % factor for size in list_sizes(args) for side in size),
+         f"--resolution {args.resolution}, or --bucket_step {args.bucket_step} with --aspect_ratio_buckets, must be "
+         f"multiples of {factor}, for the VAE."),
         (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
          f"{where} is for {sampler} with prediction type {prediction_type}; this script trains models for noise as "
          f"DDPM adds it, with prediction type {', '.join(PREDICTION_TYPES)}."),
@@ -1895,21 +2010,28 @@ def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, s
 
 
 def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> EncodedRows:
-    """Return a row per variant of each image: the VAE's moments [2c, h, w], time_ids, and the image it is of."""
-    channels, height, width = samples.latent_shape
-    row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (2 * channels, height, width)),
-                    ("time_ids", np.float32, (6,)), ("sources", np.int64)])
+    """Return a row per variant of each image: the VAE's moments, flat, time_ids, and the image it is of."""
+    size = 2 * max(math.prod(shape) for shape in samples.latent_shapes)  # of moments; smaller ones are padded
+    row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (size,)), ("time_ids", np.float32, (6,)),
+                    ("sources", np.int64)])
     key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
-                   digest_network(models, "vae"), row)
+                   digest_network(models, "vae"), row, samples.sizes)
     rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_crops * samples.num_flips)
-    batch_size = min(max(1, ENCODED_PIXELS // args.resolution**2),
+    batch_size = min(max(1, ENCODED_PIXELS // math.prod(parse_size(args.resolution))),
                      math.ceil(rows.rows_per_file / jax.local_device_count()))
     encoder = LocalEncoder(models, "vae", lambda models, images: encode_images(models.vae, images), batch_size)
 
-    def encode(items: list[list[dict]]) -> dict[str, np.ndarray]:
+    def encode(items: list[list[dict]]) -> dict[str, list[np.ndarray]]:
         variants = list(itertools.chain(*items))
-        arrays = {name: np.stack([variant[name] for variant in variants]) for name in variants[0]}
-        return {"moments": np.moveaxis(encoder(np.moveaxis(arrays.pop("images"), 1, -1)), -1, 1), **arrays}
+        crops = [variant.pop("images") for variant in variants]
+        encoded = {}
+        for shape in {crop.shape for crop in crops}:
+            places = [place for place, crop in enumerate(crops) if crop.shape == shape]
+            moments = encoder(np.moveaxis(np.stack([crops[place] for place in places]), 1, -1))
+            moments = np.moveaxis(moments, -1, 1).reshape(len(places), -1)
+            encoded |= zip(places, np.pad(moments, ((0, 0), (0, size - moments.shape[1]))), strict=True)
+        return {"moments": [encoded[place] for place in range(len(crops))],
+                **{name: [variant[name] for variant in variants] for name in variants[0]}}
 
     rows.fill(accelerator, partial(map_in_threads, samples.make_variants), encode)
     return rows
@@ -2032,9 +2154,9 @@ def digest_network(models: Models, part: str) -> str:
 
 
 def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
-                     num_samples: int) -> None:
+                     samples: Samples) -> None:
     """Put all weights on the devices, the trainable ones with their training state, and prepare the programs."""
-    last_step = compute_last_step(args, num_samples, accelerator.num_devices)
+    last_step = compute_last_step(args, samples, accelerator.num_devices)
     recipe = make_recipe(args, models.trained, last_step, accelerator.num_devices)
     make = partial(make_state, args, recipe)
     places = jax.tree.map(accelerator.choose_sharding, jax.eval_shape(make, models.initial))
@@ -2058,9 +2180,10 @@ def compute_learning_rate(args: Namespace, part: str, num_processes: int) -> flo
     return rate * (compute_total_batch_size(args, num_processes) if args.scale_lr else 1)
 
 
-def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
+def compute_last_step(args: Namespace, samples: Samples, num_processes: int) -> int:
     """Return the number of updates in the whole run: --max_train_steps, else --num_train_epochs of them."""
-    updates_per_epoch = math.ceil(num_samples / compute_total_batch_size(args, num_processes))
+    total_batch_size = compute_total_batch_size(args, num_processes)
+    updates_per_epoch = sum(math.ceil(count / total_batch_size) for count in np.bincount(samples.buckets))
     return args.max_train_steps or args.num_train_epochs * updates_per_epoch
 
 
@@ -2152,11 +2275,12 @@ LOSS_SCALE_FOLDER = "loss_scale"
 FIXED_FLAGS = {"use_ema", "train_text_encoder"}
 # Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
-    "output_dir cache_dir encoded_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
-    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo local_rank debug_loss "
-    "offload_ema foreach_ema optimizer_in_backward dataloader_num_workers validation_prompts validation_prompt "
-    "num_validation_images validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format pretrained_lora_model_name_or_path".split()
+    "output_dir cache_dir encoded_dir resume_from_checkpoint preview_data checkpointing_steps "
+    "checkpoints_total_limit logging_dir logging_steps report_to tracker_project_name push_to_hub hub_model_id "
+    "hub_private_repo local_rank debug_loss offload_ema foreach_ema optimizer_in_backward dataloader_num_workers "
+    "validation_prompts validation_prompt num_validation_images validation_size validation_steps validation_epochs "
+    "validation_data_dir validation_guidance_scale validation_inference_steps save_kohya_format "
+    "pretrained_lora_model_name_or_path".split()
 )
 
 
@@ -2414,17 +2538,23 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
 
     Each device draws one picture at a time.
     """
-    drawn, side = [], args.resolution // compute_vae_factor(models.configs["vae"])
-    shape, count = (models.configs["vae"]["latent_channels"], side, side), accelerator.num_devices
+    sizes = [args.validation_size[index % len(args.validation_size)] for index in range(len(prompts))]
+    factor, channels = compute_vae_factor(models.configs["vae"]), models.configs["vae"]["latent_channels"]
+    drawn, count = {}, accelerator.num_devices
     with log_failure("drawing validation pictures"):
-        for start in range(0, len(prompts), count):
-            rows = [min(start + device, len(prompts) - 1) for device in range(count)]
-            noise = np.stack([make_rng(seed, "validation", row).standard_normal(shape, np.float32) for row in rows])
-            captions = [{"caption": caption} for row in rows for caption in ("", prompts[row])]
-            input_ids = collate(captions, list_tokenizers(models))["input_ids"].reshape(count, 2, -1)
-            batch = [accelerator.place(array, accelerator.split) for array in (np.moveaxis(noise, 1, -1), input_ids)]
-            drawn += list(np.asarray(models.programs.draw(get_best_weights(models), models.placed, *batch)))
-        return [Image.fromarray(image) for image in drawn[: len(prompts)]]
+        for size in dict.fromkeys(sizes):
+            shape = (channels, *(side // factor for side in parse_size(size)))
+            indices = [index for index in range(len(prompts)) if sizes[index] == size]
+            for start in range(0, len(indices), count):
+                rows = [indices[min(start + device, len(indices) - 1)] for device in range(count)]
+                noise = np.stack([make_rng(seed, "validation", row).standard_normal(shape, np.float32)
+                                  for row in rows])
+                captions = [{"caption": caption} for row in rows for caption in ("", prompts[row])]
+                input_ids = collate(captions, list_tokenizers(models))["input_ids"].reshape(count, 2, -1)
+                batch = [accelerator.place(each, accelerator.split) for each in (np.moveaxis(noise, 1, -1), input_ids)]
+                images = np.asarray(models.programs.draw(get_best_weights(models), models.placed, *batch))
+                drawn |= zip(rows, images, strict=True)
+        return [Image.fromarray(drawn[index]) for index in range(len(prompts))]
     return []
 
 
@@ -2434,7 +2564,8 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
     It is nan if measuring failed.
     """
     count, losses = len(held_out), []
-    steps = plan_micro_steps(Progress(), 1, count, args.train_batch_size * accelerator.num_devices, count)
+    steps = plan_micro_steps(held_out, Progress(), len(set(held_out.buckets)),
+                             args.train_batch_size * accelerator.num_devices, count)
     with log_failure("measuring the held-out loss"):
         for _, batch in make_dataloader(held_out, steps, models, 0, accelerator, args.train_batch_size):
             losses.append(models.programs.compute_losses(get_best_weights(models), models.placed,
@@ -2450,6 +2581,8 @@ def save_images(args: Namespace, accelerator: Accelerator, images: list[Image.Im
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         image.save(folder / f"{index:02d}.png")
+    sides = np.max([image.size for image in images], axis=0)
+    images = [image.crop((0, 0, *sides)) for image in images]  # with black beside smaller ones
     Image.fromarray(np.hstack(images)).save(folder / "grid.png")
     logger.info(f"saved {len(images)} pictures and grid.png in {folder}")
     log_images(accelerator, tag, images, args.validation_prompts, step)
@@ -2681,15 +2814,16 @@ def main(argv: list[str] | None = None) -> None:
     record = start_run(args, accelerator, images, checkpoint)
     check_changes(checkpoint, record)
     data = make_data(args, images, held_out_images, record["seed"], configs)
+    preview_data(args, accelerator, data.train)
 
     with explained_load(args):
         models = load_models(args, accelerator, configs)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config)
-    prepare_training(args, accelerator, models, objective, len(data.train))
+    prepare_training(args, accelerator, models, objective, data.train)
     progress = resume(models, checkpoint) if checkpoint else Progress()
 
-    log_run_header(args, accelerator, models, len(data.train), record["seed"], checkpoint)
+    log_run_header(args, accelerator, models, data.train, record["seed"], checkpoint)
     signal_number = train(args, accelerator, models, data, progress, record)
     if not signal_number:
         validate(args, accelerator, models, data, progress, tag="test")

@@ -57,6 +57,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections import ChainMap
@@ -80,7 +81,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from filelock import FileLock, Timeout
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -131,6 +132,7 @@ class MicroStep(NamedTuple):
     window_size: int  # samples in the update that this micro step is part of
     ends_update: bool
     ends_epoch: bool
+    indices: list[int]  # of its samples in the data set
 
 
 class Data(NamedTuple):
@@ -263,6 +265,7 @@ def make_objective(args: Namespace, scheduler_config: dict, device: torch.device
 NO_IMAGES = {"HDF5", "MPEG"}  # formats that Pillow knows and cannot decode, of files that people have beside images
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
                   if name in Image.OPEN and name not in NO_IMAGES}
+LARGEST_ASPECT = 4  # longer side over shorter, of a bucket: as SDXL's own sizes (Podell et al. 2023, appendix I)
 INTERPOLATION_MODES = {mode.name.lower(): mode for mode in InterpolationMode}
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: ComfyUI writes a whole workflow as one chunk
 
@@ -401,10 +404,16 @@ def get_path(image: Image.Image | dict | None) -> str:
     return (image.get("path") or "") if isinstance(image, dict) else ""
 
 
+def open_image(image: Image.Image | dict) -> Image.Image:
+    """Return an image whose pixels may not have been read yet."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
+
+
 def decode_image(image: Image.Image | dict) -> Image.Image:
     """Return an image as RGB, as viewers show it: upright as its EXIF says, in sRGB, transparency over white."""
-    if isinstance(image, dict):
-        image = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"])
+    image = open_image(image)
     image.load()
     with contextlib.suppress(Exception):  # a sound picture may have broken EXIF data
         image = ImageOps.exif_transpose(image)
@@ -424,22 +433,63 @@ def decode_image(image: Image.Image | dict) -> Image.Image:
     return plain
 
 
-def transform_image(image: Image.Image, args: Namespace, corner: np.ndarray, flip: bool) -> dict[str, np.ndarray]:
-    """Return `images` uint8 [3, resolution, resolution], resized by the shorter side, mirrored, cropped; `time_ids`.
+def parse_size(size: int | str) -> tuple[int, int]:
+    """Return height and width in pixels of a size such as 512, or 768x512 (width x height)."""
+    width, _, height = str(size).partition("x")
+    return int(height or width), int(width)
+
+
+def list_sizes(args: Namespace) -> list[tuple[int, int]]:
+    """Return the sizes of training images, height and width: one or, with buckets, all of about its area."""
+    height, width = parse_size(args.resolution)
+    if not args.aspect_ratio_buckets:
+        return [(height, width)]
+    area, step = height * width, args.bucket_step
+    sizes = [(side, area // side // step * step) for side in range(step, math.isqrt(LARGEST_ASPECT * area) + 1, step)]
+    return [size for size in sizes if 0 < max(size) <= LARGEST_ASPECT * min(size)]
+
+
+def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int, int]]) -> np.ndarray:
+    """Return for each of the `rows` of the images which of the sizes is nearest in aspect ratio."""
+    def measure(row: int) -> tuple[int, int]:
+        try:
+            image = open_image(images[row])
+            width, height = image.size
+            return (width, height) if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else (height, width)
+        except Exception:  # decoding it will say why, or skip it
+            return sys.maxsize, sys.maxsize
+
+    measured = map_in_threads(measure, rows)
+    aspects, choices = (np.log([height / width for height, width in pairs]) for pairs in (measured, sizes))
+    buckets = np.abs(aspects[:, None] - choices).argmin(axis=1)
+    counts, enlarged = np.bincount(buckets, minlength=len(sizes)), np.any(measured < np.array(sizes)[buckets], axis=1)
+    logger.info("images by width x height: " + ", ".join(
+        f"{count} of {width}x{height}" for (height, width), count in zip(sizes, counts, strict=True) if count))
+    if enlarged.any():
+        logger.warning(f"{enlarged.sum()} images are smaller than their size and are enlarged, the first in row "
+                       f"{rows[int(enlarged.argmax())]} of the data")
+    return buckets
+
+
+def transform_image(image: Image.Image, args: Namespace, size: tuple[int, int], corner: np.ndarray,
+                    flip: bool) -> dict[str, np.ndarray]:
+    """Return `images` uint8 [3, *size], resized to cover height and width, mirrored, cropped; and `time_ids`.
 
     `corner` is the crop's top left, as fractions of the pixels that it can move down and across. SDXL is conditioned
     on `time_ids` [6]: original height and width, top and left of the crop, and the crop's height and width (Podell et
     al. 2023, arXiv:2307.01952, section 2.2).
     """
-    size = args.resolution
-    resized = TVF.resize(image, size, INTERPOLATION_MODES[args.image_interpolation_mode])
+    height, width = size
+    is_tall = image.height * width > height * image.width
+    sides = (width * image.height // image.width, width) if is_tall else (height, height * image.width // image.height)
+    resized = TVF.resize(image, sides, INTERPOLATION_MODES[args.image_interpolation_mode])
     if flip:
         resized = TVF.horizontal_flip(resized)
     room = np.array([resized.height, resized.width]) - size
     top, left = (np.round(room / 2) if args.center_crop else corner * (room + 1)).astype(int).tolist()
-    cropped = TVF.crop(resized, top, left, size, size)
+    cropped = TVF.crop(resized, top, left, height, width)
     return {"images": np.stack(cropped.split()),
-            "time_ids": np.array([image.height, image.width, top, left, size, size], np.float32)}
+            "time_ids": np.array([image.height, image.width, top, left, height, width], np.float32)}
 
 
 def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
@@ -455,15 +505,21 @@ def make_rng(seed: int, purpose: str, *where: int) -> np.random.Generator:
 class Samples:
     """What each use of a sample trains on: its image, caption, and every random number that its loss needs."""
 
-    def __init__(self, data: CaptionedImages, args: Namespace, seed: int, configs: dict[str, dict]) -> None:
+    def __init__(self, data: CaptionedImages, args: Namespace, seed: int, configs: dict[str, dict],
+                 extra_noises=list_extra_noises) -> None:
         self.data, self.args, self.seed = data, args, seed
         self.rows = range(len(data.captions))  # of the data, for each sample
         if (args.max_train_samples or math.inf) < len(self.rows):
             self.rows = make_rng(seed, "subset").permutation(len(self.rows))[: args.max_train_samples].tolist()
         self.timestep_cdf = compute_timestep_cdf(args, configs["scheduler"].get("num_train_timesteps", 1000))
-        side = args.resolution // compute_vae_factor(configs["vae"])
-        self.latent_shape = (configs["vae"].get("latent_channels", 4), side, side)
-        self.noise_shapes = dict.fromkeys(("posterior_noise", "noise"), self.latent_shape)
+        self.sizes = list_sizes(args)
+        self.buckets = np.zeros(len(self.rows), int)  # the size of each sample, by its place in `sizes`
+        if args.aspect_ratio_buckets:
+            self.buckets = choose_buckets(data.images, self.rows, self.sizes)
+        channels, factor = configs["vae"].get("latent_channels", 4), compute_vae_factor(configs["vae"])
+        self.latent_shapes = [(channels, height // factor, width // factor) for height, width in self.sizes]
+        self.noise_shapes = [{"posterior_noise": shape, "noise": shape, **extra_noises(args, shape)}
+                             for shape in self.latent_shapes]
         self.num_crops = 1 if args.center_crop else args.cache_crops or 4  # in the cache, for each image
         self.num_flips = 1 + args.random_flip  # of each crop: with --random_flip mirrored as well
         self.latents = None  # EncodedRows with --cache_latents: the variants of each image
@@ -479,32 +535,47 @@ class Samples:
     def __getitem__(self, use: SampleUse) -> dict:
         """Return one sample: image and caption, or what is cached of them, `timesteps` and noises.
 
-        The image is `images` uint8 [3, resolution, resolution] or, cached, the `moments` [2c, h, w] of one of its
-        crops; either way with `time_ids` [6], and `sources`, the index of the image found in its place.
+        The image is `images` uint8 [3, height, width] or, cached, the `moments` [2c, h, w] of one of its crops; either
+        way with `time_ids` [6], and `sources`, the index of the image found in its place.
         """
+        bucket = self.buckets[use.index]
         rng, where = partial(make_rng, self.seed), (use.epoch, use.index)
         corner, flip = rng("crop", *where).random(2), self.args.random_flip and rng("flip", *where).random() < 0.5
         if self.latents is None:
             picture, source = self.read(use.index)
-            image = {**transform_image(picture, self.args, corner, flip), "sources": np.int64(source)}
+            image = {**transform_image(picture, self.args, self.sizes[bucket], corner, flip),
+                     "sources": np.int64(source)}
         else:
             crop = int(corner[0] * self.num_crops)
             image = self.latents.read((use.index * self.num_crops + crop) * self.num_flips + flip)
+            channels, height, width = self.latent_shapes[bucket]
+            image["moments"] = image["moments"][: 2 * channels * height * width].reshape(-1, height, width)
         captions = self.data.captions[self.rows[image["sources"]]]
         caption = captions[rng("caption", *where).integers(len(captions))]
         if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
             caption = ""
         text = {"caption": caption} if self.text_states is None else self.text_states.read(self.caption_rows[caption])
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
-                  for purpose, shape in self.noise_shapes.items()}
+                  for purpose, shape in self.noise_shapes[bucket].items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
         return {**image, **text, **noises, "timesteps": timestep, "weights": np.float32(use.weight)}
 
     def make_variants(self, index: int) -> list[dict]:
         """Return the crops of an image that are cached, the same for any seed."""
-        image, source = self.read(index)
-        return [{**transform_image(image, self.args, make_rng(0, "cached crop", index, crop).random(2), flip),
-                 "sources": np.int64(source)} for crop in range(self.num_crops) for flip in range(self.num_flips)]
+        (image, source), size = self.read(index), self.sizes[self.buckets[index]]
+        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
+        return [{**transform_image(image, self.args, size, corner, flip), "sources": np.int64(source)}
+                for corner in corners for flip in range(self.num_flips)]
+
+    def make_order(self, epoch: int, update_size: int) -> np.ndarray:
+        """Return the indices of an epoch in random order; with buckets in runs of one size, of an update each."""
+        order = make_rng(self.seed, "order", epoch).permutation(len(self))
+        if not self.args.aspect_ratio_buckets:
+            return order
+        in_buckets = [order[self.buckets[order] == bucket] for bucket in range(len(self.sizes))]
+        runs = [indices[first : first + update_size] for indices in in_buckets
+                for first in range(0, len(indices), update_size)]
+        return np.concatenate([runs[place] for place in make_rng(self.seed, "runs", epoch).permutation(len(runs))])
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return an image and its index or, with --skip_broken_images, those of the next one that can be read."""
@@ -530,36 +601,38 @@ def make_data(args: Namespace, images: CaptionedImages, held_out_images: Caption
               configs: dict[str, dict]) -> Data:
     """Return the samples to train on, and those of --validation_data_dir: with plain draws, the same in every run."""
     train = Samples(images, args, seed, configs)
-    train.noise_shapes |= list_extra_noises(args, train.latent_shape)
     plain = Namespace(**vars(args) | {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0,
                                       "timestep_bias_strategy": "none", "max_train_samples": None})
-    return Data(train, held_out_images and Samples(held_out_images, plain, 0, configs))
+    return Data(train, held_out_images and Samples(held_out_images, plain, 0, configs, extra_noises=lambda *_: {}))
 
 
-def plan_micro_steps(progress: Progress, num_updates: int, num_samples: int, micro_batch_size: int, accumulation: int):
+def plan_micro_steps(samples: Samples, progress: Progress, num_updates: int, micro_batch_size: int, accumulation: int):
     """Yield the micro steps of the next `num_updates` updates, from where `progress` stands.
 
-    `micro_batch_size` counts samples over all processes. An epoch ends with whatever is left: a smaller micro batch, a
-    smaller update. No sample is repeated or left out, also when a resumed run has another batch size.
+    `micro_batch_size` counts samples over all processes. An update has images of one size; it is smaller at the end of
+    an epoch and where a bucket ends. No sample is repeated or left out, without buckets also when a resumed run has
+    another batch size.
     """
-    epoch, first = progress.epoch, progress.samples_seen
+    epoch, first, order = progress.epoch, progress.samples_seen, None
     for _ in range(num_updates):
-        if first >= num_samples:
-            epoch, first = epoch + 1, 0
-        end = min(first + micro_batch_size * accumulation, num_samples)
+        if first >= len(samples):
+            epoch, first, order = epoch + 1, 0, None
+        if order is None:
+            order = samples.make_order(epoch, micro_batch_size * accumulation)
+        indices = order[first : first + micro_batch_size * accumulation]
+        differs = samples.buckets[indices] != samples.buckets[indices[0]]
+        end = first + (int(differs.argmax()) or len(indices))  # argmax is 0 if none differs
         for start in range(first, end, micro_batch_size):
             last = min(start + micro_batch_size, end)
-            yield MicroStep(epoch, start, last, end - first, ends_update=last == end, ends_epoch=last == num_samples)
+            yield MicroStep(epoch, start, last, end - first, ends_update=last == end,
+                            ends_epoch=last == len(samples), indices=order[start:last].tolist())
         first = end
 
 
-def share_samples(steps, num_samples: int, seed: int, rank: int, num_processes: int):
+def share_samples(steps, rank: int, num_processes: int):
     """Yield this process's part of each micro step: a contiguous one, so that processes make one large batch."""
-    epoch, order = None, []
     for step in steps:
-        if step.epoch != epoch:
-            epoch, order = step.epoch, make_rng(seed, "order", step.epoch).permutation(num_samples).tolist()
-        uses = [SampleUse(epoch, index) for index in order[step.first : step.last]]
+        uses = [SampleUse(step.epoch, index) for index in step.indices]
         begin, end = (len(uses) * part // num_processes for part in (rank, rank + 1))
         yield uses[begin:end] or [uses[0]._replace(weight=0.0)]
 
@@ -578,7 +651,7 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, T
 def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator):
     """Yield each micro step with this process's batch; loader processes start at the first, in the caller's thread."""
     steps, planned = itertools.tee(steps)
-    shares = share_samples(planned, len(samples), samples.seed, accelerator.process_index, accelerator.num_processes)
+    shares = share_samples(planned, accelerator.process_index, accelerator.num_processes)
     tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
     loader = iter(torch.utils.data.DataLoader(
         samples, batch_sampler=shares, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
@@ -611,6 +684,25 @@ def iterate_ahead(batches):
             batch = pending.result()
 
 
+def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples) -> None:
+    """With --preview_data, write a sheet of training samples as preview.png, and stop."""
+    if args.preview_data is None:
+        return
+    if accelerator.is_main_process:
+        indices = samples.make_order(0, args.train_batch_size)[: args.preview_data].tolist()
+        columns = math.ceil(math.sqrt(len(indices)))
+        sheet = Image.new("RGB", (columns * 256, math.ceil(len(indices) / columns) * 336), "white")
+        for place, index in enumerate(indices):
+            sample, left, top = samples[SampleUse(0, index)], place % columns * 256, place // columns * 336
+            picture = Image.fromarray(np.moveaxis(sample["images"], 0, -1))
+            sheet.paste(ImageOps.contain(picture, (250, 250)), (left, top))
+            text = f"{picture.width}x{picture.height}\n{textwrap.fill(sample['caption'], 44, max_lines=5)}"
+            ImageDraw.Draw(sheet).multiline_text((left, top + 254), text, "black", ImageFont.load_default(11))
+        sheet.save(Path(args.output_dir, "preview.png"))
+        logger.info(f"wrote {args.output_dir}/preview.png, for --preview_data, and stopped")
+    sys.exit(0)
+
+
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
@@ -634,11 +726,11 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
 def train(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
           progress: Progress, record: dict) -> int:
     """Train until the last update, advancing `progress`; return the signal that stopped the run early, or 0."""
-    last_step = compute_last_step(args, len(data.train), accelerator.num_processes)
+    last_step = compute_last_step(args, data.train, accelerator.num_processes)
     if progress.global_step > last_step:
         logger.warning(f"update {progress.global_step} is beyond --max_train_steps {last_step}: taking one more")
         last_step = progress.global_step + 1
-    steps = plan_micro_steps(progress, last_step - progress.global_step, len(data.train),
+    steps = plan_micro_steps(data.train, progress, last_step - progress.global_step,
                              args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, steps, models, args.dataloader_num_workers, accelerator)
     parameters = list(name_trained_parameters(accelerator, models).values())
@@ -739,6 +831,16 @@ nonnegative_float = in_range(float, 0)
 fraction = in_range(float, 0, 1)
 
 
+def image_size(text: str) -> int | str:
+    """An argparse type: 512 as a number, 768x512 (width x height) as it is."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
+        raise ArgumentTypeError(f"must be positive, as 512 or 768x512 (width x height), got {text!r}")
+    return text if "x" in text else int(text)
+
+
+image_size.__name__ = "int"  # to who lists the flags, what it is in the reference
+
+
 def parse_args(argv: list[str] | None = None) -> Namespace:
     """Return the flags of the command line (or of `argv`), refusing impossible ones with exit status 2."""
     parser = ArgumentParser(
@@ -806,7 +908,13 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--image_column", default="image", help="Column of the images.")
     add("--caption_column", default="text", help="Column of the captions: a string, or a list of which one is drawn.")
     add("--max_train_samples", type=positive_int, help="Train on at most this many samples, drawn by --seed.")
-    add("--resolution", type=positive_int, help="Pixels: the shorter side is resized to it, then a square is cropped.")
+    add("--resolution", type=image_size,
+        help="Pixels, as 512 or 768x512 (width x height): images are resized to cover it, then cropped.")
+    add("--aspect_ratio_buckets", action="store_true",
+        help="Train each image near its own shape, at the size nearest in aspect ratio of about --resolution's area.")
+    add("--bucket_step", type=positive_int, default=64, help="Sides of those sizes are multiples of this.")
+    add("--preview_data", type=positive_int,
+        help="Write preview.png with this many training samples, as cropped and captioned, then stop.")
     add("--image_interpolation_mode", default="lanczos", choices=tuple(INTERPOLATION_MODES), help="Resizing filter.")
     add("--center_crop", action="store_true", help="Crop at the center, not at random.")
     add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
@@ -887,6 +995,8 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add = parser.add_argument_group("validation").add_argument
     add("--validation_prompts", nargs="+", help="Prompts to draw, one image each.")
     add("--validation_prompt", help="Prompt to draw --num_validation_images images of.")
+    add("--validation_size", type=image_size, nargs="+",
+        help="Size of the images to draw, as 512 or 768x512; several: one each. If not given: --resolution.")
     add("--num_validation_images", type=nonnegative_int, default=4, help="Images to draw of --validation_prompt.")
     add("--validation_epochs", type=positive_int, help="Validate every this many epochs.")
     add("--validation_steps", type=positive_int, help="Also validate every this many updates.")
@@ -921,6 +1031,7 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
             setattr(args, name, os.path.expanduser(value))
     repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     args.validation_prompts = (args.validation_prompts or []) + repeated
+    args.validation_size = args.validation_size or [args.resolution]
     return args
 
 
@@ -945,6 +1056,8 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
          f"--prediction_type {args.prediction_type}: choose from {', '.join(PREDICTION_TYPES)}."),
         (args.lr_scheduler not in LR_SCHEDULERS,
          f"--lr_scheduler {args.lr_scheduler}: choose from {', '.join(LR_SCHEDULERS)}."),
+        (not list_sizes(args), f"--bucket_step {args.bucket_step} leaves no size of about --resolution "
+         f"{args.resolution}: lower it."),
         (args.dream_training and args.input_perturbation > 0,
          "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
@@ -1039,11 +1152,11 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
             "captions_digest": make_key(images.captions[:]), "flags": flags}
 
 
-def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int, seed: int,
+def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, seed: int,
                    checkpoint: Path | None) -> None:
     """Log what is trained, on what, for how long, and from where it starts."""
-    last_step = compute_last_step(args, num_samples, accelerator.num_processes)
-    logger.info(f"training {' and '.join(models.trained)} on {num_samples:,} samples at {args.resolution} px for "
+    last_step = compute_last_step(args, samples, accelerator.num_processes)
+    logger.info(f"training {' and '.join(models.trained)} on {len(samples):,} samples at {args.resolution} px for "
                 f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_processes)}: "
                 f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
                 f"{accelerator.num_processes} processes on {accelerator.device}")
@@ -1198,8 +1311,9 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
         (in_channels != latent_channels,
          f"the UNet of {where} takes {in_channels} channels and the VAE makes {latent_channels}: inpainting models "
          "cannot be trained, and a VAE must be made for this kind of model."),
-        (args.resolution % factor, f"--resolution {args.resolution} must be a multiple of {factor}, for the VAE: try "
-         f"{max(1, args.resolution // factor) * factor}."),
+        (any(side % factor for size in list_sizes(args) for side in size),
+         f"--resolution {args.resolution}, or --bucket_step {args.bucket_step} with --aspect_ratio_buckets, must be "
+         f"multiples of {factor}, for the VAE."),
         (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
          f"{where} is for {sampler} with prediction type {prediction_type}; this script trains models for noise as "
          f"DDPM adds it, with prediction type {', '.join(PREDICTION_TYPES)}."),
@@ -1473,20 +1587,24 @@ def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, s
 
 
 def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, samples: Samples) -> EncodedRows:
-    """Return a row per variant of each image: the VAE's moments [2c, h, w], time_ids, and the image it is of."""
-    channels, height, width = samples.latent_shape
-    row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (2 * channels, height, width)),
-                    ("time_ids", np.float32, (6,)), ("sources", np.int64)])
+    """Return a row per variant of each image: the VAE's moments, flat, time_ids, and the image it is of."""
+    size = 2 * max(math.prod(shape) for shape in samples.latent_shapes)  # of moments; smaller ones are padded
+    row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (size,)), ("time_ids", np.float32, (6,)),
+                    ("sources", np.int64)])
     key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
-                   digest_network(vae), args.vae_tiling, row)
+                   digest_network(vae), args.vae_tiling, row, samples.sizes)
 
     def encode(items: list[list[dict]]) -> dict[str, list[np.ndarray]]:
         variants = list(itertools.chain(*items))
-        crops = {variant["images"].tobytes(): variant["images"] for variant in variants}  # one of a square image
-        batches = torch.from_numpy(np.stack(list(crops.values()))).split(max(1, ENCODED_PIXELS // args.resolution**2))
-        moments = torch.cat([encode_images(vae, batch).cpu() for batch in batches]).numpy()
-        encoded = dict(zip(crops, moments, strict=True))
-        return {"moments": [encoded[variant["images"].tobytes()] for variant in variants],
+        crops = {(variant["images"].shape, variant["images"].tobytes()): variant["images"] for variant in variants}
+        encoded = {}  # of the distinct crops: those of a square image are all the same
+        for shape in sorted({shape for shape, _ in crops}):
+            keys = [key for key in crops if key[0] == shape]
+            images = torch.from_numpy(np.stack([crops[key] for key in keys]))
+            batches = images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
+            moments = torch.cat([encode_images(vae, batch).flatten(1).cpu() for batch in batches])
+            encoded |= zip(keys, F.pad(moments, (0, size - moments.shape[1])).numpy(), strict=True)
+        return {"moments": [encoded[variant["images"].shape, variant["images"].tobytes()] for variant in variants],
                 **{name: [variant[name] for variant in variants] for name in ("time_ids", "sources")}}
 
     rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_crops * samples.num_flips)
@@ -1614,13 +1732,13 @@ def digest_network(network: torch.nn.Module) -> str:
 # ---- Optimization ---------------------------------------------------------------------------------------------------
 
 
-def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, num_samples: int) -> None:
+def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
     """Make optimizer, learning-rate schedule and EMA weights, and wrap the trainable networks for the devices."""
     set_up_networks(args, models)
     for part in models.trained:
         setattr(models, part, accelerator.prepare(getattr(models, part)))
     optimizer = make_optimizer(args, make_parameter_groups(args, accelerator, models))
-    lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, num_samples, accelerator.num_processes))
+    lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, samples, accelerator.num_processes))
     models.optimizer, models.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
     if args.use_ema:  # only now: wrapping has made the weights the same on all processes
         models.ema = make_ema(args, accelerator, models)
@@ -1677,9 +1795,10 @@ def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
         num_training_steps=max(last_step, args.lr_warmup_steps + 1), power=args.lr_power)  # a decay needs a length
 
 
-def compute_last_step(args: Namespace, num_samples: int, num_processes: int) -> int:
+def compute_last_step(args: Namespace, samples: Samples, num_processes: int) -> int:
     """Return the number of updates in the whole run: --max_train_steps, else --num_train_epochs of them."""
-    updates_per_epoch = math.ceil(num_samples / compute_total_batch_size(args, num_processes))
+    total_batch_size = compute_total_batch_size(args, num_processes)
+    updates_per_epoch = sum(math.ceil(count / total_batch_size) for count in np.bincount(samples.buckets))
     return args.max_train_steps or args.num_train_epochs * updates_per_epoch
 
 
@@ -1769,11 +1888,12 @@ FIXED_FLAGS = set(
     "use_rslora".split())
 # Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
-    "output_dir cache_dir encoded_dir resume_from_checkpoint checkpointing_steps checkpoints_total_limit logging_dir "
-    "logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo local_rank debug_loss "
-    "offload_ema foreach_ema optimizer_in_backward dataloader_num_workers validation_prompts validation_prompt "
-    "num_validation_images validation_steps validation_epochs validation_data_dir validation_guidance_scale "
-    "validation_inference_steps save_kohya_format pretrained_lora_model_name_or_path".split()
+    "output_dir cache_dir encoded_dir resume_from_checkpoint preview_data checkpointing_steps "
+    "checkpoints_total_limit logging_dir logging_steps report_to tracker_project_name push_to_hub hub_model_id "
+    "hub_private_repo local_rank debug_loss offload_ema foreach_ema optimizer_in_backward dataloader_num_workers "
+    "validation_prompts validation_prompt num_validation_images validation_size validation_steps validation_epochs "
+    "validation_data_dir validation_guidance_scale validation_inference_steps save_kohya_format "
+    "pretrained_lora_model_name_or_path".split()
 )
 
 
@@ -2042,9 +2162,10 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, seed:
     prompts, pipeline, drawn = args.validation_prompts, make_pipeline(accelerator, models), []
     pipeline.set_progress_bar_config(disable=True)
     for index in range(accelerator.process_index, len(prompts), accelerator.num_processes):
+        height, width = parse_size(args.validation_size[index % len(args.validation_size)])
         generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
         with accelerator.autocast():
-            latents = pipeline(prompts[index], height=args.resolution, width=args.resolution, generator=generator,
+            latents = pipeline(prompts[index], height=height, width=width, generator=generator,
                                num_inference_steps=args.validation_inference_steps, output_type="latent",
                                guidance_scale=args.validation_guidance_scale, clip_skip=args.clip_skip).images
         latents = latents.float() / models.vae.config.scaling_factor
@@ -2061,7 +2182,8 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
         return 0.0
     plain = dataclasses.replace(objective, args=Namespace(dream_training=False, snr_gamma=None))
     networks, count, losses = unwrap_models(accelerator, models), len(held_out), []
-    steps = plan_micro_steps(Progress(), 1, count, args.train_batch_size * accelerator.num_processes, count)
+    steps = plan_micro_steps(held_out, Progress(), len(set(held_out.buckets)),
+                             args.train_batch_size * accelerator.num_processes, count)
     for _, batch in make_dataloader(held_out, steps, models, 0, accelerator):
         batch = send_to_device(batch, accelerator.device)
         losses.append(compute_loss(networks.unet, plain, *encode_batch(networks, batch), batch) * batch["weights"])
@@ -2071,7 +2193,9 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
 def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Image.Image], step: int,
                 tag: str) -> None:
     """Save pictures one by one, by the index of their prompt, and side by side, and send them to the trackers."""
-    folder, pixels = Path(args.output_dir, "validation", f"step-{step}"), [np.asarray(images[i]) for i in images]
+    folder = Path(args.output_dir, "validation", f"step-{step}")
+    sides = np.max([image.size for image in images.values()], axis=0)
+    pixels = [np.asarray(image.crop((0, 0, *sides))) for image in images.values()]  # with black beside smaller ones
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in images.items():
         image.save(folder / f"{index:02d}.png")
@@ -2284,15 +2408,16 @@ def main(argv: list[str] | None = None) -> None:
     record = start_run(args, accelerator, images, checkpoint)
     check_changes(checkpoint, record)
     data = make_data(args, images, held_out_images, record["seed"], configs)
+    preview_data(args, accelerator, data.train)
 
     models = load_models(args, accelerator, configs)
     load_initial_adapter(args, models, checkpoint)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
-    prepare_training(args, accelerator, models, len(data.train))
+    prepare_training(args, accelerator, models, data.train)
     progress = resume(accelerator, models, checkpoint) if checkpoint else Progress()
 
-    log_run_header(args, accelerator, models, len(data.train), record["seed"], checkpoint)
+    log_run_header(args, accelerator, models, data.train, record["seed"], checkpoint)
     signal_number = train(args, accelerator, models, objective, data, progress, record)
     if not signal_number:
         validate(args, accelerator, models, objective, data, progress, tag="test")

@@ -27,7 +27,7 @@ CONTRACT = json.loads((Path(__file__).parent / "cli.json").read_text())
 
 # The numbers that a flag may not be given. `inf` and `nan` are numbers to argparse.
 POSITIVE_COUNTS = [
-    "resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "max_train_samples",
+    "bucket_step", "preview_data", "train_batch_size", "num_train_epochs", "max_train_steps", "max_train_samples",
     "gradient_accumulation_steps", "lr_num_cycles", "checkpointing_steps", "logging_steps", "checkpoints_total_limit",
     "validation_epochs", "validation_steps", "validation_inference_steps", "rank", "cache_crops", "clip_skip"]
 POSITIVE_REALS = [
@@ -57,7 +57,9 @@ IMPOSSIBLE_VALUES = [
     ("mixed_precision", "fp8", "choose from"),
     ("image_interpolation_mode", "cubic", "choose from"),
     ("timestep_bias_strategy", "middle", "choose from"),
-    ("resolution", "big", "invalid int value"),
+    ("resolution", "big", "must be positive, as 512 or 768x512"),
+    ("resolution", "0", "must be positive, as 512 or 768x512"),
+    ("validation_size", "-1", "must be positive, as 512 or 768x512"),
     ("learning_rate", "1e", "invalid float value"),
     ("max_train_steps", "10.5", "invalid int value"),
 ]
@@ -332,8 +334,8 @@ def test_non_ema_revision_falls_back_to_revision(full_script, places):
 @pytest.mark.parametrize(
     ("changes", "flags", "parts"),
     [
-        ({}, {"resolution": 33}, ["--resolution 33", "multiple of 2", "try 32"]),
-        ({}, {"resolution": 1}, ["--resolution 1", "multiple of 2", "try 2"]),
+        ({}, {"resolution": 33}, ["--resolution 33", "multiples of 2, for the VAE"]),
+        ({}, {"resolution": 1}, ["--resolution 1", "multiples of 2, for the VAE"]),
         ({"unet": {"in_channels": 9}}, {}, ["9 channels", "4", "inpainting"]),
         ({"unet": {"addition_embed_type": "text_image"}}, {}, ["text_image", "SDXL"]),
         ({"scheduler": {"prediction_type": "flow_prediction"}}, {}, ["flow_prediction", "epsilon"]),
@@ -419,7 +421,7 @@ def test_an_installation_at_fault_does_not_blame_the_model(each_script, tiny_mod
 def test_data_is_checked_before_weights_are_read(script, tiny_model, image_folder, tmp_path):
     """A wrong column costs no load of the model: here there are no weights to load."""
     model = keep_configs_only(tiny_model, tmp_path / "model")
-    with pytest.raises(ValueError, match="--caption_column story is not in .*metadata.jsonl: its columns are image, text"):
+    with pytest.raises(ValueError, match="--caption_column story is not in .*l: its columns are image, text"):
         script.main(make_args(model, image_folder, tmp_path / "out", caption_column="story"))
 
 

@@ -39,7 +39,7 @@ def make_samples(script, images, *, seed=0, latent_shape=(4, 4, 4), num_timestep
     args = make_namespace(script, make_args("model", ".", "no-such-output", **flags))
     if isinstance(images, list):
         images = script.CaptionedImages(*([item[name] for item in images] for name in ("image", "captions")))
-    halvings = int(math.log2(args.resolution / latent_shape[1]))
+    halvings = int(math.log2(script.parse_size(args.resolution)[0] / latent_shape[1]))
     configs = {"vae": {"latent_channels": latent_shape[0], "block_out_channels": [1] * (halvings + 1)},
                "scheduler": {"num_train_timesteps": num_timesteps}}
     return script.make_data(args, images, None, seed, configs).train
@@ -418,7 +418,7 @@ def test_resizing_agrees_with_torchvision(script, mode, size):
     image = make_image(7, size)
     expected = CenterCrop(32)(Resize(32, InterpolationMode(mode.replace("_", "-")))(image))
     args = SimpleNamespace(resolution=32, image_interpolation_mode=mode, center_crop=True)
-    result = script.transform_image(image, args, None, False)
+    result = script.transform_image(image, args, (32, 32), None, False)
     found, (top, left) = result["images"], result["time_ids"][2:4]
     assert (top == 0 or left == 0) and top + left >= 0
     assert (found.dtype, found.shape, found.flags.c_contiguous) == (np.uint8, (3, 32, 32), True)
@@ -641,7 +641,7 @@ def make_loader(script, tiny_model, image_folder):
         accelerator = script.make_accelerator(args)
         images, configs = script.make_captioned_images(args, args.train_data_dir), script.load_model_configs(args)
         samples = script.make_data(args, images, None, seed, configs).train
-        steps = script.plan_micro_steps(script.Progress(), num_updates, len(samples), args.train_batch_size,
+        steps = script.plan_micro_steps(samples, script.Progress(), num_updates, args.train_batch_size,
                                         args.gradient_accumulation_steps)
         models = SimpleNamespace(tokenizer=script.CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer"))
         batches = script.make_dataloader(samples, steps, models, args.dataloader_num_workers, accelerator)
@@ -679,7 +679,7 @@ def test_captions_stay_with_their_images(script, make_loader, tiny_model):
     """A batch's token ids are those of the captions of its images, cut at the tokenizer's length."""
     tokenizer = script.CLIPTokenizer.from_pretrained(tiny_model, subfolder="tokenizer")
     args = SimpleNamespace(resolution=32, image_interpolation_mode="lanczos", center_crop=True)
-    expected = {script.transform_image(make_image(index), args, None, False)["images"].tobytes():
+    expected = {script.transform_image(make_image(index), args, (32, 32), None, False)["images"].tobytes():
                 f"picture number {index}" for index in range(10)}
     for batch in make_loader(5, center_crop=True):
         for pixels, ids in zip(batch["images"], batch["input_ids"], strict=True):
@@ -713,10 +713,15 @@ def test_reading_ahead_changes_nothing(script):
 PLANS = list(itertools.product((1, 2, 5, 10, 17), (1, 2, 3, 8, 32), (1, 2, 4, 7)))
 
 
+def make_many_samples(script, count: int, seed: int = 0, **flags):
+    """Return `count` samples of one image."""
+    return make_samples(script, [make_item()] * count, seed=seed, **flags)
+
+
 def list_updates(script, num_samples, batch, accumulation, num_updates, progress=None) -> list[list]:
     """Return the micro steps of each update."""
-    updates = [[]]
-    for step in script.plan_micro_steps(progress or script.Progress(), num_updates, num_samples, batch, accumulation):
+    samples, updates = make_many_samples(script, num_samples), [[]]
+    for step in script.plan_micro_steps(samples, progress or script.Progress(), num_updates, batch, accumulation):
         updates[-1].append(step)
         if step.ends_update:
             updates.append([])
@@ -729,7 +734,7 @@ def test_each_epoch_visits_each_sample_once(script, num_samples, batch, accumula
     """Updates are full but for the last of an epoch, and nothing is repeated, left out or padded."""
     flags = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation, "num_train_epochs": 3}
     args = make_namespace(script, make_args("model", ".", "no-such-output", **flags, max_train_steps=None))
-    num_updates = script.compute_last_step(args, num_samples, 1)
+    num_updates = script.compute_last_step(args, make_many_samples(script, num_samples), 1)
     updates = list_updates(script, num_samples, batch, accumulation, num_updates)
     assert len(updates) == num_updates
     visited = collections.defaultdict(list)
@@ -773,10 +778,10 @@ def test_another_batch_size_finishes_the_epoch(script, seen, batch, accumulation
     ("num_samples", "batch", "num_processes"), itertools.product((1, 5, 12, 17), (1, 2, 3), (2, 3)))
 def test_processes_share_one_large_batch(script, num_samples, batch, num_processes):
     """P processes with batch b see, side by side, what one process with batch P b sees."""
-    steps = list(script.plan_micro_steps(script.Progress(), 9, num_samples, batch * num_processes, 2))
-    whole = list(script.share_samples(steps, num_samples, 3, 0, 1))
-    shares = zip(*(script.share_samples(steps, num_samples, 3, rank, num_processes) for rank in range(num_processes)),
-                 strict=True)
+    samples = make_many_samples(script, num_samples)
+    steps = list(script.plan_micro_steps(samples, script.Progress(), 9, batch * num_processes, 2))
+    whole = list(script.share_samples(steps, 0, 1))
+    shares = zip(*(script.share_samples(steps, rank, num_processes) for rank in range(num_processes)), strict=True)
     for step, expected, share in zip(steps, whole, shares, strict=True):
         assert all(1 <= len(part) <= batch for part in share)  # each takes part in each collective
         visits = [visit for part in share for visit in part]
@@ -789,8 +794,9 @@ def test_processes_share_one_large_batch(script, num_samples, batch, num_process
 def test_orders_differ_between_epochs_and_seeds(script):
     """Each epoch has its own order, given by the seed and the epoch alone."""
     def list_orders(seed, batch):
-        steps = script.plan_micro_steps(script.Progress(), 3 * math.ceil(30 / batch), 30, batch, 1)
-        visits = [visit for part in script.share_samples(steps, 30, seed, 0, 1) for visit in part]
+        samples = make_many_samples(script, 30, seed)
+        steps = script.plan_micro_steps(samples, script.Progress(), 3 * math.ceil(30 / batch), batch, 1)
+        visits = [visit for part in script.share_samples(steps, 0, 1) for visit in part]
         return [[visit.index for visit in visits if visit.epoch == epoch] for epoch in range(3)]
 
     orders = list_orders(0, 4)

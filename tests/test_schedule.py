@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_args, make_namespace, read_scalars
 from runs import run
+from test_data import make_item, make_samples
 
 from diffusers.optimization import SchedulerType, get_scheduler
 
@@ -131,9 +132,10 @@ def test_epochs_are_counted_in_updates(script, image_folder, tmp_path, counts, e
     num_samples, batch, accumulation, num_processes = counts
     flags = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation, "num_train_epochs": 3}
     args = make_namespace(script, make_args("model", image_folder, tmp_path, max_train_steps=None, **flags))
-    assert script.compute_last_step(args, num_samples, num_processes) == expected
+    samples = make_samples(script, [make_item()] * num_samples)
+    assert script.compute_last_step(args, samples, num_processes) == expected
     args = make_namespace(script, make_args("model", image_folder, tmp_path, max_train_steps=7, **flags))
-    assert script.compute_last_step(args, num_samples, num_processes) == 7
+    assert script.compute_last_step(args, samples, num_processes) == 7
 
 
 @pytest.fixture
