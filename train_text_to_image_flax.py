@@ -1781,7 +1781,7 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
         if is_wrong:
             raise ValueError(message)
     scale = vae.get("scaling_factor", 0.18215)
-    if scale != VAE_SCALE:
+    if scale != VAE_SCALE and scale in (0.18215, 0.13025):  # that of the other kind of model
         logger.warning(f"the VAE has scaling_factor {scale}, not that of {MODEL_KIND}: if it is made for such models, "
                        f"set it to {VAE_SCALE} in its config.json, else take another.")
 
@@ -2676,6 +2676,9 @@ def push_to_hub(args: Namespace) -> None:
 # ---- Logging --------------------------------------------------------------------------------------------------------
 
 
+FP16_OVERFLOWS = 30  # in a row: from the first scale, 65,536, that is more than any gradient needs
+
+
 class Meter:
     """Keeps metrics on the devices and reads them late, so that the devices never wait.
 
@@ -2688,6 +2691,7 @@ class Meter:
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
         self.updates = []  # (step, numbers) of those not read yet
         self.started, self.waited = time.perf_counter(), 0.0  # since the last reading
+        self.overflows = 0  # updates in a row whose gradient is not finite
 
     def time_waits(self, updates):
         """Yield each update's last micro step with its batch, and measure how long each was waited for."""
@@ -2730,8 +2734,10 @@ class Meter:
         for global_step, numbers in rows:
             with log_failure("sending numbers to the trackers"):
                 self.accelerator.log(numbers, step=global_step)
-            norm = 0.0 if "loss_scale" in numbers else numbers["grad_norm"]  # fp16 skips an overflow
-            if not math.isfinite(numbers["train_loss"] + norm):
+            norm = numbers["grad_norm"]
+            self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+            allowed = FP16_OVERFLOWS if "loss_scale" in numbers else 0  # whose updates are skipped, its scale halved
+            if not math.isfinite(numbers["train_loss"]) or self.overflows > allowed:
                 raise RuntimeError(
                     f"the loss is {numbers['train_loss']} at step {global_step} (gradient norm {norm}, lr "
                     f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}): too high a learning rate? "

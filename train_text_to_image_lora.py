@@ -1328,7 +1328,7 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
         if is_wrong:
             raise ValueError(message)
     scale = vae.get("scaling_factor", 0.18215)
-    if scale != VAE_SCALE:
+    if scale != VAE_SCALE and scale in (0.18215, 0.13025):  # that of the other kind of model
         logger.warning(f"the VAE has scaling_factor {scale}, not that of {MODEL_KIND}: if it is made for such models, "
                        f"set it to {VAE_SCALE} in its config.json, else take another.")
 
@@ -2140,7 +2140,8 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
         return
     for network in list_trained(models):
         network.eval()
-    with averaged_weights(models), encoders_on_device(args, accelerator, models):
+    away = encoders_on_device(args, accelerator, models)
+    with averaged_weights(models), log_failure("moving the encoders to the device"), away:
         with log_failure("drawing validation pictures"):
             drawn = draw_images(args, accelerator, models, data.train.seed)
         with log_failure("measuring the held-out loss"):
@@ -2315,6 +2316,9 @@ def push_to_hub(args: Namespace) -> None:
 # ---- Logging --------------------------------------------------------------------------------------------------------
 
 
+FP16_OVERFLOWS = 30  # in a row: from the first scale, 65,536, that is more than any gradient needs
+
+
 class Meter:
     """Measures a run and logs it; losses and gradient norms are read from the device every --logging_steps updates.
 
@@ -2330,6 +2334,7 @@ class Meter:
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
         self.numbers, self.updates = {}, {}  # of the current update, and by step of those not read yet
         self.started, self.waited, self.num_images = time.perf_counter(), 0.0, 0  # since the last reading
+        self.overflows = 0  # updates in a row whose gradient is not finite
 
     def time_waits(self, batches):
         """Yield what `batches` yields, and measure how long each was waited for."""
@@ -2373,8 +2378,10 @@ class Meter:
         for step, numbers in rows.items():
             with log_failure("sending numbers to the trackers"):
                 self.accelerator.log(numbers, step=step)
-            norm = 0.0 if self.accelerator.scaler else numbers["grad_norm"]  # fp16 skips such an update
-            if not math.isfinite(numbers["train_loss"] + norm):
+            norm = numbers["grad_norm"]
+            self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+            allowed = FP16_OVERFLOWS if self.accelerator.scaler else 0  # whose updates are skipped, its scale halved
+            if not math.isfinite(numbers["train_loss"]) or self.overflows > allowed:
                 raise RuntimeError(
                     f"the loss is {numbers['train_loss']} at step {step} (gradient norm {norm}, lr "
                     f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}): too high a learning rate? "

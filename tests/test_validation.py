@@ -1,5 +1,6 @@
 """What a run shows: pictures, held-out loss, numbers in trackers, its model card; and what happens when that fails."""
 
+import contextlib
 import http.server
 import json
 import logging
@@ -9,7 +10,6 @@ import re
 import shutil
 import subprocess
 import threading
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import datasets
@@ -225,6 +225,23 @@ def test_pipeline_that_cannot_be_made_does_not_end_the_run(script, args, tmp_pat
     assert_same_checkpoint(tmp_path / "out/checkpoint-4", tmp_path / "without/checkpoint-4")
 
 
+@in_first_script
+def test_encoders_that_find_no_room_do_not_end_the_run(script, args, tmp_path, monkeypatch, caplog):
+    """Cached runs bring the encoders back for validation: out of memory there costs the pictures alone."""
+    @contextlib.contextmanager
+    def encoders_on_device(*given):
+        if "saved" in caplog.text:  # the first checkpoint: only the caches are made before
+            raise torch.OutOfMemoryError("no room for the VAE")
+        with original(*given):
+            yield
+
+    original = script.encoders_on_device
+    monkeypatch.setattr(script, "encoders_on_device", encoders_on_device)
+    run(script, args(tmp_path / "out", validation_prompts=["a"], cache_latents=True, cache_text_embeddings=True))
+    assert "no room for the VAE" in caplog.text and "the run goes on" in caplog.text
+    assert (tmp_path / "out/model_index.json").is_file() and not (tmp_path / "out/validation").exists()
+
+
 def test_loss_that_is_not_finite_stops_the_run(script, args, tmp_path):
     """The error names the first such update and the usual causes; the last good checkpoint stays what it was."""
     out = tmp_path / "out"
@@ -240,18 +257,21 @@ def test_loss_that_is_not_finite_stops_the_run(script, args, tmp_path):
 
 
 @in_first_script
-def test_gradient_that_is_not_finite_stops_the_run(script, args, tmp_path):
-    """Its update has ruined the weights, though the loss was still a number; but for fp16, which skips that update."""
+@pytest.mark.parametrize(("scaler", "allowed"), [(None, 0), ("GradScaler", 30)])
+def test_gradients_that_are_not_finite_stop_the_run(script, args, tmp_path, scaler, allowed):
+    """Such an update has ruined the weights, or is skipped in fp16; but a run that skips all would train nothing."""
     namespace = script.parse_args(args(tmp_path / "out"))
-    accelerator = SimpleNamespace(
-        device=torch.device("cpu"), is_main_process=False, mixed_precision="no", log=lambda numbers, step: None)
-    numbers = {"train_loss": 1.0, "long_captions": 0, "lr": 1e-4, "grad_norm": torch.tensor(torch.inf)}
-    for scaler, is_fatal in ((None, True), ("GradScaler", False)):
-        accelerator.scaler = scaler
-        meter = script.Meter(namespace, accelerator, 0, 9)
-        meter.end_update(1, numbers)
-        with pytest.raises(RuntimeError, match="at step 1 .gradient norm inf") if is_fatal else nullcontext():
-            meter.flush()
+    accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=False, mixed_precision="no",
+                                  log=lambda numbers, step: None, scaler=scaler)
+    numbers = {"train_loss": 1.0, "long_captions": 0, "lr": 1e-4}
+    meter = script.Meter(namespace, accelerator, 0, 99)
+    for step in (*range(allowed), "finite", *range(allowed)):
+        norm = 1.0 if step == "finite" else torch.inf
+        meter.end_update(step, {**numbers, "grad_norm": torch.tensor(norm)})
+        meter.flush()
+    meter.end_update(77, {**numbers, "grad_norm": torch.tensor(torch.inf)})
+    with pytest.raises(RuntimeError, match="at step 77 .gradient norm inf"):
+        meter.flush()
 
 
 # ---- Trackers -------------------------------------------------------------------------------------------------------
