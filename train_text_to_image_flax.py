@@ -2746,11 +2746,16 @@ class Meter:
 
 
 @contextlib.contextmanager
-def log_failure(what: str):
-    """Log an exception instead of raising it: a failing picture or tracker must not end the run."""
+def log_failure(what: str, is_fatal: bool = False):
+    """Log an exception instead of raising it: a failing picture or tracker must not end the run.
+
+    It has to end it where other processes wait for what this one would have done.
+    """
     try:
         yield
     except Exception:  # anything from out of memory to a full disk
+        if is_fatal:
+            raise
         logging.getLogger(__name__).exception(f"{what} failed; the run goes on")  # on any process
 
 

@@ -1106,8 +1106,8 @@ def make_accelerator(args: Namespace) -> Accelerator:
                          AutocastKwargs(cache_enabled=False)],  # nor of weights: a pass uses each only once
     )
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        raise ValueError(f"{accelerator.distributed_type.value} shards the weights, which is not supported: "
-                         "use --multi_gpu, and to save memory --gradient_checkpointing or --use_8bit_adam.")
+        raise ValueError(f"accelerate's settings for {accelerator.distributed_type.value} are not supported: use "
+                         "--multi_gpu and, to divide a model that is trained whole, the script's own --fsdp.")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -1951,6 +1951,8 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
 
 def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
     """Write the adapter, or its EMA in lora_ema/, as a file that load_lora_weights reads."""
+    if not accelerator.is_main_process:
+        return
     folder = folder / EMA_FOLDER if averaged else folder
     folder.mkdir(exist_ok=True)
     weights = name_lora_weights(vars(unwrap_models(accelerator, models)))
@@ -2000,13 +2002,12 @@ def make_lora_name(name: str) -> str:
 def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
     """Write networks and EMA weights as files that diffusers loads, and the rest of the state by accelerate."""
     accelerator.save_state(str(folder))
-    if not accelerator.is_main_process:
-        return
     save_trained(accelerator, models, folder)
     if models.ema is not None:
         with averaged_weights(models):
             save_trained(accelerator, models, folder, averaged=True)
-        models.ema.save_state(folder / EMA_FOLDER / "config.json")
+        if accelerator.is_main_process:
+            models.ema.save_state(folder / EMA_FOLDER / "config.json")
 
 
 def load_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
@@ -2016,7 +2017,7 @@ def load_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
         with averaged_weights(models):
             load_trained(accelerator, models, folder, averaged=True)
         models.ema.num_updates = get_checkpoint_step(folder)
-    accelerator.load_state(str(folder))
+    accelerator.load_state(str(folder), map_location="cpu", load_kwargs={"mmap": True})
 
 
 def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
@@ -2109,8 +2110,8 @@ KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 
 def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int, progress: Progress) -> None:
     """Export the model with its card, and upload both."""
+    export_model(args, accelerator, models)
     if accelerator.is_main_process:
-        export_model(args, accelerator, models)
         save_model_card(args, seed, progress)
         if args.push_to_hub:
             push_to_hub(args)
@@ -2135,20 +2136,20 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
 
     `tag` is the name of the pictures in trackers.
     """
-    drawn, loss = [], math.nan
+    drawn, loss, is_fatal = [], math.nan, getattr(args, "fsdp", False)
     if not args.validation_prompts and data.held_out is None:
         return
     for network in list_trained(models):
         network.eval()
     away = encoders_on_device(args, accelerator, models)
-    with averaged_weights(models), log_failure("moving the encoders to the device"), away:
-        with log_failure("drawing validation pictures"):
+    with averaged_weights(models), log_failure("moving the encoders to the device", is_fatal), away:
+        with log_failure("drawing validation pictures", is_fatal):
             drawn = draw_images(args, accelerator, models, data.train.seed)
-        with log_failure("measuring the held-out loss"):
+        with log_failure("measuring the held-out loss", is_fatal):
             loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
     for network in list_trained(models):
         network.train()
-    images, loss = dict(sorted(gather_object(drawn))), sum(gather_object([loss]))
+    images, loss = dict(sorted(dict(gather_object(drawn)).items())), sum(gather_object([loss]))
     with log_failure("saving what validation found"):
         if data.held_out is not None:
             logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
@@ -2162,7 +2163,8 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, seed:
     """Return this process's share of the pictures, each with its index, from the same noise at every call."""
     prompts, pipeline, drawn = args.validation_prompts, make_pipeline(accelerator, models), []
     pipeline.set_progress_bar_config(disable=True)
-    for index in range(accelerator.process_index, len(prompts), accelerator.num_processes):
+    for turn in range(math.ceil(len(prompts) / accelerator.num_processes)):  # idle processes draw one more, unused
+        index = (turn * accelerator.num_processes + accelerator.process_index) % len(prompts)
         height, width = parse_size(args.validation_size[index % len(args.validation_size)])
         generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
         with accelerator.autocast():
@@ -2217,6 +2219,8 @@ def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Ima
 
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
     """Write the adapter to --output_dir, to a temporary folder first, so that a failure keeps the previous export."""
+    if not accelerator.is_main_process:
+        return
     aside = Path(args.output_dir, ".partial-export")
     aside.mkdir(exist_ok=True)
     with averaged_weights(models):
@@ -2390,11 +2394,16 @@ class Meter:
 
 
 @contextlib.contextmanager
-def log_failure(what: str):
-    """Log an exception instead of raising it: a failing picture or tracker must not end the run."""
+def log_failure(what: str, is_fatal: bool = False):
+    """Log an exception instead of raising it: a failing picture or tracker must not end the run.
+
+    It has to end it where other processes wait for what this one would have done.
+    """
     try:
         yield
     except Exception:  # anything from out of memory to a full disk
+        if is_fatal:
+            raise
         logging.getLogger(__name__).exception(f"{what} failed; the run goes on")  # on any process
 
 

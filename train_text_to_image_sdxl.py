@@ -84,6 +84,9 @@ from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageFont, Ima
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 from tqdm.auto import tqdm
@@ -874,6 +877,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
          and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0 or args.torch_compile),
          "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: it needs "
          "--gradient_accumulation_steps 1, --max_grad_norm 0 and no --torch_compile."),
+        (args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1,
+         "--fsdp divides the model among several processes, and here is one: launch with `accelerate launch "
+         "--multi_gpu`, or drop it."),
+        *((args.fsdp and getattr(args, flag), f"--fsdp excludes --{flag}: drop one of them.")
+          for flag in ("use_8bit_adam", "use_adafactor", "channels_last", "torch_compile")),
     )
     return args
 
@@ -979,6 +987,8 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--use_8bit_adam", action="store_true", help="Use AdamW with 8-bit moments (bitsandbytes).")
     add("--use_adafactor", action="store_true", help="Use Adafactor (arXiv:1804.04235): less memory than AdamW.")
     add("--optimizer_in_backward", action="store_true", help="Update in the backward pass, without keeping gradients.")
+    add("--fsdp", action="store_true",
+        help="Shard weights, EMA weights and Adam's moments over the devices: less memory on each.")
     add("--offload_ema", action="store_true", help="Keep the EMA weights in host memory.")
     add("--foreach_ema", action="store_true", help="For old commands: EMA weights are always updated in one call.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
@@ -1102,8 +1112,8 @@ def make_accelerator(args: Namespace) -> Accelerator:
                          AutocastKwargs(cache_enabled=False)],  # nor of weights: a pass uses each only once
     )
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        raise ValueError(f"{accelerator.distributed_type.value} shards the weights, which is not supported: "
-                         "use --multi_gpu, and to save memory --gradient_checkpointing or --use_8bit_adam.")
+        raise ValueError(f"accelerate's settings for {accelerator.distributed_type.value} are not supported: use "
+                         "--multi_gpu and, to divide a model that is trained whole, the script's own --fsdp.")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -1200,6 +1210,7 @@ TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 NETWORK_CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **TEXT_ENCODERS}
 VAE_SCALE = 0.13025  # the scaling_factor that the UNets of this kind were trained with
+SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")  # with --fsdp gathered one by one
 VAE_TILE = 512  # pixels on a side, with --vae_tiling
 ADDITION_EMBED_TYPE = "text_time"  # of the UNet: tells this kind of model from the other
 # Settings that must be unset: they ask for inputs or noise that training lacks, or scale latents as it does not.
@@ -1412,6 +1423,82 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
         network.requires_grad_(True)
     freeze_unused_layers(models.text_encoder, 1 + (args.clip_skip or 0), "final_layer_norm", "text_projection")
     return models
+
+
+def shard_networks(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+    """With --fsdp, divide the trainable networks among the processes, by torch's FSDP2, in place.
+
+    Blocks are gathered one at a time, in the precision of the forward pass; gradients are summed in float32. Nothing
+    stays gathered after a pass, or `EmaWeights.swap` would leave the next pass with the weights from before.
+    """
+    if not args.fsdp:
+        return
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for network in list_trained(models):
+        kind = type(network)
+        blocks = [module for module in network.modules() if type(module).__name__ in SHARDED_BLOCKS]
+        for module in (*blocks, network):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        for name in ("__module__", "__name__", "__qualname__"):  # of FSDP2's new class: files and transformers name it
+            setattr(type(network), name, getattr(kind, name))
+        accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)  # adds autocast only
+
+
+def shard_optimizer(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+    """With --fsdp, have checkpoints hold whole moments, so that they resume on any number of processes."""
+    optimizer = models.optimizer.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def state_dict() -> dict:
+        state = optimizer.state_dict()
+        return {**state, "state": {key: gather(accelerator, moments) for key, moments in state["state"].items()}}
+
+    def load_state_dict(state: dict) -> None:
+        for key, moments in state["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = shard_like(parameters[key], moments[name])
+        optimizer.load_state_dict(state)
+
+    if args.fsdp:  # accelerate saves and loads through its wrapper
+        models.optimizer.state_dict, models.optimizer.load_state_dict = state_dict, load_state_dict
+
+
+def gather(accelerator: Accelerator, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return whole tensors, in host memory of the main process; all processes have to call this."""
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if accelerator.is_main_process:
+            whole[name] = tensor.cpu()
+    return whole
+
+
+@contextlib.contextmanager
+def whole_weights(accelerator: Accelerator, models: Models):
+    """Let the main process save sharded networks whole; all processes have to call this."""
+    sharded = [network for network in list_trained(models) if isinstance(network, FSDPModule)]
+    for network in sharded:
+        network.state_dict = partial(dict, gather(accelerator, network.state_dict()))
+    yield
+    for network in sharded:
+        del network.state_dict
+
+
+def shard_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """Return `whole` divided among the processes as `parameter` is, if it is."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    whole, mesh = whole.to(parameter.device), parameter.device_mesh
+    shard = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)  # without communication
+    return shard.clone()  # a view, as of older versions of torch, would keep the whole tensor in memory
+
+
+def get_shard(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, in the same memory: all of it, if it is not sharded."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def freeze_unused_layers(text_encoder: torch.nn.Module, num_unused: int, *others: str) -> None:
@@ -1680,8 +1767,9 @@ def update_in_backward(args: Namespace, accelerator: Accelerator, models: Models
     """With --optimizer_in_backward, update each parameter when its gradient is complete, then free the gradient."""
     if not args.optimizer_in_backward:
         return
-    if accelerator.num_processes > 1:
-        raise ValueError("--optimizer_in_backward updates before gradients are averaged: it needs a single process.")
+    if accelerator.num_processes > 1 and not args.fsdp:
+        raise ValueError("--optimizer_in_backward updates before gradients are averaged: it needs a single process, "
+                         "or --fsdp.")
     optimizer = models.optimizer.optimizer
 
     def update(group: dict, parameter: torch.nn.Parameter) -> None:
@@ -1784,11 +1872,13 @@ def averaged_weights(models: Models):
 
 def make_ema(args: Namespace, accelerator: Accelerator, models: Models) -> EmaWeights:
     """Return EMA weights: the trainable weights or, with --non_ema_revision, those at --revision."""
-    ema = EmaWeights(name_trained_parameters(accelerator, models), args.ema_decay, args.offload_ema)
+    parameters = name_trained_parameters(accelerator, models)
+    shards = {name: get_shard(parameter) for name, parameter in parameters.items()}
+    ema = EmaWeights(shards, args.ema_decay, args.offload_ema)
     if args.non_ema_revision != args.revision:
         source_args = Namespace(**{**vars(args), "non_ema_revision": args.revision})
         for name, tensor in load_network(source_args, "unet", torch.float32).state_dict().items():
-            ema.averages[f"unet.{name}"].copy_(tensor)
+            ema.averages[f"unet.{name}"].copy_(get_shard(shard_like(parameters[f"unet.{name}"], tensor)))
         ema.min_decay = ema.decay  # the ramp would forget them
     return ema
 
@@ -1865,8 +1955,9 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
 def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
     """Write the trainable networks as model folders that diffusers loads: unet/, or unet_ema/ with EMA weights."""
     plain = unwrap_models(accelerator, models)
-    for part in models.trained:
-        getattr(plain, part).save_pretrained(folder / f"{part}{'_ema' * averaged}")
+    with whole_weights(accelerator, models):
+        for part in models.trained if accelerator.is_main_process else ():
+            getattr(plain, part).save_pretrained(folder / f"{part}{'_ema' * averaged}")
 
 
 @torch.no_grad()
@@ -1876,19 +1967,18 @@ def load_trained(accelerator: Accelerator, models: Models, folder: Path, *, aver
                for file in (folder / f"{part}{'_ema' * averaged}").glob("*.safetensors")
                for name, tensor in load_file(file).items()}
     for name, parameter in name_trained_parameters(accelerator, models).items():
-        parameter.copy_(weights[name])
+        parameter.copy_(shard_like(parameter, weights[name]))
 
 
 def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
     """Write networks and EMA weights as files that diffusers loads, and the rest of the state by accelerate."""
     accelerator.save_state(str(folder))
-    if not accelerator.is_main_process:
-        return
     save_trained(accelerator, models, folder)
     if models.ema is not None:
         with averaged_weights(models):
             save_trained(accelerator, models, folder, averaged=True)
-        models.ema.save_state(folder / EMA_FOLDER / "config.json")
+        if accelerator.is_main_process:
+            models.ema.save_state(folder / EMA_FOLDER / "config.json")
 
 
 def load_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
@@ -1898,7 +1988,7 @@ def load_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
         with averaged_weights(models):
             load_trained(accelerator, models, folder, averaged=True)
         models.ema.num_updates = get_checkpoint_step(folder)
-    accelerator.load_state(str(folder))
+    accelerator.load_state(str(folder), map_location="cpu", load_kwargs={"mmap": True})
 
 
 def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
@@ -1990,8 +2080,8 @@ RESULT = "model_index.json"  # in --output_dir: marks a finished run
 
 def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int, progress: Progress) -> None:
     """Export the model with its card, and upload both."""
+    export_model(args, accelerator, models)
     if accelerator.is_main_process:
-        export_model(args, accelerator, models)
         save_model_card(args, seed, progress)
         if args.push_to_hub:
             push_to_hub(args)
@@ -2013,20 +2103,20 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
 
     `tag` is the name of the pictures in trackers.
     """
-    drawn, loss = [], math.nan
+    drawn, loss, is_fatal = [], math.nan, getattr(args, "fsdp", False)
     if not args.validation_prompts and data.held_out is None:
         return
     for network in list_trained(models):
         network.eval()
     away = encoders_on_device(args, accelerator, models)
-    with averaged_weights(models), log_failure("moving the encoders to the device"), away:
-        with log_failure("drawing validation pictures"):
+    with averaged_weights(models), log_failure("moving the encoders to the device", is_fatal), away:
+        with log_failure("drawing validation pictures", is_fatal):
             drawn = draw_images(args, accelerator, models, data.train.seed)
-        with log_failure("measuring the held-out loss"):
+        with log_failure("measuring the held-out loss", is_fatal):
             loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
     for network in list_trained(models):
         network.train()
-    images, loss = dict(sorted(gather_object(drawn))), sum(gather_object([loss]))
+    images, loss = dict(sorted(dict(gather_object(drawn)).items())), sum(gather_object([loss]))
     with log_failure("saving what validation found"):
         if data.held_out is not None:
             logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
@@ -2040,7 +2130,8 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, seed:
     """Return this process's share of the pictures, each with its index, from the same noise at every call."""
     prompts, pipeline, drawn = args.validation_prompts, make_pipeline(accelerator, models), []
     pipeline.set_progress_bar_config(disable=True)
-    for index in range(accelerator.process_index, len(prompts), accelerator.num_processes):
+    for turn in range(math.ceil(len(prompts) / accelerator.num_processes)):  # idle processes draw one more, unused
+        index = (turn * accelerator.num_processes + accelerator.process_index) % len(prompts)
         height, width = parse_size(args.validation_size[index % len(args.validation_size)])
         generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
         with accelerator.autocast():
@@ -2096,7 +2187,9 @@ def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Ima
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
     """Write the pipeline to --output_dir, to a temporary folder first, so that a failure keeps the previous export."""
     aside = Path(args.output_dir, ".partial-export")
-    with averaged_weights(models):
+    with averaged_weights(models), whole_weights(accelerator, models):
+        if not accelerator.is_main_process:
+            return
         make_pipeline(accelerator, models).save_pretrained(aside)
     for part in sorted(aside.iterdir()):
         replace_folder(part, Path(args.output_dir, part.name))
@@ -2218,11 +2311,16 @@ class Meter:
 
 
 @contextlib.contextmanager
-def log_failure(what: str):
-    """Log an exception instead of raising it: a failing picture or tracker must not end the run."""
+def log_failure(what: str, is_fatal: bool = False):
+    """Log an exception instead of raising it: a failing picture or tracker must not end the run.
+
+    It has to end it where other processes wait for what this one would have done.
+    """
     try:
         yield
     except Exception:  # anything from out of memory to a full disk
+        if is_fatal:
+            raise
         logging.getLogger(__name__).exception(f"{what} failed; the run goes on")  # on any process
 
 
@@ -2248,7 +2346,9 @@ def main(argv: list[str] | None = None) -> None:
     models = load_models(args, accelerator, configs)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
+    shard_networks(args, accelerator, models)
     prepare_training(args, accelerator, models, data.train)
+    shard_optimizer(args, accelerator, models)
     progress = resume(accelerator, models, checkpoint) if checkpoint else Progress()
     update_in_backward(args, accelerator, models)
 

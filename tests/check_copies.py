@@ -61,7 +61,7 @@ OWN_OF = {
     "train_text_to_image_flax.py": set(
         "--allow_tf32 --dataloader_num_workers --mixed_precision INTERPOLATION_MODES Meter StopRequest TRACKERS "
         "cache_encodings cache_latents cache_text_states collate compute_held_out_loss compute_loss "
-        "compute_snr_weights compute_target digest_network draw_images encode_captions encode_images finish "
+        "compute_snr_weights compute_target digest_network draw_images encode_captions encode_images "
         "load_model_configs load_state locate_model log_run_header logger make_accelerator make_dataloader "
         "make_objective prepare_training resume save_images save_state start_run train train_step transform_image "
         "validate".split()

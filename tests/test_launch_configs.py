@@ -10,9 +10,6 @@ EXPECTED = {
     "one_gpu": {"num_processes": 1},
     "several_gpus": {"multi_gpu": True, "num_machines": 1},
     "several_machines": {"multi_gpu": True, "num_machines": 2, "num_processes": 16},
-    "fsdp2": {"use_fsdp": True, "fsdp_version": 2, "fsdp_reshard_after_forward": True},
-    "deepspeed_zero2": {"use_deepspeed": True, "zero_stage": 2},
-    "deepspeed_zero3": {"use_deepspeed": True, "zero_stage": 3},
 }
 WAYS = ["multi_gpu", "use_fsdp", "use_deepspeed"]
 

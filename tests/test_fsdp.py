@@ -1,0 +1,205 @@
+"""--fsdp: two processes, each with half of the model, train as two with a copy each, and leave the same files."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FULL_SCRIPTS, load_script, make_args, make_image_folder, read_scalars
+from PIL import Image
+from runs import assert_same_checkpoint, read_folder, read_trained, run, run_pair, set_up_child, start_pair
+from safetensors.torch import load_file
+
+NUM_UPDATES = 4
+LOGGED = ("train_loss", "grad_norm", "validation_loss")
+
+
+@pytest.fixture(scope="module", params=FULL_SCRIPTS)
+def script(request):
+    """Each script that trains whole networks, in turn."""
+    return load_script(request.param)
+
+
+@pytest.fixture
+def args(tiny_model, image_folder, tmp_path_factory):
+    """Return a function that gives a command line with most of what --fsdp has to get right.
+
+    Nine samples, so that one process has none in the last micro step; three prompts, so that one has none to draw.
+    """
+    held_out = make_image_folder(tmp_path_factory.mktemp("held-out") / "images", count=5)
+    defaults = {
+        "max_train_samples": 9, "max_train_steps": NUM_UPDATES, "learning_rate": 2e-4, "checkpointing_steps": 2,
+        "use_ema": True, "dream_training": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
+        "train_text_encoder": True, "no_cache_text_embeddings": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2,
+        "report_to": "tensorboard", "logging_steps": 2, "validation_prompts": ["one", "two", "three"],
+        "validation_steps": 2, "validation_epochs": 100, "validation_inference_steps": 2,
+        "validation_data_dir": held_out}
+    return lambda output_dir, **flags: make_args(tiny_model, image_folder, output_dir, **{**defaults, **flags})
+
+
+@pytest.fixture(scope="module")
+def done():
+    """What `pairs` has run."""
+    return {}
+
+
+@pytest.fixture
+def pairs(script, args, done, tmp_path_factory):
+    """Return the output folders of two processes with --fsdp, and of two without it; measured, with logs beside."""
+    if script not in done:
+        folder = tmp_path_factory.mktemp("pairs")
+        for name in ("fsdp", "copies"):
+            run_measured(script, args(folder / name, fsdp=name == "fsdp"), folder / f"{name}.log")
+        done[script] = folder / "fsdp", folder / "copies"
+    return done[script]
+
+
+def run_measured(script, argv: list, log: Path) -> None:
+    """Run two processes that train together until both have ended well, with `measure_in_child`."""
+    first, second = start_pair(script, argv, log, target=measure_in_child)
+    with first, second:
+        assert (first.end(), second.end()) == (0, 0), log.read_text()
+
+
+def measure_in_child(name: str, argv: list[str], log: str, limit: int | None, environment: dict[str, str]) -> None:
+    """Run a script; write the bytes of weights, moments and EMA weights that this process holds at the end."""
+    set_up_child(log, limit, environment)
+    script = load_script(name)
+    original = script.finish
+
+    def finish(args, accelerator, models, *given):
+        weights = list(script.name_trained_parameters(accelerator, models).values())
+        moments = [state[name] for state in models.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        tensors = map(script.get_shard, [*weights, *moments, *models.ema.averages.values()])
+        count = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        Path(f"{log}.{environment['RANK']}.bytes").write_text(str(count))
+        original(args, accelerator, models, *given)
+
+    script.finish = finish
+    script.main(argv)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights, EMA weights and moments in a checkpoint or an export."""
+    tensors = {f"{path.relative_to(folder)} {name}": tensor for path in folder.rglob("*.safetensors")
+               for name, tensor in load_file(path).items()}
+    if (folder / "optimizer.bin").is_file():
+        for key, moments in torch.load(folder / "optimizer.bin")["state"].items():
+            tensors |= {f"{key} {name}": tensor for name, tensor in moments.items()}
+    return tensors
+
+
+def assert_close(first: Path, second: Path) -> None:
+    """Fail unless two folders hold the same tensors, up to the order of floating-point sums.
+
+    The bias of keys has no influence on attention: its gradients are rounding errors, which Adam makes steps of.
+    """
+    tensors, others = read_tensors(first), read_tensors(second)
+    assert tensors and tensors.keys() == others.keys()
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("k_proj.bias")}
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name], rtol=0, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+# ---- The same training ----------------------------------------------------------------------------------------------
+
+
+def test_they_train_as_two_with_a_copy_each(pairs):
+    """Losses, norms, weights, EMA weights and moments agree; so do the pictures, and what the files are."""
+    fsdp, copies = pairs
+    for tag in LOGGED:
+        logged = read_scalars(copies, tag)
+        assert len(logged) == (2 if tag == "validation_loss" else NUM_UPDATES)
+        assert read_scalars(fsdp, tag) == pytest.approx(logged, rel=1e-6), tag
+    contents, others = ({name: content for name, content in read_folder(out).items() if not name.startswith("logs")}
+                        for out in pairs)
+    assert contents.keys() == others.keys()
+    assert [name for name in contents if name.endswith(".json") and contents[name] != others[name]] == []
+    for name in (name for name in contents if name.endswith(".png")):
+        drawn, expected = (np.asarray(Image.open(out / name)).astype(int) for out in pairs)
+        assert abs(drawn - expected).max() <= 2  # of 255
+    for folder in ("checkpoint-2", f"checkpoint-{NUM_UPDATES}", "unet", "text_encoder"):
+        assert_close(fsdp / folder, copies / folder)
+
+
+def test_the_export_is_the_last_average(pairs):
+    """The pipeline of the output folder has the EMA weights of the last checkpoint, bit for bit."""
+    fsdp, _ = pairs
+    exported, average = read_trained(fsdp), read_trained(fsdp / f"checkpoint-{NUM_UPDATES}", averaged=True)
+    assert exported.keys() == average.keys()
+    assert all(torch.equal(exported[name], average[name]) for name in average)
+    assert not torch.equal(exported["conv_in.weight"], read_trained(fsdp / "checkpoint-4")["conv_in.weight"])
+
+
+def test_they_resume_exactly(script, args, pairs, tmp_path):
+    """Two processes go on from a checkpoint as if they had not stopped, bit for bit, and keep no more than a half."""
+    (fsdp, copies), out = pairs, tmp_path / "out"
+    argv = args(out, fsdp=True, resume_from_checkpoint=fsdp / "checkpoint-2")
+    run_measured(script, argv, tmp_path / "out.log")
+    assert_same_checkpoint(out / f"checkpoint-{NUM_UPDATES}", fsdp / f"checkpoint-{NUM_UPDATES}")
+    for tag in LOGGED:
+        logged = read_scalars(fsdp, tag)
+        assert read_scalars(out, tag) == {step: number for step, number in logged.items() if step > 2}
+    for rank in range(2):
+        started, resumed, whole = (int(folder.with_name(f"{folder.name}.log.{rank}.bytes").read_text())
+                                   for folder in (fsdp, out, copies))
+        assert 0.49 < started / whole < 0.54 and resumed == started
+
+
+# ---- The same text in both scripts: one is enough -------------------------------------------------------------------
+
+in_first_script = pytest.mark.parametrize("script", FULL_SCRIPTS[:1], indirect=True)
+QUIET = {"validation_prompts": None, "validation_data_dir": None}
+
+
+@in_first_script
+@pytest.mark.parametrize(("source", "fsdp", "processes"), [(0, False, 2), (1, True, 2), (0, False, 1)])
+def test_a_checkpoint_goes_on_in_another_way(script, args, pairs, source, fsdp, processes, tmp_path):
+    """From --fsdp to copies, from copies to --fsdp, and from --fsdp to one process with twice the batch."""
+    out, checkpoint = tmp_path / "out", pairs[source] / "checkpoint-2"
+    argv = args(out, fsdp=fsdp, resume_from_checkpoint=checkpoint, train_batch_size=4 // processes, **QUIET)
+    if processes == 2:
+        run_pair(script, argv, tmp_path / "log")
+    else:
+        run(script, argv)
+    assert_close(out / f"checkpoint-{NUM_UPDATES}", pairs[source] / f"checkpoint-{NUM_UPDATES}")
+
+
+@in_first_script
+def test_updates_in_the_backward_pass_are_those_after_it(script, args, tmp_path):
+    """--optimizer_in_backward with two processes does what it does in one; so does --offload_ema."""
+    flags = {"gradient_accumulation_steps": 1, "max_grad_norm": 0, "optimizer_in_backward": True, "offload_ema": True,
+             "max_train_steps": 2, **QUIET}
+    run_pair(script, args(tmp_path / "pair", fsdp=True, **flags), tmp_path / "log")
+    run(script, args(tmp_path / "one", train_batch_size=4, **flags))
+    assert_close(tmp_path / "pair/checkpoint-2", tmp_path / "one/checkpoint-2")
+
+
+@in_first_script
+def test_validation_that_fails_in_one_process_ends_both(script, args, tmp_path):
+    """The other would wait for its part of the weights: the run ends, and says why."""
+    broken, out = make_image_folder(tmp_path / "broken", count=5), tmp_path / "out"
+    (broken / "001.png").write_bytes(b"no picture")
+    argv = args(out, fsdp=True, validation_data_dir=broken, validation_prompts=None, validation_steps=1)
+    first, second = start_pair(script, argv, tmp_path / "log")
+    with first, second:
+        assert first.end() != 0 and second.end() != 0
+    log = (tmp_path / "log").read_text()
+    assert re.search(r"row 1 of the data .* cannot be read as an image", log) and "the run goes on" not in log
+
+
+@in_first_script
+@pytest.mark.parametrize("flag", ["use_8bit_adam", "use_adafactor", "channels_last", "torch_compile"])
+def test_what_cannot_be_sharded_is_refused(script, args, flag, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        script.parse_args(args(tmp_path / "out", fsdp=True, **{flag: True}))
+    assert f"--fsdp excludes --{flag}" in capsys.readouterr().err
+
+
+@in_first_script
+def test_one_process_is_refused(script, args, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(args(tmp_path / "out", fsdp=True))
+    assert "--multi_gpu" in capsys.readouterr().err
