@@ -362,7 +362,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(script, assemble, cu
     parts.models.unet = parts.accelerator.prepare(parts.models.unet)
     total = 0
     for begin, end in cuts:
-        step = script.MicroStep(0, begin, end, 4, ends_update=end == 4, ends_epoch=False)
+        step = script.MicroStep(0, begin, end, 4, ends_update=end == 4, ends_epoch=False, indices=[])
         batch = take(parts.batch, begin, end)
         total += script.train_step(parts.accelerator, parts.models, parts.objective, batch, step)["train_loss"]
     torch.testing.assert_close(total, expected.detach(), rtol=1e-5, atol=1e-7)
@@ -373,7 +373,7 @@ def test_a_sample_of_weight_0_does_not_count(script, assemble):
     """What only keeps a process busy changes neither loss nor gradients."""
     parts = assemble(TIMESTEPS)
     parts.batch["weights"][1:] = 0
-    step = script.MicroStep(0, 0, 1, 1, ends_update=True, ends_epoch=True)
+    step = script.MicroStep(0, 0, 1, 1, ends_update=True, ends_epoch=True, indices=[])
     found = script.train_step(parts.accelerator, parts.models, parts.objective, parts.batch, step)["train_loss"]
     steps = get_steps(parts.models.unet)
     parts.models.unet.zero_grad()
@@ -389,7 +389,7 @@ def test_a_sample_of_weight_0_does_not_count(script, assemble):
 def test_the_optimizer_has_its_flags(script, assemble):
     """AdamW with the rate, betas, epsilon and weight decay of the command line, over every trained weight once."""
     parts = assemble(learning_rate=0.01, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, adam_weight_decay=0.1)
-    script.prepare_training(parts.args, parts.accelerator, parts.models, 10)
+    script.prepare_training(parts.args, parts.accelerator, parts.models, SimpleNamespace(buckets=np.zeros(10, int)))
     (group,) = parts.models.optimizer.param_groups
     assert isinstance(parts.models.optimizer.optimizer, torch.optim.AdamW)
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.01, (0.8, 0.95), 1e-6, 0.1)
@@ -503,7 +503,8 @@ def test_compiling_keeps_names_and_files(script, assemble, tmp_path):
     """--torch_compile, before the first step compiles anything, leaves a UNet that saves under its plain names."""
     for name in ("plain", "compiled"):
         parts = assemble(torch_compile=name == "compiled")
-        script.prepare_training(parts.args, parts.accelerator, parts.models, 10)
+        samples = SimpleNamespace(buckets=np.zeros(10, int))
+        script.prepare_training(parts.args, parts.accelerator, parts.models, samples)
         (tmp_path / name).mkdir()
         script.save_trained(parts.accelerator, parts.models, tmp_path / name)
     assert parts.models.unet._compiled_call_impl is not None
