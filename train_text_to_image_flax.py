@@ -47,6 +47,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import secrets
@@ -77,8 +78,8 @@ from filelock import FileLock, Timeout
 from jax import Array as Tensor
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from safetensors import SafetensorError, safe_open
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
+from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -299,9 +300,8 @@ def compute_alphas_cumprod(config: dict) -> np.ndarray:
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
-NO_IMAGES = {"HDF5", "MPEG"}  # formats that Pillow knows and cannot decode, of files that people have beside images
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
-                  if name in Image.OPEN and name not in NO_IMAGES}
+                  if name in Image.OPEN and name not in ("HDF5", "MPEG")}  # which Pillow knows and cannot decode
 LARGEST_ASPECT = 4  # longer side over shorter, of a bucket: as SDXL's own sizes (Podell et al. 2023, appendix I)
 INTERPOLATION_MODES = {name: Image.Resampling[name.removesuffix("_exact").upper()]
                        for name in "nearest nearest_exact bilinear bicubic box hamming lanczos".split()}
@@ -378,10 +378,11 @@ def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, l
         rows = [(path, read_caption_file(path.with_suffix(".txt"))) for path in files
                 if path.suffix.lower() in IMAGE_SUFFIXES]
     images = [path for path, _ in rows]
-    missing = [path for path in images if not path.is_file()]
+    missing = [path for path in images if not is_image(path)]
     if missing and not args.skip_broken_images:
-        raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are missing: "
-                         f"the first is {missing[0]}. Fix file_name, unpack archives, or drop these rows.")
+        raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are missing, or "
+                         f"of a format that Pillow does not read: the first is {missing[0]}. Fix file_name, unpack "
+                         "archives, convert the images, or drop these rows.")
     used = {*metadata, *images, *(path.with_suffix(".txt") for path in images if not metadata)}
     unused = [str(path) for path in files if path not in used]
     if unused:
@@ -389,6 +390,13 @@ def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, l
                        f"read nor captions, or not listed in the metadata: {', '.join(unused[:5])}")
     paths = {args.image_column: [str(path) for path in images]}
     return datasets.Dataset.from_dict(paths), [captions for _, captions in rows]
+
+
+def is_image(path: Path) -> bool:
+    """Return whether Pillow reads a file, judged by its suffix or, if that is an odd one, by its first bytes."""
+    with contextlib.suppress(OSError):
+        return path.is_file() and (path.suffix.lower() in IMAGE_SUFFIXES or Image.open(path).close() is None)
+    return False
 
 
 def list_files(folder: Path, seen: set[Path]) -> list[Path]:
@@ -423,7 +431,7 @@ def read_metadata(path: Path, args: Namespace) -> list[tuple]:
                          "double quotes.")
     if rows:
         check_columns(args, path, ["image" if name == "file_name" else name for name in names])  # as `datasets` does
-    return [(path.parent / (row.get("file_name") or ""), row.get(args.caption_column)) for row in rows]
+    return [(path.parent / str(row.get("file_name") or ""), row.get(args.caption_column)) for row in rows]
 
 
 def read_caption_file(path: Path) -> list[str] | None:
@@ -484,6 +492,7 @@ def list_sizes(args: Namespace) -> list[tuple[int, int]]:
         return [(height, width)]
     area, step = height * width, args.bucket_step
     sizes = [(side, area // side // step * step) for side in range(step, math.isqrt(LARGEST_ASPECT * area) + 1, step)]
+    sizes = sorted({*sizes, *((width, height) for height, width in sizes)})
     return [size for size in sizes if 0 < max(size) <= LARGEST_ASPECT * min(size)]
 
 
@@ -491,9 +500,11 @@ def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int,
     """Return for each of the `rows` of the images which of the sizes is nearest in aspect ratio."""
     def measure(row: int) -> tuple[int, int]:
         try:
-            image = open_image(images[row])
+            image, orientation = open_image(images[row]), 1
             width, height = image.size
-            return (width, height) if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else (height, width)
+            with contextlib.suppress(Exception):  # broken EXIF data; a PNG's own method would decode it
+                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+            return (width, height) if orientation > 4 else (height, width)
         except Exception:  # decoding it will say why, or skip it
             return sys.maxsize, sys.maxsize
 
@@ -501,11 +512,8 @@ def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int,
     aspects, choices = (np.log([height / width for height, width in pairs]) for pairs in (measured, sizes))
     buckets = np.abs(aspects[:, None] - choices).argmin(axis=1)
     counts, enlarged = np.bincount(buckets, minlength=len(sizes)), np.any(measured < np.array(sizes)[buckets], axis=1)
-    logger.info("images by width x height: " + ", ".join(
-        f"{count} of {width}x{height}" for (height, width), count in zip(sizes, counts, strict=True) if count))
-    if enlarged.any():
-        logger.warning(f"{enlarged.sum()} images are smaller than their size and are enlarged, the first in row "
-                       f"{rows[int(enlarged.argmax())]} of the data")
+    listed = [f"{count} of {width}x{height}" for (height, width), count in zip(sizes, counts, strict=True) if count]
+    logger.info(f"images by width x height: {', '.join(listed)}; {enlarged.sum()} are smaller than that and enlarged")
     return buckets
 
 
@@ -619,7 +627,10 @@ class Samples:
         for source in itertools.chain(range(index, len(self)), range(index)):
             stored = self.data.images[self.rows[source]]
             try:
-                return decode_image(stored), source
+                image = decode_image(stored)
+                if max(image.size) > 100 * min(image.size):
+                    raise ValueError("it is a strip, which would take gigabytes when it is resized")
+                return image, source
             except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
                 message = f"row {source} of the data ({get_path(stored)}) cannot be read as an image: {error}."
                 if not self.args.skip_broken_images:
@@ -629,8 +640,8 @@ class Samples:
 
 
 def map_in_threads(function, things) -> list:
-    """Return the results of a function for several things at once."""
-    with ThreadPoolExecutor(8) as pool:
+    """Return the results of a function for several things at once, in a loader process one after the other."""
+    with ThreadPoolExecutor(1 if multiprocessing.parent_process() else 8) as pool:
         return list(pool.map(function, things))
 
 
@@ -745,16 +756,13 @@ def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples) ->
     if args.preview_data is None:
         return
     if accelerator.is_main_process:
-        indices = samples.make_order(0, args.train_batch_size)[: args.preview_data].tolist()
-        columns = math.ceil(math.sqrt(len(indices)))
-        sheet = Image.new("RGB", (columns * 256, math.ceil(len(indices) / columns) * 336), "white")
-        for place, index in enumerate(indices):
-            sample, left, top = samples[SampleUse(0, index)], place % columns * 256, place // columns * 336
-            picture = Image.fromarray(np.moveaxis(sample["images"], 0, -1))
-            sheet.paste(ImageOps.contain(picture, (250, 250)), (left, top))
-            text = f"{picture.width}x{picture.height}\n{textwrap.fill(sample['caption'], 44, max_lines=5)}"
-            ImageDraw.Draw(sheet).multiline_text((left, top + 254), text, "black", ImageFont.load_default(11))
-        sheet.save(Path(args.output_dir, "preview.png"))
+        rows = []
+        for index in samples.make_order(0, args.train_batch_size)[: args.preview_data].tolist():
+            sample, row = samples[SampleUse(0, index)], Image.new("RGB", (800, 256), "white")
+            row.paste(ImageOps.contain(Image.fromarray(np.moveaxis(sample["images"], 0, -1)), (250, 250)))
+            ImageDraw.Draw(row).multiline_text((260, 4), textwrap.fill(sample["caption"], 80), "black")
+            rows.append(np.asarray(row))
+        Image.fromarray(np.vstack(rows)).save(Path(args.output_dir, "preview.png"))
         logger.info(f"wrote {args.output_dir}/preview.png, for --preview_data, and stopped")
     sys.exit(0)
 
@@ -1399,6 +1407,8 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     args.validation_prompts = (args.validation_prompts or []) + repeated
     args.validation_size = args.validation_size or [args.resolution]
+    if args.preview_data:
+        args.report_to, args.push_to_hub = "none", False
     return args
 
 
@@ -1412,6 +1422,8 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
          f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
          "or --dataset_name NAME."),
+        (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
+         f"--validation_data_dir {args.validation_data_dir} is not a folder."),
         (earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
          "overwrite: add --resume_from_checkpoint latest to continue it, or name another folder."),
@@ -1556,6 +1568,7 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
                     is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".partial-probe").touch()  # else the first checkpoint would find that it cannot be written
         try:
             lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
         except Timeout as error:
@@ -1764,9 +1777,9 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
         (in_channels != latent_channels,
          f"the UNet of {where} takes {in_channels} channels and the VAE makes {latent_channels}: inpainting models "
          "cannot be trained, and a VAE must be made for this kind of model."),
-        (any(side % factor for size in list_sizes(args) for side in size),
-         f"--resolution {args.resolution}, or --bucket_step {args.bucket_step} with --aspect_ratio_buckets, must be "
-         f"multiples of {factor}, for the VAE."),
+        (any(side % factor for size in (*list_sizes(args), *map(parse_size, args.validation_size)) for side in size),
+         f"--resolution {args.resolution}, --validation_size, and --bucket_step {args.bucket_step} with "
+         f"--aspect_ratio_buckets must be multiples of {factor}, for the VAE."),
         (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
          f"{where} is for {sampler} with prediction type {prediction_type}; this script trains models for noise as "
          f"DDPM adds it, with prediction type {', '.join(PREDICTION_TYPES)}."),
@@ -1806,7 +1819,7 @@ def explained_load(args: Namespace, part: str = ""):
     """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
-    except (AttributeError, ImportError, NotImplementedError, OSError, SafetensorError, ValueError) as error:
+    except Exception as error:  # of several libraries
         if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
             raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
                               "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
@@ -2090,20 +2103,17 @@ class EncodedRows:
             if not np.isfinite(rows[first]).all():
                 raise RuntimeError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
                                    f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
-            self.save(rows, path)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
+                np.save(aside, rows)
+                finish_files(aside)
+                aside.replace(path)
+            except OSError as error:
+                raise ValueError(f"{self.folder} cannot be written: {error}. Free some space, name another "
+                                 "--encoded_dir, or use fewer --cache_crops; files so far are kept.") from error
         accelerator.wait_for_everyone()
         logger.info(f"cache {self.folder} has its {len(self.files)} files")
-
-    def save(self, rows: np.ndarray, path: Path) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
-            np.save(aside, rows)
-            finish_files(aside)
-            aside.replace(path)
-        except OSError as error:
-            raise ValueError(f"{self.folder} cannot be written: {error}. Free some space, name another --encoded_dir, "
-                             "or use fewer --cache_crops; files written so far are kept.") from error
 
 
 def is_whole(path: Path) -> bool:
@@ -2381,16 +2391,17 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
     try:
         save_state(accelerator, models, aside)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            draft = aside / "record"
+            draft.write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
+            finish_files(aside)
+            draft.rename(aside / RUN_RECORD)
+            replace_folder(aside, place)
     except Exception as error:  # of several libraries, which do not all say what is wrong
         raise RuntimeError(f"{place} could not be written: is the disk full? Earlier checkpoints are whole: make "
                            "room, then add --resume_from_checkpoint latest.") from error
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        draft = aside / "record"
-        draft.write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
-        finish_files(aside)
-        draft.rename(aside / RUN_RECORD)
-        replace_folder(aside, place)
         logger.info(f"saved {place}")
         others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]
         while limit and len(others) >= limit:

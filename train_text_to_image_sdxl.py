@@ -50,6 +50,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import secrets
@@ -80,8 +81,8 @@ from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwarg
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
 from filelock import FileLock, Timeout
-from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
-from safetensors import SafetensorError, safe_open
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -266,9 +267,8 @@ def make_objective(args: Namespace, scheduler_config: dict, device: torch.device
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
-NO_IMAGES = {"HDF5", "MPEG"}  # formats that Pillow knows and cannot decode, of files that people have beside images
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
-                  if name in Image.OPEN and name not in NO_IMAGES}
+                  if name in Image.OPEN and name not in ("HDF5", "MPEG")}  # which Pillow knows and cannot decode
 LARGEST_ASPECT = 4  # longer side over shorter, of a bucket: as SDXL's own sizes (Podell et al. 2023, appendix I)
 INTERPOLATION_MODES = {mode.name.lower(): mode for mode in InterpolationMode}
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: ComfyUI writes a whole workflow as one chunk
@@ -344,10 +344,11 @@ def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, l
         rows = [(path, read_caption_file(path.with_suffix(".txt"))) for path in files
                 if path.suffix.lower() in IMAGE_SUFFIXES]
     images = [path for path, _ in rows]
-    missing = [path for path in images if not path.is_file()]
+    missing = [path for path in images if not is_image(path)]
     if missing and not args.skip_broken_images:
-        raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are missing: "
-                         f"the first is {missing[0]}. Fix file_name, unpack archives, or drop these rows.")
+        raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are missing, or "
+                         f"of a format that Pillow does not read: the first is {missing[0]}. Fix file_name, unpack "
+                         "archives, convert the images, or drop these rows.")
     used = {*metadata, *images, *(path.with_suffix(".txt") for path in images if not metadata)}
     unused = [str(path) for path in files if path not in used]
     if unused:
@@ -355,6 +356,13 @@ def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, l
                        f"read nor captions, or not listed in the metadata: {', '.join(unused[:5])}")
     paths = {args.image_column: [str(path) for path in images]}
     return datasets.Dataset.from_dict(paths), [captions for _, captions in rows]
+
+
+def is_image(path: Path) -> bool:
+    """Return whether Pillow reads a file, judged by its suffix or, if that is an odd one, by its first bytes."""
+    with contextlib.suppress(OSError):
+        return path.is_file() and (path.suffix.lower() in IMAGE_SUFFIXES or Image.open(path).close() is None)
+    return False
 
 
 def list_files(folder: Path, seen: set[Path]) -> list[Path]:
@@ -389,7 +397,7 @@ def read_metadata(path: Path, args: Namespace) -> list[tuple]:
                          "double quotes.")
     if rows:
         check_columns(args, path, ["image" if name == "file_name" else name for name in names])  # as `datasets` does
-    return [(path.parent / (row.get("file_name") or ""), row.get(args.caption_column)) for row in rows]
+    return [(path.parent / str(row.get("file_name") or ""), row.get(args.caption_column)) for row in rows]
 
 
 def read_caption_file(path: Path) -> list[str] | None:
@@ -450,6 +458,7 @@ def list_sizes(args: Namespace) -> list[tuple[int, int]]:
         return [(height, width)]
     area, step = height * width, args.bucket_step
     sizes = [(side, area // side // step * step) for side in range(step, math.isqrt(LARGEST_ASPECT * area) + 1, step)]
+    sizes = sorted({*sizes, *((width, height) for height, width in sizes)})
     return [size for size in sizes if 0 < max(size) <= LARGEST_ASPECT * min(size)]
 
 
@@ -457,9 +466,11 @@ def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int,
     """Return for each of the `rows` of the images which of the sizes is nearest in aspect ratio."""
     def measure(row: int) -> tuple[int, int]:
         try:
-            image = open_image(images[row])
+            image, orientation = open_image(images[row]), 1
             width, height = image.size
-            return (width, height) if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else (height, width)
+            with contextlib.suppress(Exception):  # broken EXIF data; a PNG's own method would decode it
+                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+            return (width, height) if orientation > 4 else (height, width)
         except Exception:  # decoding it will say why, or skip it
             return sys.maxsize, sys.maxsize
 
@@ -467,11 +478,8 @@ def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int,
     aspects, choices = (np.log([height / width for height, width in pairs]) for pairs in (measured, sizes))
     buckets = np.abs(aspects[:, None] - choices).argmin(axis=1)
     counts, enlarged = np.bincount(buckets, minlength=len(sizes)), np.any(measured < np.array(sizes)[buckets], axis=1)
-    logger.info("images by width x height: " + ", ".join(
-        f"{count} of {width}x{height}" for (height, width), count in zip(sizes, counts, strict=True) if count))
-    if enlarged.any():
-        logger.warning(f"{enlarged.sum()} images are smaller than their size and are enlarged, the first in row "
-                       f"{rows[int(enlarged.argmax())]} of the data")
+    listed = [f"{count} of {width}x{height}" for (height, width), count in zip(sizes, counts, strict=True) if count]
+    logger.info(f"images by width x height: {', '.join(listed)}; {enlarged.sum()} are smaller than that and enlarged")
     return buckets
 
 
@@ -586,7 +594,10 @@ class Samples:
         for source in itertools.chain(range(index, len(self)), range(index)):
             stored = self.data.images[self.rows[source]]
             try:
-                return decode_image(stored), source
+                image = decode_image(stored)
+                if max(image.size) > 100 * min(image.size):
+                    raise ValueError("it is a strip, which would take gigabytes when it is resized")
+                return image, source
             except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
                 message = f"row {source} of the data ({get_path(stored)}) cannot be read as an image: {error}."
                 if not self.args.skip_broken_images:
@@ -596,8 +607,8 @@ class Samples:
 
 
 def map_in_threads(function, things) -> list:
-    """Return the results of a function for several things at once."""
-    with ThreadPoolExecutor(8) as pool:
+    """Return the results of a function for several things at once, in a loader process one after the other."""
+    with ThreadPoolExecutor(1 if multiprocessing.parent_process() else 8) as pool:
         return list(pool.map(function, things))
 
 
@@ -693,16 +704,13 @@ def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples) ->
     if args.preview_data is None:
         return
     if accelerator.is_main_process:
-        indices = samples.make_order(0, args.train_batch_size)[: args.preview_data].tolist()
-        columns = math.ceil(math.sqrt(len(indices)))
-        sheet = Image.new("RGB", (columns * 256, math.ceil(len(indices) / columns) * 336), "white")
-        for place, index in enumerate(indices):
-            sample, left, top = samples[SampleUse(0, index)], place % columns * 256, place // columns * 336
-            picture = Image.fromarray(np.moveaxis(sample["images"], 0, -1))
-            sheet.paste(ImageOps.contain(picture, (250, 250)), (left, top))
-            text = f"{picture.width}x{picture.height}\n{textwrap.fill(sample['caption'], 44, max_lines=5)}"
-            ImageDraw.Draw(sheet).multiline_text((left, top + 254), text, "black", ImageFont.load_default(11))
-        sheet.save(Path(args.output_dir, "preview.png"))
+        rows = []
+        for index in samples.make_order(0, args.train_batch_size)[: args.preview_data].tolist():
+            sample, row = samples[SampleUse(0, index)], Image.new("RGB", (800, 256), "white")
+            row.paste(ImageOps.contain(Image.fromarray(np.moveaxis(sample["images"], 0, -1)), (250, 250)))
+            ImageDraw.Draw(row).multiline_text((260, 4), textwrap.fill(sample["caption"], 80), "black")
+            rows.append(np.asarray(row))
+        Image.fromarray(np.vstack(rows)).save(Path(args.output_dir, "preview.png"))
         logger.info(f"wrote {args.output_dir}/preview.png, for --preview_data, and stopped")
     sys.exit(0)
 
@@ -1038,6 +1046,8 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
     args.validation_prompts = (args.validation_prompts or []) + repeated
     args.validation_size = args.validation_size or [args.resolution]
+    if args.preview_data:
+        args.report_to, args.push_to_hub = "none", False
     return args
 
 
@@ -1051,6 +1061,8 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
          f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
          "or --dataset_name NAME."),
+        (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
+         f"--validation_data_dir {args.validation_data_dir} is not a folder."),
         (earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
          "overwrite: add --resume_from_checkpoint latest to continue it, or name another folder."),
@@ -1114,6 +1126,10 @@ def make_accelerator(args: Namespace) -> Accelerator:
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         raise ValueError(f"accelerate's settings for {accelerator.distributed_type.value} are not supported: use "
                          "--multi_gpu and, to divide a model that is trained whole, the script's own --fsdp.")
+    if getattr(args, "optimizer_in_backward", False) and (
+            accelerator.scaler or (accelerator.num_processes > 1 and not args.fsdp)):
+        raise ValueError("--optimizer_in_backward updates before gradients are averaged and unscaled: it needs one "
+                         "process or --fsdp, and --mixed_precision bf16 or no.")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -1127,6 +1143,7 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
                     is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".partial-probe").touch()  # else the first checkpoint would find that it cannot be written
         try:
             lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
         except Timeout as error:
@@ -1262,7 +1279,7 @@ def locate_model(args: Namespace) -> str:
     file = Path(args.pretrained_model_name_or_path)
     if not file.is_file():
         return args.pretrained_model_name_or_path
-    key = make_key(file.stat().st_size, file.stat().st_mtime_ns, args.single_file_config)
+    key = make_key(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns, args.single_file_config)
     folder = Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "converted", f"{file.stem}-{key}")
     if folder.is_dir():
         return str(folder)
@@ -1276,7 +1293,10 @@ def locate_model(args: Namespace) -> str:
                                                   rescale_betas_zero_snr="ztsnr" in names)
         aside = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
         pipeline.save_pretrained(aside)
-        replace_folder(aside, folder)
+        if folder.is_dir():  # another run was faster
+            remove(aside)
+        else:
+            replace_folder(aside, folder)
     except Exception as error:  # of several libraries
         raise ValueError(f"{error} Is it a {MODEL_KIND} model? The configurations and tokenizers that one file lacks "
                          "come from the hub, or from the model folder that --single_file_config names.") from error
@@ -1304,9 +1324,9 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
         (in_channels != latent_channels,
          f"the UNet of {where} takes {in_channels} channels and the VAE makes {latent_channels}: inpainting models "
          "cannot be trained, and a VAE must be made for this kind of model."),
-        (any(side % factor for size in list_sizes(args) for side in size),
-         f"--resolution {args.resolution}, or --bucket_step {args.bucket_step} with --aspect_ratio_buckets, must be "
-         f"multiples of {factor}, for the VAE."),
+        (any(side % factor for size in (*list_sizes(args), *map(parse_size, args.validation_size)) for side in size),
+         f"--resolution {args.resolution}, --validation_size, and --bucket_step {args.bucket_step} with "
+         f"--aspect_ratio_buckets must be multiples of {factor}, for the VAE."),
         (prediction_type not in PREDICTION_TYPES or sampler.startswith(("FlowMatch", "EDM")),
          f"{where} is for {sampler} with prediction type {prediction_type}; this script trains models for noise as "
          f"DDPM adds it, with prediction type {', '.join(PREDICTION_TYPES)}."),
@@ -1346,7 +1366,7 @@ def explained_load(args: Namespace, part: str = ""):
     """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
-    except (AttributeError, ImportError, NotImplementedError, OSError, SafetensorError, ValueError) as error:
+    except Exception as error:  # of several libraries
         if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
             raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
                               "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
@@ -1373,9 +1393,9 @@ def load_network(args: Namespace, part: str, dtype: torch.dtype) -> torch.nn.Mod
             except OSError as error:
                 failures.append(error)
                 continue
-            missing = sorted(report["missing_keys"])
+            missing = report["missing_keys"]
             if missing:
-                raise OSError(f"the weights lack {', '.join(missing[:3])} ({len(missing)} tensors in all).")
+                raise OSError(f"the weights lack {min(missing)} ({len(missing)} tensors in all).")
             return network.requires_grad_(False).eval()
         raise failures[0]
 
@@ -1490,9 +1510,8 @@ def shard_like(parameter: Tensor, whole: Tensor) -> Tensor:
     """Return `whole` divided among the processes as `parameter` is, if it is."""
     if not isinstance(parameter, DTensor):
         return whole
-    whole, mesh = whole.to(parameter.device), parameter.device_mesh
-    shard = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)  # without communication
-    return shard.clone()  # a view, as of older versions of torch, would keep the whole tensor in memory
+    return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements,
+                             src_data_rank=None)  # without communication
 
 
 def get_shard(tensor: Tensor) -> Tensor:
@@ -1665,20 +1684,17 @@ class EncodedRows:
             if not np.isfinite(rows[first]).all():
                 raise RuntimeError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
                                    f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
-            self.save(rows, path)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
+                np.save(aside, rows)
+                finish_files(aside)
+                aside.replace(path)
+            except OSError as error:
+                raise ValueError(f"{self.folder} cannot be written: {error}. Free some space, name another "
+                                 "--encoded_dir, or use fewer --cache_crops; files so far are kept.") from error
         accelerator.wait_for_everyone()
         logger.info(f"cache {self.folder} has its {len(self.files)} files")
-
-    def save(self, rows: np.ndarray, path: Path) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
-            np.save(aside, rows)
-            finish_files(aside)
-            aside.replace(path)
-        except OSError as error:
-            raise ValueError(f"{self.folder} cannot be written: {error}. Free some space, name another --encoded_dir, "
-                             "or use fewer --cache_crops; files written so far are kept.") from error
 
 
 def is_whole(path: Path) -> bool:
@@ -1763,13 +1779,10 @@ def make_optimizer(args: Namespace, groups: list[dict]):
     return torch.optim.AdamW(groups, lr, betas, eps, fused=groups[0]["params"][0].device.type in ("cuda", "cpu"))
 
 
-def update_in_backward(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+def update_in_backward(args: Namespace, models: Models) -> None:
     """With --optimizer_in_backward, update each parameter when its gradient is complete, then free the gradient."""
     if not args.optimizer_in_backward:
         return
-    if accelerator.num_processes > 1 and not args.fsdp:
-        raise ValueError("--optimizer_in_backward updates before gradients are averaged: it needs a single process, "
-                         "or --fsdp.")
     optimizer = models.optimizer.optimizer
 
     def update(group: dict, parameter: torch.nn.Parameter) -> None:
@@ -2002,16 +2015,17 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
     try:
         save_state(accelerator, models, aside)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            draft = aside / "record"
+            draft.write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
+            finish_files(aside)
+            draft.rename(aside / RUN_RECORD)
+            replace_folder(aside, place)
     except Exception as error:  # of several libraries, which do not all say what is wrong
         raise RuntimeError(f"{place} could not be written: is the disk full? Earlier checkpoints are whole: make "
                            "room, then add --resume_from_checkpoint latest.") from error
-    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        draft = aside / "record"
-        draft.write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
-        finish_files(aside)
-        draft.rename(aside / RUN_RECORD)
-        replace_folder(aside, place)
         logger.info(f"saved {place}")
         others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]
         while limit and len(others) >= limit:
@@ -2103,17 +2117,14 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
 
     `tag` is the name of the pictures in trackers.
     """
-    drawn, loss, is_fatal = [], math.nan, getattr(args, "fsdp", False)
+    drawn, loss, away = [], math.nan, encoders_on_device(args, accelerator, models)
     if not args.validation_prompts and data.held_out is None:
         return
     for network in list_trained(models):
         network.eval()
-    away = encoders_on_device(args, accelerator, models)
-    with averaged_weights(models), log_failure("moving the encoders to the device", is_fatal), away:
-        with log_failure("drawing validation pictures", is_fatal):
-            drawn = draw_images(args, accelerator, models, data.train.seed)
-        with log_failure("measuring the held-out loss", is_fatal):
-            loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
+    with averaged_weights(models), log_failure("validation", is_fatal=getattr(args, "fsdp", False)), away:
+        loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
+        drawn = draw_images(args, accelerator, models, data.train.seed)
     for network in list_trained(models):
         network.train()
     images, loss = dict(sorted(dict(gather_object(drawn)).items())), sum(gather_object([loss]))
@@ -2350,7 +2361,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare_training(args, accelerator, models, data.train)
     shard_optimizer(args, accelerator, models)
     progress = resume(accelerator, models, checkpoint) if checkpoint else Progress()
-    update_in_backward(args, accelerator, models)
+    update_in_backward(args, models)
 
     log_run_header(args, accelerator, models, data.train, record["seed"], checkpoint)
     signal_number = train(args, accelerator, models, objective, data, progress, record)

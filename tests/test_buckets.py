@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from accelerate import PartialState
 from conftest import in_first_script, make_args, make_image, make_namespace, read_scalars
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from runs import assert_same_checkpoint, keep_configs_only, run, run_pair
 from test_data import make_ruler, make_samples
 from test_resume import watch
@@ -59,8 +59,8 @@ def test_sizes_have_about_the_same_area(first_script, resolution, step):
     area = math.prod(first_script.parse_size(resolution))
     for height, width in sizes:
         assert height % step == width % step == 0 and max(height, width) <= 4 * min(height, width)
-        assert height * (width + step) > area >= height * width
-        assert (width, height) in sizes or any(side == width for side, _ in sizes)
+        assert max(height * (width + step), (height + step) * width) > area >= height * width
+        assert (width, height) in sizes
     assert len(set(sizes)) == len(sizes) > 4
 
 
@@ -90,8 +90,9 @@ def test_a_step_that_leaves_no_size_is_refused(script, tmp_path, capsys):
 
 
 def test_sizes_fit_the_vae(script, tiny_model, shapes, tmp_path):
-    with pytest.raises(ValueError, match="--bucket_step 9 .* must be multiples of 2, for the VAE"):
-        run(script, make_args(tiny_model, shapes, tmp_path / "out", aspect_ratio_buckets=True, bucket_step=9))
+    for flags in ({"aspect_ratio_buckets": True, "bucket_step": 9}, {"validation_size": ["33x32"]}):
+        with pytest.raises(ValueError, match="--validation_size, and --bucket_step .* must be multiples of 2"):
+            run(script, make_args(tiny_model, shapes, tmp_path / "out", **flags))
 
 
 # ---- The bucket of an image -----------------------------------------------------------------------------------------
@@ -124,6 +125,16 @@ def test_a_rotated_photo_is_measured_as_it_is_shown(first_script, tmp_path):
     assert height > width and samples[first_script.SampleUse(0, 0)]["images"].shape == (3, height, width)
 
 
+def test_only_headers_are_read(first_script, tmp_path, monkeypatch):
+    """The size of a PNG is known without its pixels, also where its EXIF data is broken."""
+    make_image(0, (80, 40)).save(tmp_path / "0.png", exif=b"broken")
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: pytest.fail("decoded"))
+    samples = make_samples(first_script, [{"image": {"path": tmp_path / "0.png"}, "captions": ["a"]}], **BUCKETS)
+    height, width = samples.sizes[samples.buckets[0]]
+    assert height < width
+
+
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("width", "height"), [(80, 40), (40, 80), (96, 30), (33, 32), (32, 32), (200, 50)])
 def test_an_image_covers_its_size_and_time_ids_tell_where(script, width, height, flip):
@@ -147,10 +158,10 @@ def test_an_image_covers_its_size_and_time_ids_tell_where(script, width, height,
 def test_small_images_and_sizes_are_told(first_script, caplog):
     caplog.set_level("INFO")
     make_samples(first_script, make_items([(64, 64), (20, 60), (64, 66)]), **BUCKETS)
-    assert "images by width x height: 2 of 32x32, 1 of 16x48" in caplog.text
+    assert "images by width x height: 2 of 32x32, 1 of 16x48; 0 are smaller than that and enlarged" in caplog.text
     caplog.clear()
     make_samples(first_script, make_items([(64, 64), (10, 30)]), **BUCKETS)
-    assert "1 images are smaller than their size and are enlarged, the first in row 1 of the data" in caplog.text
+    assert "1 of 32x32, 1 of 16x48; 1 are smaller than that and enlarged" in caplog.text
 
 
 def test_a_broken_image_is_replaced_at_the_size_of_its_place(first_script, tmp_path):
@@ -256,12 +267,13 @@ def test_sizes_of_training_and_drawing(script, tiny_model, shapes, tmp_path):
 def test_a_preview_needs_no_weights(script, tiny_model, shapes, tmp_path):
     """--preview_data writes a sheet of what training would see, and stops."""
     model = keep_configs_only(tiny_model, tmp_path / "model")
-    argv = make_args(model, shapes, tmp_path / "out", preview_data=5, **BUCKETS)
+    argv = make_args(model, shapes, tmp_path / "out", preview_data=5, report_to="tensorboard", push_to_hub=True,
+                     **BUCKETS)
     with pytest.raises(SystemExit) as exits:
         run(script, argv)
     assert exits.value.code == 0
     with Image.open(tmp_path / "out/preview.png") as sheet:
-        assert sheet.size == (3 * 256, 2 * 336)
+        assert sheet.size == (800, 5 * 256)
         pixels = np.asarray(sheet)
-    assert (pixels[:250, :40] != 255).any() and (pixels[254:330, :200] != 255).any()  # a picture, and text below
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"preview.png", "logs"}
+    assert (pixels[:250, :40] != 255).any() and (pixels[:20, 260:400] != 255).any()  # a picture, and text beside it
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"preview.png"}

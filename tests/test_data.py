@@ -1050,3 +1050,21 @@ def test_pictures_and_files_are_images(script):
     items = [{"image": make_image(0), "captions": ["a"]},
              {"image": {"bytes": encode(make_image(0))["bytes"]}, "captions": ["a"]}]
     assert equal(*(make_samples(script, [item])[script.SampleUse(0, 0)] for item in items))
+
+
+def test_a_strip_is_refused_or_skipped(first_script):
+    """Resized by its shorter side it would take gigabytes."""
+    items = [make_item(), {"image": Image.new("RGB", (3500, 20)), "captions": ["strip"]}]
+    with pytest.raises(ValueError, match=r"row 1 of the data .*: it is a strip"):
+        make_samples(first_script, items).read(1)
+    assert make_samples(first_script, items, skip_broken_images=True).read(1)[1] == 0
+
+
+def test_metadata_that_names_other_formats_is_refused(first_script, tmp_path):
+    """A format that Pillow lacks is told before training, as a missing file is; an odd suffix is none."""
+    (tmp_path / "a.heic").write_bytes(b"no format of Pillow")
+    make_image(0).save(tmp_path / "picture", format="PNG")
+    rows = [{"file_name": "a.heic", "text": "a"}, {"file_name": 1, "text": "a"}, {"file_name": "picture", "text": "b"}]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="2 of 3 images .* are missing, or of a format .* the first is .*a.heic"):
+        load_images(first_script, tmp_path)
