@@ -855,17 +855,21 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.set_defaults(output_dir="sd-model-finetuned", resolution=512, validation_epochs=5)
     args = read_args(parser, argv)
     args.non_ema_revision = args.non_ema_revision or args.revision
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))  # which every launcher sets
     check_args(
         parser, args,
         (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one of them."),
-        ((args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16"
-         and not torch.accelerator.is_available(),
+        (precision == "fp16" and not torch.accelerator.is_available(),
          "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
         (args.optimizer_in_backward
          and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0 or args.torch_compile),
          "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: it needs "
          "--gradient_accumulation_steps 1, --max_grad_norm 0 and no --torch_compile."),
-        (args.fsdp and int(os.environ.get("WORLD_SIZE", 1)) == 1,
+        (args.optimizer_in_backward and (precision == "fp16" or (num_processes > 1 and not args.fsdp)),
+         "--optimizer_in_backward updates before gradients are averaged and unscaled: it needs one process or --fsdp, "
+         "and --mixed_precision bf16 or no."),
+        (args.fsdp and num_processes == 1,
          "--fsdp divides the model among several processes, and here is one: launch with `accelerate launch "
          "--multi_gpu`, or drop it."),
         *((args.fsdp and getattr(args, flag), f"--fsdp excludes --{flag}: drop one of them.")
@@ -1106,10 +1110,6 @@ def make_accelerator(args: Namespace) -> Accelerator:
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         raise ValueError(f"accelerate's settings for {accelerator.distributed_type.value} are not supported: use "
                          "--multi_gpu and, to divide a model that is trained whole, the script's own --fsdp.")
-    if getattr(args, "optimizer_in_backward", False) and (
-            accelerator.scaler or (accelerator.num_processes > 1 and not args.fsdp)):
-        raise ValueError("--optimizer_in_backward updates before gradients are averaged and unscaled: it needs one "
-                         "process or --fsdp, and --mixed_precision bf16 or no.")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32

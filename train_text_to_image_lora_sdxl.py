@@ -1146,10 +1146,6 @@ def make_accelerator(args: Namespace) -> Accelerator:
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
         raise ValueError(f"accelerate's settings for {accelerator.distributed_type.value} are not supported: use "
                          "--multi_gpu and, to divide a model that is trained whole, the script's own --fsdp.")
-    if getattr(args, "optimizer_in_backward", False) and (
-            accelerator.scaler or (accelerator.num_processes > 1 and not args.fsdp)):
-        raise ValueError("--optimizer_in_backward updates before gradients are averaged and unscaled: it needs one "
-                         "process or --fsdp, and --mixed_precision bf16 or no.")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32

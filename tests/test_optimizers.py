@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 from conftest import UNCACHED, make_args, read_scalars
-from runs import assert_same_checkpoint, read_trained, run, start_pair
+from runs import assert_same_checkpoint, read_trained, run
 
 NO_8_BIT = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 OPTIMIZERS = [pytest.param({}, id="AdamW"), pytest.param({"use_adafactor": True}, id="Adafactor"),
@@ -65,13 +65,16 @@ def test_gradients_are_freed_in_the_backward_pass(full_script, train_full, monke
     assert left[0] > 10 and left[1] == 0
 
 
-def test_updates_in_the_backward_pass_need_one_process(first_script, tiny_models, image_folder, tmp_path):
-    """Two processes would update before they have exchanged gradients: both are told so."""
-    argv = make_args(tiny_models["sd"], image_folder, tmp_path / "out", optimizer_in_backward=True, max_grad_norm=0)
-    first, second = start_pair(first_script, argv, tmp_path / "log")
-    with first, second:
-        assert (first.end(), second.end()) == (1, 1)
-    assert "it needs a single process" in (tmp_path / "log").read_text()
+@pytest.mark.parametrize("setting", [("WORLD_SIZE", "2"), ("ACCELERATE_MIXED_PRECISION", "fp16")], ids="{0[0]}".format)
+def test_updates_in_the_backward_pass_are_refused_where_gradients_come_later(
+        full_script, image_folder, tmp_path, monkeypatch, capsys, setting):
+    """Two processes would update before they have exchanged gradients, fp16 before it has divided by its scale."""
+    monkeypatch.setenv(*setting)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        full_script.parse_args(make_args("model", image_folder, tmp_path / "out", optimizer_in_backward=True,
+                                         max_grad_norm=0))
+    assert "it needs one process or --fsdp, and --mixed_precision bf16 or no" in capsys.readouterr().err
 
 
 def test_adafactor_trains_and_resumes_exactly(script, train, tiny_model):
