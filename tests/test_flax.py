@@ -854,7 +854,7 @@ def test_without_torch_a_stopped_run_saves_and_goes_on(full_run, tiny_model, odd
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM, log.read_text()
     text = log.read_text()
-    assert "stopped by SIGTERM" in text and "compiled the update in" in text and "Traceback" not in text
+    assert "stopped by SIGTERM" in text and "compiled the update for" in text and "Traceback" not in text
     latest = max(read_record(out / name)["progress"]["global_step"] for name in list_names(out))
     assert f"after update {latest}" in text
     losses = read_scalars(out, "train_loss")
@@ -893,7 +893,7 @@ def test_loader_has_as_many_threads_as_asked_for(flax, tiny_model, image_folder,
     counts = []
     monkeypatch.setattr(flax, "ThreadPoolExecutor", lambda count: counts.append(count) or ThreadPoolExecutor(count))
     for workers in (0, 3):
-        steps = [flax.MicroStep(0, 0, 2, 2, ends_update=True, ends_epoch=False, indices=[])]
+        steps = [flax.MicroStep(0, 0, 2, 2, ends_update=True, ends_epoch=False, indices=[0, 1])]
         ((_, batch),) = flax.make_dataloader(data.train, steps, models, workers, accelerator, 2)
         assert len(batch["weights"]) == 2 * jax.local_device_count()
     assert counts == [8, 3]
@@ -938,7 +938,7 @@ def test_a_whole_cycle_ends_in_a_pipeline_of_torch(quickstart_run):
     (record,) = (out / "wandb").rglob("*.wandb")
     assert record.read_bytes().count(b"train_loss") >= 12
     media = sorted(path.name.rpartition("_")[0] for path in record.parent.rglob("media/**/*.png"))
-    assert media == sorted(["validation_6", "validation_12", "test_12"] * 2)
+    assert media == sorted(["validation_6", "test_12"] * 2)
     assert "diffusers-training" in (out / "README.md").read_text()
     base = ROOT / "quickstart" / "base"
     for part in ("vae", "text_encoder"):

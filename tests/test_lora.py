@@ -432,7 +432,7 @@ def test_the_card_tells_how_to_load_it(train, tiny_model):
     card = (train(train_text_encoder=True, validation_prompt="a cat", num_validation_images=1,
                   validation_inference_steps=2) / "README.md").read_text()
     assert f"from_pretrained({str(tiny_model)!r})" in card and "load_lora_weights(" in card
-    assert "LoRA adapters of the UNet and the text encoder" in card and "- lora" in card and "rank: 4" in card
+    assert "train_text_encoder: True" in card and "- lora" in card and "rank: 4" in card
 
 
 def test_the_card_draws_with_the_schedule_that_was_trained(train):
