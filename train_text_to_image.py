@@ -766,7 +766,8 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             if ends_run:
                 break
             ends_nth_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
-            if ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0):
+            is_due = ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0)
+            if is_due and (args.validation_prompts or data.held_out):
                 meter.flush()
                 validate(args, accelerator, models, objective, data, progress)
     return signal_number
@@ -1779,8 +1780,8 @@ def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
 
 def compute_last_step(args: Namespace, samples: Samples, num_processes: int) -> int:
     """Return the number of updates in the whole run: --max_train_steps, else --num_train_epochs of them."""
-    total_batch_size = compute_total_batch_size(args, num_processes)
-    updates_per_epoch = sum(math.ceil(count / total_batch_size) for count in np.bincount(samples.buckets))
+    updates_per_epoch = sum(math.ceil(count / compute_total_batch_size(args, num_processes))
+                            for count in np.bincount(samples.buckets))
     return args.max_train_steps or args.num_train_epochs * updates_per_epoch
 
 
