@@ -1159,9 +1159,9 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, seed: int,
                    checkpoint: Path | None) -> None:
     """Log what is trained, on what, for how long, and from where it starts."""
-    last_step = compute_last_step(args, samples, accelerator.num_processes)
     logger.info(f"training {' and '.join(models.trained)} on {len(samples):,} samples at {args.resolution} px for "
-                f"{last_step:,} updates of {compute_total_batch_size(args, accelerator.num_processes)}: "
+                f"{compute_last_step(args, samples, accelerator.num_processes):,} updates of "
+                f"{compute_total_batch_size(args, accelerator.num_processes)}: "
                 f"{args.train_batch_size} per device x {args.gradient_accumulation_steps} accumulation steps x "
                 f"{accelerator.num_processes} processes on {accelerator.device}")
     logger.info(f"seed {seed}, precision {accelerator.mixed_precision}, {models.scheduler_config['prediction_type']} "
@@ -1172,9 +1172,9 @@ class StopRequest:
     """On SIGTERM, SIGUSR1 (SLURM, before the time limit) or the first Ctrl-C, all processes save and stop."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.signal_number, self.previous, self.group = 0, {}, None
-        if accelerator.num_processes > 1:  # not NCCL, which would wait for the GPU
-            self.group = torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo")
+        self.signal_number, self.previous = 0, {}
+        self.group = accelerator.num_processes > 1 and torch.distributed.new_group(
+            timeout=LONGEST_WAIT, backend="gloo")  # not NCCL, which would wait for the GPU
 
     def __enter__(self) -> StopRequest:
         try:
@@ -1183,9 +1183,13 @@ class StopRequest:
             logger.warning("not in the main thread: signals do not save and stop this run")
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *error) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if kind and self.group:
+            logger.error("this process ends on an error. If that speaks of a connection, another process ended first: "
+                         "see its log. To continue, start all of them again with --resume_from_checkpoint latest.",
+                         main_process_only=False)
 
     def receive(self, number: int, frame) -> None:
         """Note the signal; a second one of the same kind ends the process at once, even while it waits for another."""
@@ -1196,7 +1200,7 @@ class StopRequest:
     def agreed(self) -> int:
         """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
         number = torch.tensor(self.signal_number)
-        if self.group is not None:
+        if self.group:
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
         return int(number)
 
@@ -1984,8 +1988,8 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
             draft.rename(aside / RUN_RECORD)
             replace_folder(aside, place)
     except Exception as error:  # of several libraries, which do not all say what is wrong
-        raise RuntimeError(f"{place} could not be written: is the disk full? Earlier checkpoints are whole: make "
-                           "room, then add --resume_from_checkpoint latest.") from error
+        raise RuntimeError(f"{place} could not be written: is the disk full, or did another process end? Earlier "
+                           "checkpoints are whole: fix it, then add --resume_from_checkpoint latest.") from error
     if accelerator.is_main_process:
         logger.info(f"saved {place}")
         others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]
@@ -2222,7 +2226,6 @@ def push_to_hub(args: Namespace) -> None:
 
 # ---- Logging --------------------------------------------------------------------------------------------------------
 
-
 FP16_OVERFLOWS = 30  # in a row: from the first scale, 65,536, that is more than any gradient needs
 
 
@@ -2298,10 +2301,7 @@ class Meter:
 
 @contextlib.contextmanager
 def log_failure(what: str, is_fatal: bool = False):
-    """Log an exception instead of raising it: a failing picture or tracker must not end the run.
-
-    It has to end it where other processes wait for what this one would have done.
-    """
+    """Log an exception: a failing picture or tracker must not end the run. Raise it where other processes wait."""
     try:
         yield
     except Exception:  # anything from out of memory to a full disk

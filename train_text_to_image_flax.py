@@ -2400,8 +2400,8 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
             draft.rename(aside / RUN_RECORD)
             replace_folder(aside, place)
     except Exception as error:  # of several libraries, which do not all say what is wrong
-        raise RuntimeError(f"{place} could not be written: is the disk full? Earlier checkpoints are whole: make "
-                           "room, then add --resume_from_checkpoint latest.") from error
+        raise RuntimeError(f"{place} could not be written: is the disk full, or did another process end? Earlier "
+                           "checkpoints are whole: fix it, then add --resume_from_checkpoint latest.") from error
     if accelerator.is_main_process:
         logger.info(f"saved {place}")
         others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]
@@ -2759,10 +2759,7 @@ class Meter:
 
 @contextlib.contextmanager
 def log_failure(what: str, is_fatal: bool = False):
-    """Log an exception instead of raising it: a failing picture or tracker must not end the run.
-
-    It has to end it where other processes wait for what this one would have done.
-    """
+    """Log an exception: a failing picture or tracker must not end the run. Raise it where other processes wait."""
     try:
         yield
     except Exception:  # anything from out of memory to a full disk

@@ -1,6 +1,7 @@
 """--fsdp: two processes, each with half of the model, train as two with a copy each, and leave the same files."""
 
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,19 @@ def test_validation_that_fails_in_one_process_ends_both(script, args, tmp_path):
 
 
 @in_first_script
+@pytest.mark.parametrize(("killed", "fsdp"), [(0, True), (1, False)])
+def test_where_one_is_killed_the_other_says_what_to_do(script, args, killed, fsdp, tmp_path):
+    """It ends by itself, whether its partner died in a backward pass or in a save."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    pair = start_pair(script, args(out, fsdp=fsdp, max_train_steps=100_000, **QUIET), log)
+    with pair[0], pair[1]:
+        pair[killed].wait_until((out / "checkpoint-2").exists)
+        pair[killed].kill(signal.SIGKILL)
+        assert pair[1 - killed].end() == 1
+    assert re.search("another process ended first: see its log. .* --resume_from_checkpoint latest", log.read_text())
+
+
+@in_first_script
 @pytest.mark.parametrize("flag", ["use_8bit_adam", "use_adafactor", "channels_last", "torch_compile"])
 def test_what_cannot_be_sharded_is_refused(script, args, flag, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -203,3 +217,19 @@ def test_one_process_is_refused(script, args, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(args(tmp_path / "out", fsdp=True))
     assert "--multi_gpu" in capsys.readouterr().err
+
+
+# ---- Host memory ----------------------------------------------------------------------------------------------------
+
+
+def test_float32_weights_are_mapped_not_copied(each_script, base_args):
+    """Processes of a machine share the pages of the model's files, so that many start in the memory of one."""
+    args = each_script.parse_args(base_args)
+    accelerator, configs = each_script.make_accelerator(args), each_script.load_model_configs(args)
+    models = each_script.load_models(args, accelerator, configs)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [range(*(int(end, 16) for end in line[0].split("-")))
+              for line in maps if line[-1].endswith("safetensors")]
+    for part in each_script.NETWORK_CLASSES:
+        for name, weight in getattr(models, part).named_parameters():
+            assert "lora" in name or any(weight.data_ptr() in pages for pages in mapped), f"{part}.{name}"
