@@ -2333,8 +2333,8 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
     saved = load_run_record(checkpoint)
     flags = saved.get("flags", {"channels_last": False})  # of the reference, which keeps no record
     before, now = {**saved, **flags, "use_ema": (checkpoint / EMA_FOLDER).is_dir()}, {**record, **record["flags"]}
-    changed = {key: f"{key} {before[key]} -> {now[key]}" for key in sorted(before.keys() & now.keys() - {"flags"})
-               if before[key] != now[key] and key not in INCONSEQUENTIAL_FLAGS}
+    changed = {key: f"{key} {before[key]} -> {now[key]}" for key in sorted(
+        before.keys() & now.keys() - INCONSEQUENTIAL_FLAGS - {"flags"}) if before[key] != now[key]}
     misfits = [changed[key] for key in changed if key in FIXED_FLAGS]
     if misfits:
         raise ValueError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
@@ -2395,7 +2395,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             draft = aside / "record"
-            draft.write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
+            draft.write_text(json.dumps({**record, "progress": vars(progress)}, indent=1))
             finish_files(aside)
             draft.rename(aside / RUN_RECORD)
             replace_folder(aside, place)

@@ -1208,9 +1208,9 @@ class StopRequest:
     """On SIGTERM, SIGUSR1 (SLURM, before the time limit) or the first Ctrl-C, all processes save and stop."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.signal_number, self.previous = 0, {}
-        self.group = accelerator.num_processes > 1 and torch.distributed.new_group(
-            timeout=LONGEST_WAIT, backend="gloo")  # not NCCL, which would wait for the GPU
+        self.signal_number, self.previous, self.group = 0, {}, None
+        if accelerator.num_processes > 1:  # not NCCL, which would wait for the GPU
+            self.group = torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo")
 
     def __enter__(self) -> StopRequest:
         try:
@@ -1223,9 +1223,8 @@ class StopRequest:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if kind and self.group:
-            logger.error("this process ends on an error. If that speaks of a connection, another process ended first: "
-                         "see its log. To continue, start all of them again with --resume_from_checkpoint latest.",
-                         main_process_only=False)
+            logger.error("training failed. If the error below is about a connection, another process ended first: see "
+                         "its log. Start all again with --resume_from_checkpoint latest.", main_process_only=False)
 
     def receive(self, number: int, frame) -> None:
         """Note the signal; a second one of the same kind ends the process at once, even while it waits for another."""
@@ -2003,8 +2002,8 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
     saved = load_run_record(checkpoint)
     flags = saved.get("flags", {"channels_last": False})  # of the reference, which keeps no record
     before, now = {**saved, **flags, "use_ema": (checkpoint / EMA_FOLDER).is_dir()}, {**record, **record["flags"]}
-    changed = {key: f"{key} {before[key]} -> {now[key]}" for key in sorted(before.keys() & now.keys() - {"flags"})
-               if before[key] != now[key] and key not in INCONSEQUENTIAL_FLAGS}
+    changed = {key: f"{key} {before[key]} -> {now[key]}" for key in sorted(
+        before.keys() & now.keys() - INCONSEQUENTIAL_FLAGS - {"flags"}) if before[key] != now[key]}
     misfits = [changed[key] for key in changed if key in FIXED_FLAGS]
     if misfits:
         raise ValueError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
@@ -2102,7 +2101,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             draft = aside / "record"
-            draft.write_text(json.dumps({**record, "progress": dataclasses.asdict(progress)}, indent=1))
+            draft.write_text(json.dumps({**record, "progress": vars(progress)}, indent=1))
             finish_files(aside)
             draft.rename(aside / RUN_RECORD)
             replace_folder(aside, place)
@@ -2202,12 +2201,13 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
 
     `tag` is the name of the pictures in trackers.
     """
-    drawn, loss, away = [], math.nan, encoders_on_device(args, accelerator, models)
+    drawn, loss = [], math.nan
     if not args.validation_prompts and data.held_out is None:
         return
     for network in list_trained(models):
         network.eval()
-    with averaged_weights(models), log_failure("validation", is_fatal=getattr(args, "fsdp", False)), away:
+    with (averaged_weights(models), log_failure("validation", is_fatal=getattr(args, "fsdp", False)),
+          encoders_on_device(args, accelerator, models)):
         loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
         drawn = draw_images(args, accelerator, models, data.train.seed)
     for network in list_trained(models):
