@@ -339,9 +339,6 @@ def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImage
                          f"({get_path(images[bad[0]])}) has {captions[bad[0]]!r} in --caption_column "
                          f"{args.caption_column}. A caption is a string or a list of at least one string: in the "
                          "column, in a metadata.jsonl with file_name, or in a .txt beside the image.")
-    several = sum(len(texts) > 1 for texts in captions)
-    if several:
-        logger.info(f"{several} of {len(captions)} images in {source} have several captions: each use draws one")
     captions = datasets.Dataset.from_dict({"captions": captions})["captions"]  # Arrow: loader processes share it
     return CaptionedImages(images, captions)
 
@@ -354,8 +351,7 @@ def load_rows(args: Namespace) -> tuple[datasets.Dataset, list]:
         rows = datasets.load_from_disk(saved[0]) if saved else datasets.load_dataset(
             name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, data_dir=args.train_data_dir)
     except Exception as error:  # `datasets` raises many kinds
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise ValueError(f"--dataset_name {name} cannot be loaded: {reason}") from error
+        raise ValueError(f"--dataset_name {name} cannot be loaded: {error} {error.__cause__ or ''}") from error
     check_columns(args, name, rows.column_names)
     return rows, rows[args.caption_column][:]
 
@@ -1575,7 +1571,8 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
         except Timeout as error:
             raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
                              "saving: wait for its end, or name another folder.") from error
-        remove_leftovers(folder)
+        for leftover in folder.glob(".partial-*"):  # of a crash
+            remove(leftover)
     accelerator.wait_for_everyone()
     return lock
 
@@ -1697,14 +1694,6 @@ IDLE_SETTINGS = frozenset(
     "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_factor initializer_range "
     "projection_dim transformers_version split_head_dim use_memory_efficient_attention sample_size upcast_attention "
     "force_upcast down_block_types up_block_types".split())
-# Settings of schedulers: of the noise, which is honored, and of samplers, of which pictures here take those of DDIM.
-SCHEDULER_SETTINGS = frozenset(
-    "_class_name _diffusers_version algorithm_type beta_end beta_schedule beta_start clip_sample clip_sample_range "
-    "disable_corrector  dynamic_thresholding_ratio euler_at_final final_sigmas_type flow_shift interpolation_type "
-    "lambda_min_clipped  lower_order_final num_train_timesteps original_inference_steps predict_x0 prediction_type "
-    "rescale_betas_zero_snr  sample_max_value set_alpha_to_one skip_prk_steps solver_order solver_p solver_type "
-    "steps_offset thresholding  time_shift_type timestep_scaling timestep_spacing timestep_type trained_betas "
-    "use_beta_sigmas  use_exponential_sigmas use_karras_sigmas use_lu_lambdas variance_type".split())
 
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
@@ -1730,9 +1719,6 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
     configs["text_encoder"]["num_hidden_layers"] -= args.clip_skip or 0  # later layers are not loaded
     compute_alphas_cumprod(configs["scheduler"])  # refuses an unknown noise schedule
     configs["scheduler"]["_class_name"] = configs["scheduler"].get("_class_name", "PNDMScheduler").removeprefix("Flax")
-    unknown = {name: value for name, value in configs["scheduler"].items() if value and name not in SCHEDULER_SETTINGS}
-    if unknown:
-        logger.warning(f"unknown settings of the scheduler are ignored: {unknown}")
     return configs
 
 
@@ -2278,7 +2264,7 @@ def make_lr_factor(args: Namespace, rate: float, last_step: int) -> optax.Schedu
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
-RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed and flags
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags, and digests of its files
 TRAINED = "state"  # in a checkpoint: weights and moments
 EMA_FOLDER = "averages"  # in a checkpoint: the EMA weights
 LOSS_SCALE_FOLDER = "loss_scale"
@@ -2310,13 +2296,31 @@ def get_checkpoint_step(folder: Path) -> int | None:
 def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
     """Return the checkpoint that --resume_from_checkpoint names; None for no name, or if `latest` finds none."""
     complete = list_checkpoints(output_dir)
-    if name is None or name == "latest":
-        return complete[-1] if name and complete else None
-    for folder in (Path(output_dir, name), Path(name)):
-        if get_checkpoint_step(folder):
+    if name is None or (name == "latest" and not complete):
+        return None
+    for folder in complete[-1:] if name == "latest" else (Path(output_dir, name), Path(name)):
+        if is_whole_checkpoint(folder):
             return folder
-    holds = ", ".join(folder.name for folder in complete) or "no checkpoint"
-    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint; {output_dir} holds {holds}.")
+    whole = ", ".join(folder.name for folder in filter(is_whole_checkpoint, complete)) or "no checkpoint"
+    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint, or has files that were cut "
+                     f"short, removed or taken from another run. Name a whole one: {output_dir} holds {whole}.")
+
+
+def is_whole_checkpoint(folder: Path) -> bool:
+    """Return whether a checkpoint has all files as they were saved."""
+    try:
+        saved = load_run_record(folder).get("files", {})
+    except ValueError:  # cut short
+        return False
+    return get_checkpoint_step(folder) is not None and saved.items() <= digest_files(folder).items()
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """Hash the last MiB of each file, which tells files that were cut short and those of another run."""
+    return {
+        str(path.relative_to(folder)): make_key(
+            np.fromfile(path, np.uint8, offset=max(0, path.stat().st_size - 2**20)).tobytes())
+        for path in folder.rglob("*") if path.is_file()}
 
 
 def load_run_record(checkpoint: Path | None) -> dict:
@@ -2385,8 +2389,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
                     record: dict) -> None:
     """Save everything that the next update depends on, then remove old checkpoints.
 
-    A checkpoint is written aside with its record last, then renamed. A crash at any point leaves either the old or the
-    new checkpoint, which `remove_leftovers` puts in its place.
+    A checkpoint is written aside and renamed once it is on disk: a crash at any point leaves those that were there.
     """
     name, limit = f"checkpoint-{progress.global_step}", args.checkpoints_total_limit
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
@@ -2394,10 +2397,8 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
         save_state(accelerator, models, aside)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            draft = aside / "record"
-            draft.write_text(json.dumps({**record, "progress": vars(progress)}, indent=1))
-            finish_files(aside)
-            draft.rename(aside / RUN_RECORD)
+            (aside / RUN_RECORD).write_text(json.dumps(
+                {**record, "progress": vars(progress), "files": digest_files(aside)}, indent=1))
             replace_folder(aside, place)
     except Exception as error:  # of several libraries, which do not all say what is wrong
         raise RuntimeError(f"{place} could not be written: is the disk full, or did another process end? Earlier "
@@ -2411,11 +2412,12 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Move a file or folder to its place, once it is on disk; remove what was there."""
+    """Move a file or folder to its place, once it is on disk; then remove what was there."""
     finish_files(new)
-    if os.path.lexists(place):
-        remove(place)
+    old = place.rename(place.with_name(f".partial-old-{place.name}")) if os.path.lexists(place) else None
     new.rename(place)
+    if old:
+        remove(old)
 
 
 def finish_files(path: Path) -> None:
@@ -2432,21 +2434,12 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a crash has left; a checkpoint that was complete but not yet in its place is moved there."""
-    for record in folder.glob(f".partial-checkpoint-*/{RUN_RECORD}"):
-        replace_folder(record.parent, folder / record.parent.name.removeprefix(".partial-"))
-    for leftover in folder.glob(".partial-*"):
-        remove(leftover)
-
-
 def resume(models: Models, checkpoint: Path) -> Progress:
     """Load a checkpoint and return its progress."""
     try:
         models.state = load_state(models.state, checkpoint.resolve())
-    except Exception as error:  # of several libraries, about files that are cut short
-        reason = str(error).split(" See full TensorStore")[0].split("\n")[0]  # which goes on for pages
-        raise ValueError(f"{checkpoint} is damaged or of another model: {reason}. Name another checkpoint.") from error
+    except Exception as error:  # of several libraries, whose words go on for pages
+        raise ValueError(f"{checkpoint} is damaged or of another model: name another checkpoint.") from error
     return Progress(**load_run_record(checkpoint)["progress"])
 
 

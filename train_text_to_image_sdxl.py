@@ -305,9 +305,6 @@ def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImage
                          f"({get_path(images[bad[0]])}) has {captions[bad[0]]!r} in --caption_column "
                          f"{args.caption_column}. A caption is a string or a list of at least one string: in the "
                          "column, in a metadata.jsonl with file_name, or in a .txt beside the image.")
-    several = sum(len(texts) > 1 for texts in captions)
-    if several:
-        logger.info(f"{several} of {len(captions)} images in {source} have several captions: each use draws one")
     captions = datasets.Dataset.from_dict({"captions": captions})["captions"]  # Arrow: loader processes share it
     return CaptionedImages(images, captions)
 
@@ -320,8 +317,7 @@ def load_rows(args: Namespace) -> tuple[datasets.Dataset, list]:
         rows = datasets.load_from_disk(saved[0]) if saved else datasets.load_dataset(
             name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, data_dir=args.train_data_dir)
     except Exception as error:  # `datasets` raises many kinds
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise ValueError(f"--dataset_name {name} cannot be loaded: {reason}") from error
+        raise ValueError(f"--dataset_name {name} cannot be loaded: {error} {error.__cause__ or ''}") from error
     check_columns(args, name, rows.column_names)
     return rows, rows[args.caption_column][:]
 
@@ -1150,7 +1146,8 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
         except Timeout as error:
             raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
                              "saving: wait for its end, or name another folder.") from error
-        remove_leftovers(folder)
+        for leftover in folder.glob(".partial-*"):  # of a crash
+            remove(leftover)
     accelerator.wait_for_everyone()
     return lock
 
@@ -1256,13 +1253,9 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
                                  "Scripts for SDXL have sdxl in their names.")
             if part == "scheduler":  # what diffusers lacks would only fail at the export
                 getattr(diffusers, configs[part].get("_class_name", "DDPMScheduler")).from_config(configs[part])
-    known = transformers.CLIPTextConfig().to_dict().keys() | {"torch_dtype"}
     for part, tokenizer in zip(TEXT_ENCODERS, TOKENIZERS, strict=True):
         with explained_load(args, tokenizer):
             configs[tokenizer] = load_tokenizer(args, tokenizer, configs[part])
-        unknown = {name: value for name, value in configs[part].items() if value and name not in known}
-        if unknown:  # diffusers warns of those of the other parts
-            logger.warning(f"unknown settings of the {part} are ignored: {unknown}")
     check_model_configs(args, configs)
     return configs
 
@@ -1290,17 +1283,14 @@ def locate_model(args: Namespace) -> str:
     logger.info(f"converting {file} to {folder}, once")
     try:
         with safe_open(file, framework="pt") as weights:
-            names = list(weights.keys())
+            names = weights.keys()
         pipeline = PIPELINE.from_single_file(str(file), config=args.single_file_config, cache_dir=args.cache_dir)
         if "v_pred" in names:  # a file says it so, as it has no configuration
             pipeline.scheduler.register_to_config(prediction_type="v_prediction",
                                                   rescale_betas_zero_snr="ztsnr" in names)
         aside = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
         pipeline.save_pretrained(aside)
-        if folder.is_dir():  # another run was faster
-            remove(aside)
-        else:
-            replace_folder(aside, folder)
+        replace_folder(aside, folder)
     except Exception as error:  # of several libraries
         raise ValueError(f"{error} Is it a {MODEL_KIND} model? The configurations and tokenizers that one file lacks "
                          "come from the hub, or from the model folder that --single_file_config names.") from error
@@ -1615,15 +1605,15 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
 
     def encode(items: list[list[dict]]) -> dict[str, list[np.ndarray]]:
         variants = list(itertools.chain(*items))
-        crops = {(variant["images"].shape, variant["images"].tobytes()): variant["images"] for variant in variants}
-        encoded = {}  # of the distinct crops: those of a square image are all the same
+        crops = [(variant["images"].shape, variant["images"].tobytes()) for variant in variants]
+        images_of, encoded = dict(zip(crops, variants, strict=True)), {}  # square images have one crop, many times
         for shape in sorted({shape for shape, _ in crops}):
-            keys = [key for key in crops if key[0] == shape]
-            images = torch.from_numpy(np.stack([crops[key] for key in keys]))
+            distinct = [crop for crop in images_of if crop[0] == shape]
+            images = torch.from_numpy(np.stack([images_of[crop]["images"] for crop in distinct]))
             batches = images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
             moments = torch.cat([encode_images(vae, batch).flatten(1).cpu() for batch in batches])
-            encoded |= zip(keys, F.pad(moments, (0, size - moments.shape[1])).numpy(), strict=True)
-        return {"moments": [encoded[variant["images"].shape, variant["images"].tobytes()] for variant in variants],
+            encoded |= zip(distinct, F.pad(moments, (0, size - moments.shape[1])).numpy(), strict=True)
+        return {"moments": [encoded[crop] for crop in crops],
                 **{name: [variant[name] for variant in variants] for name in ("time_ids", "sources")}}
 
     rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_crops * samples.num_flips)
@@ -1902,7 +1892,7 @@ def make_ema(args: Namespace, accelerator: Accelerator, models: Models) -> EmaWe
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
-RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed and flags
+RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags, and digests of its files
 EMA_FOLDER = "unet_ema"  # in a checkpoint: the EMA weights and, in config.json, the state of the average
 # Flags that must not change on resume: they decide which tensors a checkpoint holds, and how they lie in memory.
 FIXED_FLAGS = {"use_ema", "use_8bit_adam", "use_adafactor", "train_text_encoder", "channels_last"}
@@ -1932,13 +1922,31 @@ def get_checkpoint_step(folder: Path) -> int | None:
 def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
     """Return the checkpoint that --resume_from_checkpoint names; None for no name, or if `latest` finds none."""
     complete = list_checkpoints(output_dir)
-    if name is None or name == "latest":
-        return complete[-1] if name and complete else None
-    for folder in (Path(output_dir, name), Path(name)):
-        if get_checkpoint_step(folder):
+    if name is None or (name == "latest" and not complete):
+        return None
+    for folder in complete[-1:] if name == "latest" else (Path(output_dir, name), Path(name)):
+        if is_whole_checkpoint(folder):
             return folder
-    holds = ", ".join(folder.name for folder in complete) or "no checkpoint"
-    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint; {output_dir} holds {holds}.")
+    whole = ", ".join(folder.name for folder in filter(is_whole_checkpoint, complete)) or "no checkpoint"
+    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint, or has files that were cut "
+                     f"short, removed or taken from another run. Name a whole one: {output_dir} holds {whole}.")
+
+
+def is_whole_checkpoint(folder: Path) -> bool:
+    """Return whether a checkpoint has all files as they were saved."""
+    try:
+        saved = load_run_record(folder).get("files", {})
+    except ValueError:  # cut short
+        return False
+    return get_checkpoint_step(folder) is not None and saved.items() <= digest_files(folder).items()
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """Hash the last MiB of each file, which tells files that were cut short and those of another run."""
+    return {
+        str(path.relative_to(folder)): make_key(
+            np.fromfile(path, np.uint8, offset=max(0, path.stat().st_size - 2**20)).tobytes())
+        for path in folder.rglob("*") if path.is_file()}
 
 
 def load_run_record(checkpoint: Path | None) -> dict:
@@ -2012,8 +2020,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
                     record: dict) -> None:
     """Save everything that the next update depends on, then remove old checkpoints.
 
-    A checkpoint is written aside with its record last, then renamed. A crash at any point leaves either the old or the
-    new checkpoint, which `remove_leftovers` puts in its place.
+    A checkpoint is written aside and renamed once it is on disk: a crash at any point leaves those that were there.
     """
     name, limit = f"checkpoint-{progress.global_step}", args.checkpoints_total_limit
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
@@ -2021,10 +2028,8 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
         save_state(accelerator, models, aside)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            draft = aside / "record"
-            draft.write_text(json.dumps({**record, "progress": vars(progress)}, indent=1))
-            finish_files(aside)
-            draft.rename(aside / RUN_RECORD)
+            (aside / RUN_RECORD).write_text(json.dumps(
+                {**record, "progress": vars(progress), "files": digest_files(aside)}, indent=1))
             replace_folder(aside, place)
     except Exception as error:  # of several libraries, which do not all say what is wrong
         raise RuntimeError(f"{place} could not be written: is the disk full, or did another process end? Earlier "
@@ -2038,11 +2043,12 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Move a file or folder to its place, once it is on disk; remove what was there."""
+    """Move a file or folder to its place, once it is on disk; then remove what was there."""
     finish_files(new)
-    if os.path.lexists(place):
-        remove(place)
+    old = place.rename(place.with_name(f".partial-old-{place.name}")) if os.path.lexists(place) else None
     new.rename(place)
+    if old:
+        remove(old)
 
 
 def finish_files(path: Path) -> None:
@@ -2057,14 +2063,6 @@ def remove(path: Path) -> None:
     """Remove a file, a folder, or a link without its target; renamed first, since half a checkpoint is none."""
     path = path.rename(path.with_name(f".partial-removed-{path.name}"))
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a crash has left; a checkpoint that was complete but not yet in its place is moved there."""
-    for record in folder.glob(f".partial-checkpoint-*/{RUN_RECORD}"):
-        replace_folder(record.parent, folder / record.parent.name.removeprefix(".partial-"))
-    for leftover in folder.glob(".partial-*"):
-        remove(leftover)
 
 
 def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progress:
@@ -2196,8 +2194,6 @@ def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Ima
             captioned = [wandb.Image(image, caption=f"{index}: {args.validation_prompts[index]}")
                          for index, image in images.items()]
             tracker.log({tag: captioned}, step=step)
-        else:
-            logger.warning(f"--report_to {tracker.name} shows no pictures: they are in {folder}")
 
 
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:

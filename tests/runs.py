@@ -15,6 +15,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, load_script
@@ -204,6 +205,29 @@ def read_trained(folder: Path, *, averaged: bool = False) -> dict[str, torch.Ten
     if adapter.is_file():
         return load_file(adapter)
     return load_file(Path(folder, "unet_ema" if averaged else "unet", "diffusion_pytorch_model.safetensors"))
+
+
+DAMAGES = ("cut", "empty", "gone", "foreign")
+
+
+def assert_damage_is_found(script, checkpoint: Path, other: Path, damage: str) -> None:
+    """Damage each file of the newest checkpoint in turn: `latest` is refused then, with `other` as the whole one."""
+    out, files = checkpoint.parent, [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for path in files:
+        content, twin = path.read_bytes(), other / path.relative_to(checkpoint)
+        if damage == "gone" and path.name == script.RUN_RECORD:
+            continue  # as in a checkpoint of the reference
+        if damage == "gone":
+            path.unlink()
+        else:
+            foreign = twin.read_bytes() if twin.is_file() else b"foreign"
+            path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "foreign": foreign}[damage])
+        if damage == "gone" or path.read_bytes() != content:
+            with pytest.raises(ValueError, match=f"latest is not a complete .* {out} holds {other.name}\\."):
+                script.find_checkpoint("latest", str(out))
+        path.write_bytes(content)
+    assert script.find_checkpoint("latest", str(out)) == checkpoint
 
 
 def load_pipeline(output_dir: Path, base: Path, **schedule) -> DiffusionPipeline:

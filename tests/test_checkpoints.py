@@ -12,7 +12,9 @@ import torch
 from conftest import in_first_script, make_args
 from peft import get_peft_model_state_dict
 from runs import (
+    DAMAGES,
     Run,
+    assert_damage_is_found,
     assert_same_checkpoint,
     assert_same_files,
     list_names,
@@ -176,10 +178,15 @@ def test_incomplete_folder_is_not_the_latest(script, args, copied):
     assert list_names(copied) == {"checkpoint-5", "checkpoint-99"}
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(script, copied, damage):
+    assert_damage_is_found(script, copied / "checkpoint-4", copied / "checkpoint-2", damage)
+
+
 def test_missing_checkpoint_is_refused_with_those_that_exist(script, args, copied):
     """Before any weights are loaded; the same for a folder that holds none."""
     for output_dir, hint in ((copied, "checkpoint-2, checkpoint-4"), (copied / "empty", "no checkpoint")):
-        with pytest.raises(ValueError, match=f"--resume_from_checkpoint checkpoint-900 is not .* holds {hint}"):
+        with pytest.raises(ValueError, match=f"--resume_from_checkpoint checkpoint-900 is not .* holds {hint}\\."):
             script.main(args(output_dir, resume_from_checkpoint="checkpoint-900"))
 
 
@@ -353,8 +360,7 @@ def test_folder_of_a_run_that_is_not_over_is_refused(script, args, tmp_path):
 
 
 def test_leftovers_of_a_killed_save_are_cleared_at_the_next_start(script, args, copied, caplog):
-    """What is incomplete goes, and a checkpoint that was complete is put in its place, in time to be the latest."""
-    (copied / "checkpoint-4").rename(copied / ".partial-checkpoint-4")
+    """Whatever the kill has left."""
     shutil.copytree(copied / "checkpoint-2", copied / ".partial-removed-checkpoint-3")
     (copied / ".partial-checkpoint-6/unet").mkdir(parents=True)
     (copied / ".partial-checkpoint-6/unet/config.json").write_text("{")

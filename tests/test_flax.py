@@ -33,7 +33,7 @@ from conftest import (
     read_scalars,
 )
 from PIL import Image
-from runs import assert_same_files, list_names, prepare, read_folder, read_record
+from runs import DAMAGES, assert_damage_is_found, assert_same_files, list_names, prepare, read_folder, read_record
 from safetensors.torch import load_file, save_file
 from test_cli import CONTRACT, GOLDEN, describe, expect, format_help, get_flags
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -440,16 +440,6 @@ def test_settings_that_are_not_implemented_are_refused(flax, tiny_model, image_f
     assert str(value[-1] if isinstance(value, list) else value) in str(error.value)
 
 
-def test_unknown_settings_of_the_scheduler_are_named(flax, tiny_model, image_folder, tmp_path, caplog):
-    base = shutil.copytree(tiny_model, tmp_path / "base")
-    path = base / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "snr_shift_scale": 3.0}))
-    args = flax.parse_args(make_args(base, image_folder, tmp_path / "out"))
-    with caplog.at_level("WARNING"):
-        flax.load_model_configs(args)
-    assert "unknown settings of the scheduler are ignored: {'snr_shift_scale': 3.0}" in caplog.text
-
-
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
 def test_weights_that_do_not_fit_are_refused_by_name(flax, tiny_model, image_folder, tmp_path, change):
     base = shutil.copytree(tiny_model, tmp_path / "base")
@@ -618,10 +608,15 @@ def test_averages_need_their_flag_and_another_script_is_told(flax, full_run, tin
         flax.main(make_args(tiny_model, image_folder, tmp_path / "out", resume_from_checkpoint=checkpoint))
     other = tmp_path / "checkpoint-2"
     other.mkdir()
-    shutil.copy(checkpoint / "run_record.json", other)
+    (other / "run_record.json").write_text(json.dumps({**read_record(checkpoint), "files": {}}))
     with pytest.raises(ValueError, match="checkpoint-2 is damaged or of another model"):
         flax.main(make_args(tiny_model, image_folder, tmp_path / "out", resume_from_checkpoint=other))
 
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused(flax, full_run, tmp_path, damage):
+    out = shutil.copytree(full_run.out, tmp_path / "out")
+    assert_damage_is_found(flax, out / "checkpoint-6", out / "checkpoint-3", damage)
 
 
 PLAIN = {"max_train_steps": 4, "train_batch_size": 4, "center_crop": True}

@@ -399,22 +399,15 @@ def test_another_layout_of_the_weights_is_refused(script, args, tmp_path):
         run(script, args(tmp_path / "out", max_train_steps=2, channels_last=True, resume_from_checkpoint="latest"))
 
 
-@pytest.mark.parametrize(("name", "damage"), [
-    ("optimizer.bin", "cut"), ("scheduler.bin", "cut"), ("optimizer.bin", "gone"), ("scheduler.bin", "gone"),
-    ("run_record.json", "gone")])
-def test_damaged_checkpoints_are_told(script, args, never_stopped, tmp_path, name, damage):
-    """A file that is cut short or gone is said to be so, with the checkpoint's name; the record may be missing."""
+def test_a_checkpoint_without_a_record_is_resumed_if_its_files_load(script, args, never_stopped, tmp_path):
+    """As one of the reference is; what is wrong with its files shows when they are read."""
     whole, _ = never_stopped(script, args, checkpointing_steps=3)
     out = tmp_path / "out"
     shutil.copytree(whole / "checkpoint-3", out / "checkpoint-3")
-    path = out / "checkpoint-3" / name
-    if damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    if (name, damage) == ("run_record.json", "gone"):
-        run(script, args(out, max_train_steps=4, resume_from_checkpoint="checkpoint-3"))
-        assert (out / "checkpoint-4").is_dir()
-        return
+    (out / "checkpoint-3/run_record.json").unlink()
+    run(script, args(out, max_train_steps=4, resume_from_checkpoint="checkpoint-3"))
+    assert (out / "checkpoint-4").is_dir()
+    path = out / "checkpoint-3/optimizer.bin"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match="checkpoint-3.*Name another checkpoint"):
         run(script, args(out, max_train_steps=4, resume_from_checkpoint="checkpoint-3"))

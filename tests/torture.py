@@ -110,10 +110,7 @@ class Victim:
             assert [run.end() for run in runs] == [0] * len(runs), runs[0].log.read_text()
 
     def find_newest_step(self, out: Path) -> int:
-        """Return the update of the newest checkpoint, or of one that the next start will put in its place."""
-        folders = [*self.script.list_checkpoints(str(out)),
-                   *(path.parent for path in out.glob(f".partial-checkpoint-*/{self.script.RUN_RECORD}"))]
-        return max((int(folder.name.rpartition("-")[2]) for folder in folders), default=0)
+        return max(map(self.script.get_checkpoint_step, self.script.list_checkpoints(str(out))), default=0)
 
     def kill(self, out: Path, moment: str, number: int, delay: float, victim: int) -> tuple[str, int]:
         """Go on with a run and kill it; return the moment at which it happened and how many updates it cost.
