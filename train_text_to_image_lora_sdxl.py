@@ -83,7 +83,7 @@ import transformers
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from safetensors import safe_open
@@ -477,9 +477,9 @@ def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int,
     measured = map_in_threads(measure, rows)
     aspects, choices = (np.log([height / width for height, width in pairs]) for pairs in (measured, sizes))
     buckets = np.abs(aspects[:, None] - choices).argmin(axis=1)
-    counts, enlarged = np.bincount(buckets, minlength=len(sizes)), np.any(measured < np.array(sizes)[buckets], axis=1)
-    listed = [f"{count} of {width}x{height}" for (height, width), count in zip(sizes, counts, strict=True) if count]
-    logger.info(f"images by width x height: {', '.join(listed)}; {enlarged.sum()} are smaller than that and enlarged")
+    listed = [f"{count} of {width}x{height}" for (height, width), count in
+              zip(sizes, np.bincount(buckets, minlength=len(sizes)), strict=True) if count]
+    logger.info(f"images by width x height: {', '.join(listed)}")
     return buckets
 
 
@@ -785,6 +785,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             if is_due and (args.validation_prompts or data.held_out):
                 meter.flush()
                 validate(args, accelerator, models, objective, data, progress)
+    Path(args.output_dir, PROBE).unlink(missing_ok=True)
     return signal_number
 
 
@@ -1155,15 +1156,15 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
     lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{make_key(str(folder))}.lock"), thread_local=False,
                     is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".partial-probe").touch()  # else the first checkpoint would find that it cannot be written
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
-        except Timeout as error:
-            raise ValueError(f"--output_dir {args.output_dir} is in use by another run, perhaps one that is still "
-                             "saving: wait for its end, or name another folder.") from error
-        for leftover in folder.glob(".partial-*"):  # of a crash
-            remove(leftover)
+            for leftover in folder.glob(".partial-*"):  # of a crash
+                remove(leftover)
+            (folder / PROBE).touch()
+        except OSError as error:
+            raise ValueError(f"--output_dir {args.output_dir} cannot be written, or is in use by another run that may "
+                             f"still be saving: {error}. Wait for its end, or name another folder.") from error
     accelerator.wait_for_everyone()
     return lock
 
@@ -1938,6 +1939,7 @@ def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: 
 
 RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags, and digests of its files
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
+PROBE = ".partial-probe"  # in --output_dir during a run: where it is missing, another disk lies under that name
 EMA_FOLDER = "lora_ema"  # in a checkpoint: the EMA weights and, in config.json, the state of the average
 # Flags that must not change on resume: they decide which tensors a checkpoint holds, and how they lie in memory.
 FIXED_FLAGS = set(
@@ -2104,6 +2106,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
     name, limit = f"checkpoint-{progress.global_step}", args.checkpoints_total_limit
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
     try:
+        Path(args.output_dir, PROBE).stat()
         save_state(accelerator, models, aside)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -2111,8 +2114,9 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
                 {**record, "progress": vars(progress), "files": digest_files(aside)}, indent=1))
             replace_folder(aside, place)
     except Exception as error:  # of several libraries, which do not all say what is wrong
-        raise RuntimeError(f"{place} could not be written: is the disk full, or did another process end? Earlier "
-                           "checkpoints are whole: fix it, then add --resume_from_checkpoint latest.") from error
+        raise RuntimeError(f"{place} could not be written: {error}. Is the disk full or gone, or did another process "
+                           "end? Earlier checkpoints are whole: when there is room again, repeat the command with "
+                           "--resume_from_checkpoint latest.") from error
     if accelerator.is_main_process:
         logger.info(f"saved {place}")
         others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -22,6 +23,7 @@ from runs import (
     read_folder,
     read_record,
     read_trained,
+    recorded,
     run,
 )
 from safetensors.torch import load_file
@@ -323,11 +325,37 @@ def test_full_disk_leaves_earlier_checkpoints_untouched(script, args, copied, tm
     argv = args(copied, max_train_steps=6, checkpoints_total_limit=1, resume_from_checkpoint="latest")
     with Run(script, argv, log, limit=50_000) as child:  # no file may be larger: as little room as on a full disk
         assert child.end() == 1
-    assert "checkpoint-6 could not be written: is the disk full" in log.read_text()
+    assert re.search("checkpoint-6 could not be written: .+ Is the disk full", log.read_text())
     assert list_names(copied) == {"checkpoint-2", "checkpoint-4"}
     assert read_folder(copied / "checkpoint-4") == before
     run(script, argv)
     assert list_names(copied) == {"checkpoint-6"} and list_names(copied, ".partial*") == set()
+
+
+@pytest.mark.parametrize("is_mount_point", [False, True])
+@in_first_script
+def test_a_disk_that_is_gone_ends_the_run(script, args, tmp_path, is_mount_point):
+    """Nothing is written to what lies under a disk that was unmounted; its checkpoints are as they were."""
+    out, disk = tmp_path / "out", tmp_path / "disk"
+
+    def unmount(step, seen):
+        if len(seen) == 1:
+            out.rename(disk)
+            if is_mount_point:
+                out.mkdir()
+
+    with recorded(script, unmount), pytest.raises(RuntimeError, match="checkpoint-2 could not be written: .* or gone"):
+        run(script, args(out, max_train_steps=3, checkpointing_steps=1))
+    assert list_names(disk) == {"checkpoint-1"} and list_names(out, "*") == set()
+    run(script, args(disk, max_train_steps=2, resume_from_checkpoint="latest"))
+    assert list_names(disk) == {"checkpoint-1", "checkpoint-2"} and list_names(disk, ".partial*") == set()
+
+
+@in_first_script
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(script, args, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output_dir .*file/out cannot be written"):
+        run(script, args(tmp_path / "file/out"))
 
 
 def test_full_disk_at_the_export_keeps_the_pipeline_that_was_there(script, args, copied, saved, tmp_path):
