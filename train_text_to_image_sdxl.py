@@ -340,11 +340,11 @@ def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, l
         rows = [(path, read_caption_file(path.with_suffix(".txt"))) for path in files
                 if path.suffix.lower() in IMAGE_SUFFIXES]
     images = [path for path, _ in rows]
-    missing = [path for path in images if not is_image(path)]
+    missing = [path for path in images if os.path.relpath(path, folder).startswith("..") or not is_image(path)]
     if missing and not args.skip_broken_images:
-        raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are missing, or "
-                         f"of a format that Pillow does not read: the first is {missing[0]}. Fix file_name, unpack "
-                         "archives, convert the images, or drop these rows.")
+        raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are not in it, "
+                         f"or of a format that Pillow does not read: the first is {missing[0]}. Fix file_name, unpack "
+                         "archives, move or convert the images, or drop these rows.")
     used = {*metadata, *images, *(path.with_suffix(".txt") for path in images if not metadata)}
     unused = [str(path) for path in files if path not in used]
     if unused:
@@ -388,9 +388,8 @@ def read_metadata(path: Path, args: Namespace) -> list[tuple]:
                          "captions.") from error
     names = dict.fromkeys(name for row in rows for name in row)
     if None in names:
-        extra = next(row[None] for row in rows if None in row)
-        raise ValueError(f"{path} has more cells than its header, the first {extra}: put captions with commas in "
-                         "double quotes.")
+        raise ValueError(f"{path} has cells beyond its header, {next(row[None] for row in rows if None in row)}: put "
+                         "captions with commas in double quotes.")
     if rows:
         check_columns(args, path, ["image" if name == "file_name" else name for name in names])  # as `datasets` does
     return [(path.parent / str(row.get("file_name") or ""), row.get(args.caption_column)) for row in rows]

@@ -1,0 +1,139 @@
+"""Pictures, captions and metadata as nobody means them: what is given, and what must happen.
+
+Either all goes well, or an error of one line says which file or row is at fault. Nothing else is read or run.
+"""
+
+import io
+import json
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_image
+from PIL import Image
+from test_data import load_images, read_image
+
+
+def encode(image: Image.Image, kind: str = "png", **options) -> bytes:
+    """Return a picture as the bytes of a file."""
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def make_bomb(side: int) -> bytes:
+    """Return a PNG that claims to be `side` pixels high and wide and holds none of them."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+WHOLE = encode(make_image(0))
+NOISE = np.random.default_rng(0).integers(0, 256, (16, 16, 4), np.uint8)
+FRAMES = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
+PICTURES = {  # name: file name, content, size of the picture that is read or what the error says
+    "cut short": ("a.png", WHOLE[: len(WHOLE) // 2], "a.png.* cannot be read as an image: .*truncated"),
+    "empty": ("a.png", b"", "a.png.* cannot be read as an image"),
+    "zeros": ("a.jpg", bytes(5000), "a.jpg.* cannot be read as an image"),
+    "a text": ("a.webp", b"<html>404 not found</html>", "a.webp.* cannot be read as an image"),
+    "a bomb": ("a.png", make_bomb(60_000), "a.png.* cannot be read as an image: .*exceeds limit"),
+    "a strip": ("a.png", encode(Image.new("RGB", (2000, 2))), "a.png.* it is a strip"),
+    "1 pixel": ("a.png", encode(Image.new("RGB", (1, 1))), (1, 1)),
+    "another suffix": ("a.jpg", WHOLE, make_image(0).size),
+    "suffix in capitals": ("A.PNG", WHOLE, make_image(0).size),
+    "CMYK": ("a.jpg", encode(Image.fromarray(NOISE, "CMYK"), "jpeg"), (16, 16)),
+    "16 bits": ("a.png", encode(Image.fromarray(NOISE[..., 0].astype(np.uint16) * 257)), (16, 16)),
+    "palette with transparency": ("a.png", encode(Image.fromarray(NOISE).quantize(), transparency=0), (16, 16)),
+    "animated GIF": ("a.gif", encode(FRAMES[0], "gif", save_all=True, append_images=FRAMES[1:]), (16, 16)),
+    "animated WebP": ("a.webp", encode(FRAMES[0], "webp", save_all=True, append_images=FRAMES[1:]), (16, 16)),
+    "float": ("a.tiff", encode(Image.fromarray(NOISE[..., 0].astype(np.float32)), "tiff"), (16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(first_script, tmp_path, name):
+    file_name, content, expected = PICTURES[name]
+    (tmp_path / file_name).write_bytes(content)
+    (tmp_path / file_name).with_suffix(".txt").write_text("a caption")
+    images = load_images(first_script, tmp_path)
+    if isinstance(expected, tuple):
+        image = read_image(first_script, images)
+        assert (image.mode, image.size) == ("RGB", expected)
+    else:
+        with pytest.raises(ValueError, match=expected) as error:
+            read_image(first_script, images)
+        assert "--skip_broken_images" in str(error.value)
+
+
+CAPTIONS = {  # name: JSON of the caption, the caption that is used or what the error says
+    "null": ("null", "row 0 .* has None in --caption_column"),
+    "a number": ("7", "has 7 in --caption_column"),
+    "not a number": ("NaN", "has nan in --caption_column"),
+    "a truth value": ("true", "has True in --caption_column"),
+    "an object": ('{"en": "a"}', "in --caption_column"),
+    "an empty list": ("[]", r"has \[\] in --caption_column"),
+    "a list with null": ('["a", null]', "in --caption_column"),
+    "empty": ('""', [""]),
+    "10,000 characters": (json.dumps("x" * 10_000), ["x" * 10_000]),
+    "emoji": (json.dumps("\U0001f469\u200d\U0001f680 in space"), ["\U0001f469\u200d\U0001f680 in space"]),
+    "from right to left": (json.dumps("\u062a\u0641\u0627\u062d\u0629"), ["\u062a\u0641\u0627\u062d\u0629"]),
+    "control characters": (json.dumps("a\0b\x1b[31mc\r\n"), ["a\0b\x1b[31mc\r\n"]),
+}
+
+
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_captions(first_script, tmp_path, name):
+    caption, expected = CAPTIONS[name]
+    make_image(0).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": {caption}}}\n')
+    if isinstance(expected, list):
+        assert load_images(first_script, tmp_path).captions[0] == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            load_images(first_script, tmp_path)
+
+
+ROW = '{"file_name": "a.png", "text": "a"}\n'
+METADATA = {  # name: lines of metadata.jsonl, number of rows or what the error says
+    "the same row twice": (ROW * 2, 2),
+    "a path that leads out": (ROW + ROW.replace("a.png", "../secret.png"), "1 of 2 .* not in it.*secret.png"),
+    "a path that leads out and in": (ROW.replace("a.png", "sub/../a.png"), 1),
+    "an absolute path": (ROW.replace("a.png", "{folder}/secret.png"), "1 of 1 .* not in it.*secret.png"),
+    "an absolute path into the folder": (ROW.replace("a.png", "{folder}/data/a.png"), 1),
+    "a folder": (ROW.replace("a.png", "sub"), "1 of 1 .* not in it"),
+    "no name": ('{"file_name": null, "text": "a"}\n', "1 of 1 .* not in it"),
+    "a number": ('{"file_name": 7, "text": "a"}\n', "1 of 1 .* not in it, .* the first is .*7"),
+    "a list": ('["a.png", "a"]\n', "metadata.jsonl cannot be read after row 0"),
+    "half a line": (ROW + ROW[:20], "metadata.jsonl cannot be read after row 1"),
+    "zeros": ("\0" * 100, "metadata.jsonl cannot be read after row 0"),
+    "a huge line": (ROW.replace('"a"', json.dumps("x" * 10_000_000)), 1),
+    "columns that nobody uses": (ROW.replace("}", ', "__class__": "os.system", "": 1}'), 1),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_metadata(first_script, tmp_path, name):
+    lines, expected = METADATA[name]
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    for path in (data / "a.png", tmp_path / "secret.png"):
+        make_image(0).save(path)
+    (data / "metadata.jsonl").write_text(lines.replace("{folder}", str(tmp_path)))
+    if isinstance(expected, int):
+        assert len(load_images(first_script, data).captions) == expected
+    else:
+        with pytest.raises(ValueError, match=re.compile(expected, re.DOTALL)):
+            load_images(first_script, data)
+
+
+def test_a_folder_with_the_name_of_a_picture(first_script, tmp_path):
+    """It is a folder: what lies in it counts."""
+    (tmp_path / "folder.png").mkdir()
+    make_image(0).save(tmp_path / "folder.png/a.png")
+    Path(tmp_path, "folder.png/a.txt").write_text("a")
+    assert list(load_images(first_script, tmp_path).captions) == [["a"]]
