@@ -7,7 +7,8 @@
 It draws the prompts below, runs the script with `accelerate launch`, draws them again from the same noise, and leaves
 in quickstart/out/run-N:
 
-    before_after.png       the pictures side by side
+    before_after.png       each prompt before and after, and a real 3D picture of the thing
+    progress.png           some prompts over the course of training
     loss.png               the training loss of every update, and the held-out loss
     summary.json           the numbers that it prints
     (the rest)             what the script leaves: pipeline or adapter, checkpoints, validation pictures, logs
@@ -15,6 +16,7 @@ in quickstart/out/run-N:
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -43,16 +45,17 @@ HELD_OUT_PROMPTS = [
     "a strawberry", "a pineapple", "a frog", "a penguin", "a sunflower", "a cactus", "a rocket", "a soccer ball",
 ]  # fmt: skip
 PROMPTS = TRAINED_PROMPTS + HELD_OUT_PROMPTS
+SHOWN_PROMPTS = ["a red apple", "a fox", "a frog", "a rocket"]  # drawn in the course of training
 RESOLUTION = 64  # pixels
 DRAWS_PER_PROMPT = 2
 DRAW_BATCH_SIZE = 8
 INFERENCE_STEPS = 25
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 2.0
 NOISE_DRAWS = 4  # per held-out picture
 ENLARGEMENT = 2  # of the pictures in the grid
 SEED = 1
 TRAIN_ARGS = [
-    "--resolution", RESOLUTION, "--random_flip", "--train_batch_size", 16, "--snr_gamma", 5,
+    "--resolution", RESOLUTION, "--train_batch_size", 16, "--snr_gamma", 5,
     "--lr_scheduler", "cosine", "--lr_warmup_steps", 20, "--proportion_empty_prompts", 0.1,
     "--use_ema", "--ema_decay", 0.99, "--seed", SEED, "--cache_latents", "--cache_crops", 1, "--cache_text_embeddings",
     "--checkpoints_total_limit", 1, "--report_to", "tensorboard", "--validation_epochs", 1_000_000,
@@ -67,7 +70,7 @@ class Method(NamedTuple):
     args: list
 
 
-FULL = Method(HERE.parent / "train_text_to_image.py", ["--learning_rate", 4e-4])
+FULL = Method(HERE.parent / "train_text_to_image.py", ["--learning_rate", 5e-4])
 LORA = Method(HERE.parent / "train_text_to_image_lora.py", [
     "--learning_rate", 2e-3, "--rank", 16, "--lora_target", "attention", "feed_forward", "convolution"])  # fmt: skip
 
@@ -85,6 +88,7 @@ def check_inputs(base: str, script: Path) -> None:
         Path(base, "model_index.json"): "git checkout quickstart/base, or python quickstart/make_base.py",
         HERE / "images" / "metadata.jsonl": "git checkout quickstart/images, or python quickstart/make_images.py",
         HERE / "validation_images" / "metadata.jsonl": "git checkout quickstart/validation_images",
+        HERE / "families" / "metadata.jsonl": "git checkout quickstart/families",
         script: "run this file inside a clone of the repository",
     }
     for path, remedy in remedies.items():
@@ -158,21 +162,35 @@ def compute_held_out_loss(pipeline: StableDiffusionPipeline, held_out: Captioned
     return sum(losses) / len(losses)
 
 
-def compute_obedience(pipeline: StableDiffusionPipeline, drawn: list[Image.Image],
-                      known: Captioned) -> dict[str, float]:
-    """Return how near drawn pictures are, in latents, to the known picture with their prompt as its caption.
+def compute_quality(pipeline: StableDiffusionPipeline, drawn: list[Image.Image], known: Captioned,
+                    families: Captioned, look: Captioned) -> dict[str, float]:
+    """Return what can be counted of the pictures drawn of each prompt, DRAWS_PER_PROMPT each.
 
-    `nearest`: the share whose nearest picture is their own. `near`: the share whose own is among the nearest 5%.
-    By chance these are 1 / n and 5%.
+    `trained` and `others`: the share whose nearest known 3D picture, in VAE latents, is the one with their prompt as
+    its caption; by luck that is 1 / n. `is_3d`: the share that is nearer to the 3D picture of their thing than to the
+    pictures of it in the families that the base knows. `sharpness`: the mean difference between neighbouring pixels,
+    relative to that of the real pictures of their things in the look that they should have.
     """
+    prompts = [prompt for prompt in PROMPTS for _ in range(DRAWS_PER_PROMPT)]
     pixel_values = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in drawn]) / 127.5 - 1
-    distances = torch.cdist(
-        encode_images(pipeline, pixel_values).flatten(1), encode_images(pipeline, known.pixel_values).flatten(1))
-    own = torch.tensor([known.captions.index(prompt) for prompt in PROMPTS for _ in range(DRAWS_PER_PROMPT)])
-    own_distance = distances.gather(1, own.to(distances.device)[:, None])
-    ranks = (distances < own_distance).sum(1).float()
-    shares = {"nearest": ranks == 0, "near": ranks < 0.05 * len(known.captions)}
-    return {name: share.float().mean().item() for name, share in shares.items()}
+    latents, known_latents, family_latents = (
+        encode_images(pipeline, values).flatten(1).cpu()
+        for values in (pixel_values, known.pixel_values, families.pixel_values))
+    own = torch.tensor([known.captions.index(prompt) for prompt in prompts])
+    is_nearest = (torch.cdist(latents, known_latents).argmin(1) == own).float()
+    to_3d, to_families = (latents - known_latents[own]).norm(dim=1), torch.cdist(latents, family_latents)
+    is_other_thing = [[caption.split(",")[0] != prompt for caption in families.captions] for prompt in prompts]
+    to_families[torch.tensor(is_other_thing)] = math.inf
+    real = look.pixel_values[[look.captions.index(prompt) for prompt in prompts]]
+    trained, others = is_nearest.split(DRAWS_PER_PROMPT * len(TRAINED_PROMPTS))
+    return {"trained": trained.mean().item(), "others": others.mean().item(),
+            "is_3d": (to_3d < to_families.min(1).values).float().mean().item(),
+            "sharpness": compute_sharpness(pixel_values) / compute_sharpness(real)}
+
+
+def compute_sharpness(pixel_values: Tensor) -> float:
+    """Return the mean absolute difference between neighbouring pixels of pictures [n, 3, h, w]."""
+    return (pixel_values.diff(dim=2).abs().mean() + pixel_values.diff(dim=3).abs().mean()).item()
 
 
 def train(method: Method, base: str, output_dir: Path, num_steps: int) -> float:
@@ -182,7 +200,7 @@ def train(method: Method, base: str, output_dir: Path, num_steps: int) -> float:
         "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", torch.get_num_threads(),
         method.script, "--pretrained_model_name_or_path", base,
         "--train_data_dir", HERE / "images", "--validation_data_dir", HERE / "validation_images",
-        "--validation_prompts", *PROMPTS[::4], "--validation_steps", max(1, num_steps // 4),
+        "--validation_prompts", *SHOWN_PROMPTS, "--validation_steps", max(1, num_steps // 5),
         "--max_train_steps", num_steps, "--checkpointing_steps", num_steps, "--output_dir", output_dir,
         "--encoded_dir", output_dir.parent / "encoded", *TRAIN_ARGS, *method.args,
     ]  # fmt: skip
@@ -207,28 +225,41 @@ def load_scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: sorted(values) for tag, values in scalars.items()}
 
 
-def make_grid(before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
-    """Return the first picture of each prompt before and after training, side by side, four prompts in a row."""
-    size, gap, line = RESOLUTION * ENLARGEMENT, 12, 20
-    font, columns = ImageFont.load_default(size=14), 4
-    cell_width, cell_height = 2 * size + gap, size + line + gap
-    titles = {0: "In the training set: before | after", len(TRAINED_PROMPTS): "Never trained on: before | after"}
-    height = len(PROMPTS) // columns * cell_height + len(titles) * (line + gap)
-    grid = Image.new("RGB", (columns * cell_width + gap, height), "white")
-    draw, top = ImageDraw.Draw(grid), 0
+def draw_rows(rows: list[tuple[str, list[Image.Image]]], titles: list[str], rows_per_column: int) -> Image.Image:
+    """Return a sheet of captioned rows of pictures, with a title over each column of pictures."""
+    size, gap, line, font = RESOLUTION * ENLARGEMENT, 24, 22, ImageFont.load_default(size=14)
+    columns, width, height = math.ceil(len(rows) / rows_per_column), len(titles) * size + gap, size + line
+    sheet = Image.new("RGB", (columns * width + gap, rows_per_column * height + line), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (caption, pictures) in enumerate(rows):
+        left, top = gap + index // rows_per_column * width, line + index % rows_per_column * height
+        for column, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
+            place = (left + column * size, top)
+            sheet.paste(picture.resize((size, size), Image.BICUBIC), place)
+            draw.rectangle((*place, place[0] + size, top + size), outline="silver")
+            if top == line:
+                draw.text((place[0] + size // 2, 4), title, fill="black", font=font, anchor="ma")
+        draw.text((left + len(titles) * size // 2, top + size + 2), caption, fill="black", font=font, anchor="ma")
+    return sheet
+
+
+def make_grid(before: list[Image.Image], after: list[Image.Image], known: Captioned) -> Image.Image:
+    """Return the first picture of each prompt before and after, and the 3D one: trained things left, others right."""
+    rows = []
     for index, prompt in enumerate(PROMPTS):
-        if index in titles:
-            draw.text((gap, top + gap // 2), titles[index], fill="black", font=ImageFont.load_default(size=17))
-            top += line + gap
-        left = gap + index % columns * cell_width
-        for offset, pictures in ((0, before), (size, after)):
-            picture = pictures[index * DRAWS_PER_PROMPT].resize((size, size), Image.BICUBIC)
-            grid.paste(picture, (left + offset, top))
-        draw.rectangle((left, top, left + 2 * size, top + size), outline="silver")
-        draw.line((left + size, top, left + size, top + size), fill="silver")
-        draw.text((left + size, top + size + 2), prompt, fill="black", font=font, anchor="ma")
-        top += cell_height if index % columns == columns - 1 else 0
-    return grid.quantize(256, dither=Image.Dither.NONE)
+        real = (known.pixel_values[known.captions.index(prompt)] + 1) * 127.5
+        rows.append((prompt + " (never trained on)" * (prompt in HELD_OUT_PROMPTS), [
+            before[index * DRAWS_PER_PROMPT], after[index * DRAWS_PER_PROMPT],
+            Image.fromarray(real.round().byte().permute(1, 2, 0).numpy())]))
+    return draw_rows(rows, ["before", "after", "real"], len(TRAINED_PROMPTS))
+
+
+def make_progress_sheet(validation: Path) -> Image.Image:
+    """Return what the script has drawn of SHOWN_PROMPTS in the course of training, a row for each."""
+    steps = sorted(int(folder.name.removeprefix("step-")) for folder in validation.glob("step-*"))
+    rows = [(prompt, [Image.open(validation / f"step-{step}" / f"{index:02d}.png") for step in steps])
+            for index, prompt in enumerate(SHOWN_PROMPTS)]
+    return draw_rows(rows, [f"update {step}" for step in steps], len(SHOWN_PROMPTS))
 
 
 def make_loss_curve(scalars: dict[str, list[tuple[int, float]]]) -> Image.Image:
@@ -260,30 +291,27 @@ def make_loss_curve(scalars: dict[str, list[tuple[int, float]]]) -> Image.Image:
     return picture
 
 
-def save_results(output_dir: Path, summary: dict, before: list[Image.Image], after: list[Image.Image]) -> None:
-    """Write the grid, the loss curve and the numbers, and print where they are and what they say."""
-    make_grid(before, after).save(output_dir / "before_after.png", optimize=True)
-    make_loss_curve(load_scalars(output_dir / "logs")).save(output_dir / "loss.png", optimize=True)
+def save_results(output_dir: Path, summary: dict, sheets: dict[str, Image.Image]) -> None:
+    """Write the sheets, the loss curve and the numbers, and print where they are and what they say."""
+    sheets["progress"] = make_progress_sheet(output_dir / "validation")
+    sheets["loss"] = make_loss_curve(load_scalars(output_dir / "logs"))
+    for name, sheet in sheets.items():
+        sheet.save(output_dir / f"{name}.png", optimize=True)
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    loss, obedience, known = summary["held_out_loss"], summary["obedience"], summary["known_pictures"]
-    nearest, near = ([obedience[when][key] for when in ("before", "after")] for key in ("nearest", "near"))
+    print(f"\n{'':66}before   after")
+    for label, name, form in (
+        (f"Loss on {summary['held_out_pictures']} held-out pictures", "loss", ".4f"),
+        (f"The right thing: of all {summary['known_pictures']} 3D pictures its own is the nearest", "", ""),
+        ("  for names in the training set", "trained", ".0%"), ("  for names never trained on", "others", ".0%"),
+        ("The 3D look: its 3D picture is nearer than those of other families", "is_3d", ".0%"),
+        ("Sharpness, relative to real pictures: flat ones, 3D ones", "sharpness", ".0%")):
+        print(f"{label:64}", *(f"{summary[when][name]:>7{form}}" for when in ("before", "after") if name))
     print(f"""
-Held-out loss    {loss["before"]:.4f} before, {loss["after"]:.4f} after: {summary["loss_factor"]:.2f} times lower
-Obedience        how often the emoji with the prompt's name is, of all {known},
-                 the nearest to the picture: {nearest[0]:.0%} before, {nearest[1]:.0%} after ({1 / known:.1%} by luck)
-                 among the nearest 5%:       {near[0]:.0%} before, {near[1]:.0%} after (5% by luck)
 Time             {summary["train_seconds"]:.0f} s of training, {summary["seconds"]:.0f} s in all
 
-Look at          {output_dir / "before_after.png"}
-                 {output_dir / "loss.png"}
+Look at          {", ".join(f"{name}.png" for name in sheets)} in {output_dir}
 The result       {output_dir}  (its README.md says how to draw with it)
 TensorBoard      tensorboard --logdir {output_dir / "logs"}""")
-
-
-def measure(pipeline: StableDiffusionPipeline, label: str, held_out: Captioned, known: Captioned):
-    """Return the pictures that the pipeline draws, its held-out loss and its obedience."""
-    drawn = draw_images(pipeline, label)
-    return drawn, compute_held_out_loss(pipeline, held_out), compute_obedience(pipeline, drawn, known)
 
 
 def run_quickstart(method: Method, base: str, parent: Path, num_steps: int) -> None:
@@ -291,20 +319,23 @@ def run_quickstart(method: Method, base: str, parent: Path, num_steps: int) -> N
     started = time.monotonic()
     check_inputs(base, method.script)
     output_dir = make_output_dir(parent)
-    images, held_out = load_images(HERE / "images"), load_images(HERE / "validation_images")
+    images, held_out, families = (load_images(HERE / name) for name in ("images", "validation_images", "families"))
     known = Captioned(torch.cat([images.pixel_values, held_out.pixel_values]), images.captions + held_out.captions)
 
-    before, loss_before, obedience_before = measure(load_pipeline(base), "before training", held_out, known)
+    def measure(pipeline: StableDiffusionPipeline, label: str, look: Captioned) -> tuple[list, dict[str, float]]:
+        drawn = draw_images(pipeline, label)
+        quality = compute_quality(pipeline, drawn, known, families, look)
+        return drawn, {"loss": compute_held_out_loss(pipeline, held_out), **quality}
+
+    before, numbers_before = measure(load_pipeline(base), "before training", families)
     train_seconds = train(method, base, output_dir, num_steps)
     trained = load_pipeline(base, output_dir) if method is LORA else load_pipeline(output_dir)
-    after, loss_after, obedience_after = measure(trained, "after training", held_out, known)
+    after, numbers_after = measure(trained, "after training", known)
     summary = {
         "num_steps": num_steps, "train_seconds": train_seconds, "seconds": time.monotonic() - started,
-        "held_out_loss": {"before": loss_before, "after": loss_after}, "loss_factor": loss_before / loss_after,
-        "obedience": {"before": obedience_before, "after": obedience_after}, "known_pictures": len(known.captions),
-        "chance": {"nearest": 1 / len(known.captions), "near": 0.05},
-    }
-    save_results(output_dir, summary, before, after)
+        "before": numbers_before, "after": numbers_after, "known_pictures": len(known.captions),
+        "held_out_pictures": len(held_out.captions)}
+    save_results(output_dir, summary, {"before_after": make_grid(before, after, known)})
 
 
 def main() -> None:
@@ -313,7 +344,7 @@ def main() -> None:
     parser.add_argument("--base", default=str(HERE / "base"), help="The model to start from.")
     parser.add_argument("--output_dir", type=Path, default=HERE / "out", help="Where run-1, run-2, ... go.")
     parser.add_argument("--lora", action="store_true", help="Train adapters with train_text_to_image_lora.py instead.")
-    parser.add_argument("--max_train_steps", type=int, default=500, help="Updates; fewer for a shorter run.")
+    parser.add_argument("--max_train_steps", type=int, default=600, help="Updates; fewer for a shorter run.")
     args = parser.parse_args()
     if args.max_train_steps < 1:
         parser.error(f"--max_train_steps must be positive, got {args.max_train_steps}.")

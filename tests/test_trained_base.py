@@ -1,6 +1,9 @@
 """What a network with random weights cannot show, on the trained one that the quickstart starts from."""
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +75,17 @@ def test_fine_tuning_changes_the_pictures(script, tmp_path):
     for picture in (before, after):
         corners = picture[[2, 2, -3, -3], [2, -3, 2, -3]]
         assert np.median(corners) > 200 and picture.std() > 20
+
+
+def test_the_quickstart_shows_what_it_promises(tmp_path):
+    """A few updates of it: the base draws flat, sharp things by name, and the look turns towards 3D at once."""
+    command = [sys.executable, ROOT / "quickstart/quickstart.py", "--max_train_steps", "30", "--output_dir", tmp_path]
+    subprocess.run(command, check=True)
+    out = tmp_path / "run-1"
+    summary = json.loads((out / "summary.json").read_text())
+    before, after = summary["before"], summary["after"]
+    assert before["trained"] >= 0.9 and before["others"] >= 0.75 and before["is_3d"] <= 0.1
+    assert after["trained"] >= 0.9 and after["others"] >= 0.6 and after["is_3d"] >= before["is_3d"] + 0.1
+    assert min(before["sharpness"], after["sharpness"]) >= 0.9 and after["loss"] < 0.9 * before["loss"]
+    for name in ("before_after", "progress", "loss"):
+        assert Image.open(out / f"{name}.png").size > (600, 300)
