@@ -344,7 +344,7 @@ def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, l
         rows = [(path, read_caption_file(path.with_suffix(".txt"))) for path in files
                 if path.suffix.lower() in IMAGE_SUFFIXES]
     images = [path for path, _ in rows]
-    missing = [path for path in images if os.path.relpath(path, folder).startswith("..") or not is_image(path)]
+    missing = [path for path in images if not is_image(path)]
     if missing and not args.skip_broken_images:
         raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are not in it, "
                          f"or of a format that Pillow does not read: the first is {missing[0]}. Fix file_name, unpack "
@@ -396,7 +396,8 @@ def read_metadata(path: Path, args: Namespace) -> list[tuple]:
                          "captions with commas in double quotes.")
     if rows:
         check_columns(args, path, ["image" if name == "file_name" else name for name in names])  # as `datasets` does
-    return [(path.parent / str(row.get("file_name") or ""), row.get(args.caption_column)) for row in rows]
+    return [(path.parent / os.path.normpath(f"/{row.get('file_name') or ''}").lstrip("/"),  # ../ does not lead out
+             row.get(args.caption_column)) for row in rows]
 
 
 def read_caption_file(path: Path) -> list[str] | None:
@@ -700,7 +701,7 @@ def iterate_ahead(batches):
 
 def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples) -> None:
     """With --preview_data, write a sheet of training samples as preview.png, and stop."""
-    if args.preview_data is None:
+    if not args.preview_data:
         return
     if accelerator.is_main_process:
         rows = []
@@ -1160,7 +1161,8 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
             lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
             for leftover in folder.glob(".partial-*"):  # of a crash
                 remove(leftover)
-            (folder / PROBE).touch()
+            if not args.preview_data:
+                (folder / PROBE).touch()
         except OSError as error:
             raise ValueError(f"--output_dir {args.output_dir} cannot be written, or is in use by another run that may "
                              f"still be saving: {error}. Wait for its end, or name another folder.") from error
@@ -1326,7 +1328,7 @@ def locate_model(args: Namespace) -> str:
                                                   rescale_betas_zero_snr="ztsnr" in names)
         aside = folder.with_name(f".partial-{os.getpid()}-{folder.name}")
         pipeline.save_pretrained(aside)
-        replace_folder(aside, folder)
+        remove(aside) if folder.is_dir() else replace_folder(aside, folder)  # another run may be reading it
     except Exception as error:  # of several libraries
         raise ValueError(f"{error} Is it a {MODEL_KIND} model? The configurations and tokenizers that one file lacks "
                          "come from the hub, or from the model folder that --single_file_config names.") from error
@@ -1938,7 +1940,7 @@ def copy_weights(places: dict[str, Tensor], weights: dict[str, Tensor], source: 
 
 RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags, and digests of its files
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for
-PROBE = ".partial-probe"  # in --output_dir during a run: where it is missing, another disk lies under that name
+PROBE = ".partial-probe"  # in --output_dir during a run: if it is missing, the disk was unmounted
 EMA_FOLDER = "lora_ema"  # in a checkpoint: the EMA weights and, in config.json, the state of the average
 # Flags that must not change on resume: they decide which tensors a checkpoint holds, and how they lie in memory.
 FIXED_FLAGS = set(
@@ -1970,18 +1972,18 @@ def get_checkpoint_step(folder: Path) -> int | None:
 def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
     """Return the checkpoint that --resume_from_checkpoint names; None for no name, or if `latest` finds none."""
     complete = list_checkpoints(output_dir)
-    if name is None or (name == "latest" and not complete):
+    if name is None or name == "latest" and not complete:
         return None
     for folder in complete[-1:] if name == "latest" else (Path(output_dir, name), Path(name)):
         if is_whole_checkpoint(folder):
             return folder
     whole = ", ".join(folder.name for folder in filter(is_whole_checkpoint, complete)) or "no checkpoint"
-    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint, or has files that were cut "
-                     f"short, removed or taken from another run. Name a whole one: {output_dir} holds {whole}.")
+    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint, or {folder} has files that were "
+                     f"cut short, removed or taken from another run. Name a whole one: {output_dir} holds {whole}.")
 
 
 def is_whole_checkpoint(folder: Path) -> bool:
-    """Return whether a checkpoint has all files as they were saved."""
+    """Return whether a checkpoint has all files as they were saved, judged by their ends."""
     try:
         saved = load_run_record(folder).get("files", {})
     except ValueError:  # cut short
@@ -1990,9 +1992,9 @@ def is_whole_checkpoint(folder: Path) -> bool:
 
 
 def digest_files(folder: Path) -> dict[str, str]:
-    """Hash the last MiB of each file, which tells files that were cut short and those of another run."""
+    """Hash the last MiB of each file: enough to notice one that was cut short or is from another run."""
     return {
-        str(path.relative_to(folder)): make_key(
+        path.relative_to(folder).as_posix(): make_key(
             np.fromfile(path, np.uint8, offset=max(0, path.stat().st_size - 2**20)).tobytes())
         for path in folder.rglob("*") if path.is_file()}
 
@@ -2100,7 +2102,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
                     record: dict) -> None:
     """Save everything that the next update depends on, then remove old checkpoints.
 
-    A checkpoint is written aside and renamed once it is on disk: a crash at any point leaves those that were there.
+    A checkpoint is written aside and renamed once it is on disk: a crash at any point leaves the others whole.
     """
     name, limit = f"checkpoint-{progress.global_step}", args.checkpoints_total_limit
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
@@ -2113,9 +2115,8 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
                 {**record, "progress": vars(progress), "files": digest_files(aside)}, indent=1))
             replace_folder(aside, place)
     except Exception as error:  # of several libraries, which do not all say what is wrong
-        raise RuntimeError(f"{place} could not be written: {error}. Is the disk full or gone, or did another process "
-                           "end? Earlier checkpoints are whole: when there is room again, repeat the command with "
-                           "--resume_from_checkpoint latest.") from error
+        raise RuntimeError(f"{place} could not be written: {error}. Is the disk full or gone, or did a process end? "
+                           "Others are whole: make room, then add --resume_from_checkpoint latest.") from error
     if accelerator.is_main_process:
         logger.info(f"saved {place}")
         others = [folder for folder in list_checkpoints(args.output_dir) if folder != place]

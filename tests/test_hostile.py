@@ -1,4 +1,4 @@
-"""Pictures, captions and metadata as nobody means them: what is given, and what must happen.
+"""Broken and hostile pictures, captions and metadata: what is given, and what must happen.
 
 Either all goes well, or an error of one line says which file or row is at fault. Nothing else is read or run.
 """
@@ -104,10 +104,11 @@ METADATA = {  # name: lines of metadata.jsonl, number of rows or what the error 
     "a path that leads out": (ROW + ROW.replace("a.png", "../secret.png"), "1 of 2 .* not in it.*secret.png"),
     "a path that leads out and in": (ROW.replace("a.png", "sub/../a.png"), 1),
     "an absolute path": (ROW.replace("a.png", "{folder}/secret.png"), "1 of 1 .* not in it.*secret.png"),
-    "an absolute path into the folder": (ROW.replace("a.png", "{folder}/data/a.png"), 1),
+    "two slashes": (ROW.replace("a.png", "/{folder}/secret.png"), "1 of 1 .* not in it"),
+    "a folder above, by way of one below": (ROW.replace("a.png", "sub/../../secret.png"), "1 of 1 .* not in it"),
     "a folder": (ROW.replace("a.png", "sub"), "1 of 1 .* not in it"),
     "no name": ('{"file_name": null, "text": "a"}\n', "1 of 1 .* not in it"),
-    "a number": ('{"file_name": 7, "text": "a"}\n', "1 of 1 .* not in it, .* the first is .*7"),
+    "a number": ('{"file_name": 7, "text": "a"}\n', r"1 of 1 .* not in it, .* the first is .*/7\. Fix"),
     "a list": ('["a.png", "a"]\n', "metadata.jsonl cannot be read after row 0"),
     "half a line": (ROW + ROW[:20], "metadata.jsonl cannot be read after row 1"),
     "zeros": ("\0" * 100, "metadata.jsonl cannot be read after row 0"),
@@ -127,6 +128,9 @@ def test_metadata(first_script, tmp_path, name):
     if isinstance(expected, int):
         assert len(load_images(first_script, data).captions) == expected
     else:
+        if "not in it" in expected:  # nor does this flag lead to it
+            images = load_images(first_script, data, skip_broken_images=True)
+            assert not any(Path(image["path"]).resolve() == tmp_path / "secret.png" for image in images.images)
         with pytest.raises(ValueError, match=re.compile(expected, re.DOTALL)):
             load_images(first_script, data)
 
