@@ -383,8 +383,9 @@ def read_metadata(path: Path, args: Namespace) -> list[tuple]:
                          "captions with commas in double quotes.")
     if rows:
         check_columns(args, path, ["image" if name == "file_name" else name for name in names])  # as `datasets` does
-    return [(path.parent / os.path.normpath(f"/{row.get('file_name') or ''}").lstrip("/"),  # ../ does not lead out
-             row.get(args.caption_column)) for row in rows]
+    return [(path.parent / os.path.normpath(  # so that ../ does not lead out
+        f"/{os.path.relpath(path.parent / str(row.get('file_name') or ''), path.parent)}")[1:],
+        row.get(args.caption_column)) for row in rows]
 
 
 def read_caption_file(path: Path) -> list[str] | None:
@@ -1981,10 +1982,7 @@ def load_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
 
 def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
                     record: dict) -> None:
-    """Save everything that the next update depends on, then remove old checkpoints.
-
-    A checkpoint is written aside and renamed once it is on disk: a crash at any point leaves the others whole.
-    """
+    """Save what the next update depends on, renamed once it is on disk, so that a crash leaves the others whole."""
     name, limit = f"checkpoint-{progress.global_step}", args.checkpoints_total_limit
     aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
     try:

@@ -104,6 +104,7 @@ METADATA = {  # name: lines of metadata.jsonl, number of rows or what the error 
     "a path that leads out": (ROW + ROW.replace("a.png", "../secret.png"), "1 of 2 .* not in it.*secret.png"),
     "a path that leads out and in": (ROW.replace("a.png", "sub/../a.png"), 1),
     "an absolute path": (ROW.replace("a.png", "{folder}/secret.png"), "1 of 1 .* not in it.*secret.png"),
+    "an absolute path into the folder": (ROW.replace("a.png", "{folder}/data/a.png"), 1),
     "two slashes": (ROW.replace("a.png", "/{folder}/secret.png"), "1 of 1 .* not in it"),
     "a folder above, by way of one below": (ROW.replace("a.png", "sub/../../secret.png"), "1 of 1 .* not in it"),
     "a folder": (ROW.replace("a.png", "sub"), "1 of 1 .* not in it"),

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import ROOT, SDXL_SCRIPTS, TORCH_SCRIPTS, load_script, make_args, read_scalars
 from PIL import Image
@@ -61,20 +60,6 @@ def test_averaged_weights_are_better_than_raw_ones(script, tmp_path):
     raw = get_held_out_loss(fine_tune(script, tmp_path / "raw", **flags))
     averaged = get_held_out_loss(fine_tune(script, tmp_path / "averaged", **flags, use_ema=True, ema_decay=0.95))
     assert math.isfinite(raw) and averaged < raw
-
-
-def test_fine_tuning_changes_the_pictures(script, tmp_path):
-    """The same noise and prompt give another picture after training, and still a picture on a light ground."""
-    drawing = {"validation_prompts": ["a red apple"], "validation_guidance_scale": 3}
-    before, after = (
-        np.asarray(Image.open(fine_tune(script, tmp_path / name, **flags, **drawing) / "validation" / f"step-{step}" /
-                              "00.png")).astype(int)
-        for name, step, flags in (("before", 1, {"learning_rate": 0, "max_train_steps": 1}),
-                                  ("after", 25, {"learning_rate": 3e-4, "max_train_steps": 25})))
-    assert np.abs(before - after).mean() > 4
-    for picture in (before, after):
-        corners = picture[[2, 2, -3, -3], [2, -3, 2, -3]]
-        assert np.median(corners) > 200 and picture.std() > 20
 
 
 def test_the_quickstart_shows_what_it_promises(tmp_path):
