@@ -392,9 +392,8 @@ def read_metadata(path: Path, args: Namespace) -> list[tuple]:
                          "captions with commas in double quotes.")
     if rows:
         check_columns(args, path, ["image" if name == "file_name" else name for name in names])  # as `datasets` does
-    return [(path.parent / os.path.normpath(  # so that ../ does not lead out
-        f"/{os.path.relpath(path.parent / str(row.get('file_name') or ''), path.parent)}")[1:],
-        row.get(args.caption_column)) for row in rows]
+    return [(path.parent / f"{os.path.relpath(path.parent / str(row.get('file_name') or ''), path.parent)}".replace(
+        "../", "(outside) "), row.get(args.caption_column)) for row in rows]
 
 
 def read_caption_file(path: Path) -> list[str] | None:

@@ -102,6 +102,7 @@ ROW = '{"file_name": "a.png", "text": "a"}\n'
 METADATA = {  # name: lines of metadata.jsonl, number of rows or what the error says
     "the same row twice": (ROW * 2, 2),
     "a path that leads out": (ROW + ROW.replace("a.png", "../secret.png"), "1 of 2 .* not in it.*secret.png"),
+    "a path that leads out, to a name that is inside too": (ROW.replace("a.png", "../a.png"), "1 of 1 .* not in it"),
     "a path that leads out and in": (ROW.replace("a.png", "sub/../a.png"), 1),
     "an absolute path": (ROW.replace("a.png", "{folder}/secret.png"), "1 of 1 .* not in it.*secret.png"),
     "an absolute path into the folder": (ROW.replace("a.png", "{folder}/data/a.png"), 1),
