@@ -751,11 +751,13 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             numbers = {"epoch": step.epoch, "lr": models.lr_scheduler.get_last_lr()[0],
                        "grad_norm": accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)}
             models.optimizer.step()
-            models.lr_scheduler.step()
             models.optimizer.zero_grad()
-            if models.ema is not None:
-                models.ema.step()
-                numbers["ema_decay"] = models.ema.compute_decay()
+            # an update that overflows is skipped in fp16, by fused AdamW on the device: only the norm tells
+            is_done = not accelerator.scaler or math.isfinite(numbers["grad_norm"])
+            if is_done:
+                models.lr_scheduler.step()
+            if is_done and models.ema is not None:
+                numbers["ema_decay"] = models.ema.step()
             progress.advance(step)
             meter.end_update(progress.global_step, numbers)
 
@@ -1751,7 +1753,7 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
     models.optimizer, models.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
     if args.use_ema:  # only now: wrapping has made the weights the same on all processes
         models.ema = make_ema(args, accelerator, models)
-    # `save_state` and `load_state` take care of the networks, accelerate of all else
+    # `save_state` and `resume` take care of the networks, accelerate of all else
     accelerator.register_save_state_pre_hook(lambda networks, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda networks, folder: networks.clear())
 
@@ -1772,16 +1774,18 @@ def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Mod
 
 
 def make_optimizer(args: Namespace, groups: list[dict]):
-    """Return AdamW over groups of parameters, fused where the device has it, or with 8-bit moments; or Adafactor."""
+    """Return fused AdamW over groups of parameters, or AdamW with 8-bit moments, or Adafactor."""
     lr = groups[0]["lr"]  # of the UNet: polynomial schedules read it
     if args.use_adafactor:  # with plain learning rates: scaled by the size of the weights, adapters would stay at 0
         return transformers.optimization.Adafactor(groups, lr, scale_parameter=False, relative_step=False)
-    betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
+    settings = groups, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon
     if args.use_8bit_adam:
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(groups, lr, betas, eps)
-    return torch.optim.AdamW(groups, lr, betas, eps, fused=groups[0]["params"][0].device.type in ("cuda", "cpu"))
+        # it would wait for the device after each tensor, which only moments in paged memory need
+        bitsandbytes.optim.optimizer.sync_gpu = lambda tensor: None
+        return bitsandbytes.optim.AdamW8bit(*settings)
+    return torch.optim.AdamW(*settings, fused=True)
 
 
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
@@ -1826,28 +1830,25 @@ class EmaWeights:
         self.averages = {name: torch.empty_like(parameter, **options).copy_(parameter.detach())
                          for name, parameter in parameters.items()}
 
-    def compute_decay(self) -> float:
-        """Return the decay of the current update."""
-        ramp = 0.0 if self.num_updates <= 1 else self.num_updates / (9 + self.num_updates)
-        return max(self.min_decay, min(self.decay, ramp))
-
     @torch.no_grad()
-    def step(self) -> None:
-        """Average in the weights of this update."""
+    def step(self) -> float:
+        """Average in the weights of this update and return its decay."""
         self.num_updates += 1
-        share = 1 - self.compute_decay()
-        if not self.offload:
-            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), share)
-            return
-        for name, parameter in self.parameters.items():
-            average = self.averages[name].to(parameter.device, non_blocking=True, copy=True)
-            self.averages[name].copy_(average.lerp_(parameter, share), non_blocking=True)
+        ramp = 0.0 if self.num_updates == 1 else self.num_updates / (9 + self.num_updates)
+        decay = max(self.min_decay, min(self.decay, ramp))
+        if self.offload:
+            for name, parameter in self.parameters.items():
+                average = self.averages[name].to(parameter.device, non_blocking=True)
+                self.averages[name].copy_(average.lerp_(parameter, 1 - decay), non_blocking=True)
+        else:
+            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
+        return decay
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange EMA weights and trainable weights."""
         for name, parameter in self.parameters.items():
-            weights = parameter.detach().clone()
+            weights = parameter.clone()
             parameter.copy_(self.averages[name])
             self.averages[name].copy_(weights)
 
@@ -2038,16 +2039,6 @@ def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
             models.ema.save_state(folder / EMA_FOLDER / "config.json")
 
 
-def load_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
-    """Load what `save_state` has written."""
-    load_trained(accelerator, models, folder)
-    if models.ema is not None:
-        with averaged_weights(models):
-            load_trained(accelerator, models, folder, averaged=True)
-        models.ema.num_updates = get_checkpoint_step(folder)
-    accelerator.load_state(str(folder), map_location="cpu", load_kwargs={"mmap": True})
-
-
 def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
                     record: dict) -> None:
     """Save what the next update depends on, renamed once it is on disk, so that a crash leaves the others whole."""
@@ -2098,19 +2089,29 @@ def remove(path: Path) -> None:
 def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progress:
     """Load a checkpoint and return its progress; learning rate and AdamW's settings are the command line's."""
     optimizer, schedule = models.optimizer.optimizer, models.lr_scheduler.scheduler
-    settings, base_lrs = optimizer.state_dict()["param_groups"], schedule.base_lrs
+    settings, base_lrs, scaler = optimizer.state_dict()["param_groups"], schedule.base_lrs, accelerator.scaler
+    record = load_run_record(checkpoint)
     try:
-        load_state(accelerator, models, checkpoint)
+        if not (checkpoint / "scaler.pt").is_file():  # not of a run in fp16: the loss scale begins anew
+            accelerator.scaler = None
+        accelerator.load_state(str(checkpoint), map_location="cpu", load_kwargs={"mmap": True})
+        accelerator.scaler = scaler
+        # without those that fp16 skipped; the reference's schedules count otherwise
+        num_updates = schedule.last_epoch if record else get_checkpoint_step(checkpoint)
+        load_trained(accelerator, models, checkpoint)
+        if models.ema is not None:
+            models.ema.num_updates = num_updates
+            with averaged_weights(models):
+                load_trained(accelerator, models, checkpoint, averaged=True)
     except Exception as error:  # of several libraries, about files that are cut short
         raise ValueError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
                          "it was.") from error
     # also moves the step counts to the device, which the reference leaves on the CPU
     optimizer.load_state_dict({**optimizer.state_dict(), "param_groups": settings})
-    step = get_checkpoint_step(checkpoint)
-    schedule.base_lrs, schedule.last_epoch = base_lrs, step - 1
+    schedule.base_lrs, schedule.last_epoch = base_lrs, num_updates - 1
     schedule.step()
-    schedule._step_count = step + 1  # as in an uninterrupted run
-    return Progress(**load_run_record(checkpoint).get("progress", {"global_step": step}))
+    schedule._step_count = num_updates + 1  # as in an uninterrupted run
+    return Progress(**record.get("progress", {"global_step": num_updates}))
 
 
 # ---- Validation and export ------------------------------------------------------------------------------------------
@@ -2361,13 +2362,15 @@ class Meter:
             began = time.perf_counter()
             if not self.num_images:  # just read: what was done since, such as saving, is not training
                 self.started = began
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
 
     def add(self, step: MicroStep, batch: dict[str, Tensor], numbers: dict) -> None:
         """Add a micro step to its update."""
         self.num_images += step.last - step.first
         numbers["long_captions"] = (batch["num_long"] * batch["weights"]).sum()
         for name in self.SUMMED:
-            numbers[name] = self.numbers.get(name, 0) + numbers[name]
+            numbers[name] += self.numbers.get(name, 0)
         self.numbers |= numbers
 
     def end_update(self, global_step: int, numbers: dict) -> None:

@@ -483,8 +483,13 @@ def test_a_variant_is_loaded(script, tiny_model, image_folder, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_8_bit_adam_trains(script, tiny_model, image_folder, tmp_path):
-    """--use_8bit_adam keeps the moments of all large weights in bytes, trains, and goes on from its checkpoint."""
+def test_8_bit_adam_trains(script, tiny_model, image_folder, tmp_path, monkeypatch):
+    """--use_8bit_adam keeps the moments of all large weights in bytes, trains, and goes on from its checkpoint.
+
+    It does not wait for the device, as bitsandbytes would after each tensor.
+    """
+    waits = []
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", waits.append)
     argv = {"use_8bit_adam": True, "report_to": "tensorboard", "gradient_accumulation_steps": 2,
             **list_adapter_flags(script, rank=64)}  # so that A and B are large enough
     out = tmp_path / "out"
@@ -494,6 +499,7 @@ def test_8_bit_adam_trains(script, tiny_model, image_folder, tmp_path):
     moments = [entry[name] for entry in kept for name in ("state1", "state2")]
     assert {moment.dtype for moment in moments if moment.numel() >= 4096} == {torch.uint8}
     assert compute_step_sizes(tiny_model, out, 2) == pytest.approx(2e-3, rel=0.5)
+    assert waits == []
     run(script, make_args(tiny_model, image_folder, out, **argv, max_train_steps=3, resume_from_checkpoint="latest"))
     assert (out / "checkpoint-3").is_dir()
     assert sorted(read_scalars(out, "train_loss")) == [1, 2, 3]

@@ -325,6 +325,39 @@ def test_changed_data_are_named_in_a_warning(script, tiny_model, args, tmp_path,
     assert "captions_digest" in caplog.text
 
 
+def test_fp16_holds_rate_and_averages_at_an_overflow(script, args, tmp_path, monkeypatch):
+    """A run in fp16 goes on from a checkpoint in float32; skipped updates do not count; and it resumes bit for bit.
+
+    On the CPU, where accelerate refuses fp16: in float32 with its loss scaling, and gradients that are set to inf.
+    """
+    make_accelerator, train_step, overflows = script.make_accelerator, script.train_step, {3, 4, 6}
+
+    def make_scaling_accelerator(flags):
+        accelerator = make_accelerator(flags)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        return accelerator
+
+    def overflow(accelerator, models, objective, batch, step):
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        numbers = train_step(accelerator, models, objective, batch, step)
+        if 5 * step.epoch + step.last // 2 in overflows:  # five updates of two samples are an epoch
+            next(iter(script.name_trained_parameters(accelerator, models).values())).grad.fill_(torch.inf)
+        return numbers
+
+    out, flags = tmp_path / "out", {"max_train_steps": 7, "checkpointing_steps": 2, "lr_scheduler": "linear",
+                                    "lr_warmup_steps": 0, "ema_decay": 0.5}
+    run(script, args(out, **{**flags, "max_train_steps": 2}))
+    monkeypatch.setattr(script, "make_accelerator", make_scaling_accelerator)
+    monkeypatch.setattr(script, "train_step", overflow)
+    run(script, args(out, **flags, resume_from_checkpoint="latest"))
+    rates, decays = read_scalars(out, "lr"), read_scalars(out, "ema_decay")
+    assert [rates[step] for step in range(3, 8)] == pytest.approx([1e-3 * part / 7 for part in (5, 5, 5, 4, 4)])
+    assert decays == pytest.approx({1: 0, 2: 2 / 11, 5: 3 / 12, 7: 4 / 13})
+    assert torch.load(out / "checkpoint-7/scaler.pt")["scale"] == 2.0**5
+    run(script, args(tmp_path / "again", **flags, resume_from_checkpoint=out / "checkpoint-4"))
+    assert_same_checkpoint(tmp_path / "again/checkpoint-7", out / "checkpoint-7")
+
+
 def test_checkpoint_of_the_reference_is_resumed(script, args, tmp_path, caplog):
     """It has the same files but no record, and a schedule that counts processes: the run goes on, with a warning."""
     first = tmp_path / "first"
