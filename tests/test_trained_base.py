@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -62,15 +61,19 @@ def test_averaged_weights_are_better_than_raw_ones(script, tmp_path):
     assert math.isfinite(raw) and averaged < raw
 
 
-def test_the_quickstart_shows_what_it_promises(tmp_path):
+def test_the_quickstart_shows_what_it_promises(tmp_path, monkeypatch):
     """A few updates of it: the base draws flat, sharp things by name, and the look turns towards 3D at once."""
-    command = [sys.executable, ROOT / "quickstart/quickstart.py", "--max_train_steps", "30", "--output_dir", tmp_path]
-    subprocess.run(command, check=True)
+    quickstart = load_script("quickstart/quickstart.py")
+    monkeypatch.setattr(quickstart, "DRAWS_PER_PROMPT", 1)
+    monkeypatch.setattr(quickstart, "INFERENCE_STEPS", 12)
+    monkeypatch.setattr(quickstart, "TRAIN_ARGS", [*quickstart.TRAIN_ARGS, "--validation_inference_steps", 5])
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--max_train_steps", "20", "--output_dir", str(tmp_path)])
+    quickstart.main()
     out = tmp_path / "run-1"
     summary = json.loads((out / "summary.json").read_text())
     before, after = summary["before"], summary["after"]
     assert before["trained"] >= 0.9 and before["others"] >= 0.75 and before["is_3d"] <= 0.1
-    assert after["trained"] >= 0.9 and after["others"] >= 0.6 and after["is_3d"] >= before["is_3d"] + 0.1
+    assert after["trained"] >= 0.9 and after["others"] >= 0.6 and after["is_3d"] >= before["is_3d"] + 0.25
     assert min(before["sharpness"], after["sharpness"]) >= 0.9 and after["loss"] < 0.9 * before["loss"]
     for name in ("before_after", "progress", "loss"):
         width, height = Image.open(out / f"{name}.png").size
