@@ -28,7 +28,7 @@ from diffusers import DiffusionPipeline
 # as any, so that they can be stopped, killed and limited for real.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["runs", "datasets", "huggingface_hub"])
-PATIENCE = 120  # seconds that another process may take for anything
+PATIENCE = 300  # seconds that another process may take for anything, beside others that use all cores
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -87,6 +87,7 @@ class Run:
         forkserver.ensure_running()
         del os.environ["PYTHONPATH"]
         self.log, self.rank = Path(log), int(environment.get("RANK", 0))
+        self.log.touch()  # a process killed at its start has not made it yet
         self.process = FORKS.Process(target=target or run_in_child, args=arguments)
         self.process.start()
 

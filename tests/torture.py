@@ -2,18 +2,21 @@
 
     make torture MINUTES=60                                                        each script for an hour
     make torture ARGS="--scripts train_text_to_image.py --num_processes 2"         one of them, on two processes
+    make torture ARGS="--long 20000"          a run of 20,000 updates of each script, in which nothing may grow
 
 A run is killed when it enters a moment drawn at random (encoding, an update, a save) or a little later, by kill -9
 or by a signal that asks it to save and stop, and then repeated with --resume_from_checkpoint latest. After each kill
 the newest checkpoint must hold all but the last --checkpointing_steps updates. At the end the last checkpoint, the
-exported model and the logged losses must be those of the run without kills; nothing else may be left. Only pictures
-may be missing: a run that was killed between a checkpoint and the validation after it does not draw them again.
+exported model and the logged losses must be those of the run without kills; nothing else may be left, no process
+either. Only pictures may be missing: a run that was killed between a checkpoint and the validation after it does not
+draw them again.
 """
 
 import argparse
 import collections
 import contextlib
 import functools
+import json
 import os
 import random
 import re
@@ -22,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import psutil
 from conftest import (
     SCRIPTS,
     load_script,
@@ -33,6 +38,8 @@ from conftest import (
 )
 from runs import PATIENCE, Run, assert_same_checkpoint, read_file, set_up_child, start_pair
 
+from diffusers import UNet2DConditionModel
+
 NUM_UPDATES, CHECKPOINTING_STEPS = 8, 3
 FLAGS = {
     "max_train_steps": NUM_UPDATES, "checkpointing_steps": CHECKPOINTING_STEPS, "checkpoints_total_limit": 2,
@@ -43,6 +50,14 @@ FLAGS = {
 MOMENTS = ("start", "cache_encodings", "make_optimizer", "end_update", "save_checkpoint", "replace_folder", "remove",
            "validate", "export_model", "save_model_card")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LONG_FLAGS = FLAGS | {
+    "checkpointing_steps": 1000, "validation_steps": 1000, "validation_epochs": 10**6, "logging_steps": 10,
+    "train_batch_size": 1, "resolution": 8, "learning_rate": 1e-5}
+# Of their UNet, with one block: what may leak is around it.
+SMALLEST_UNET = {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",), "norm_num_groups": 4,
+                 "up_block_types": ("CrossAttnUpBlock2D",), "attention_head_dim": 4, "transformer_layers_per_block": 1}
+MEASURED_STEPS = 100  # updates between two measurements of a long run
+LARGEST_GROWTH = {"memory": 1.05, "files": 1, "threads": 1, "cpu_time": 1.1}  # last quarter over the second one
 
 
 def run_and_tell(name: str, argv: list[str], log: str, limit: int | None, environment: dict[str, str]) -> None:
@@ -70,6 +85,31 @@ def run_and_tell(name: str, argv: list[str], log: str, limit: int | None, enviro
     script.main(argv)
 
 
+def run_and_measure(name: str, argv: list[str], log: str, limit: int | None, environment: dict[str, str]) -> None:
+    """Run a script, writing to `log`.jsonl what its process holds in the course of training.
+
+    `cpu_time` is that of an update, relative to a loop's beside it: other programs on the machine slow down both.
+    """
+    set_up_child(log, limit, environment)
+    script, process = load_script(name), psutil.Process()
+    end_update, last = script.Meter.end_update, [time.process_time()]
+
+    def measure(meter, step: int, *numbers) -> None:
+        end_update(meter, step, *numbers)
+        if step % MEASURED_STEPS == 0:
+            began = time.process_time()
+            sum(range(10**6))
+            ended = time.process_time()
+            facts = {"memory": process.memory_info().rss, "files": process.num_fds(), "threads": process.num_threads(),
+                     "cpu_time": (began - last[0]) / MEASURED_STEPS / (ended - began)}
+            with open(f"{log}.jsonl", "a") as file:
+                file.write(json.dumps(facts) + "\n")
+            last[0] = time.process_time()
+
+    script.Meter.end_update = measure
+    script.main(argv)
+
+
 def read_moments(run: Run) -> list[tuple[str, str, str]]:
     """Return (+ or -, moment, update) of all that a run has told."""
     path = Path(f"{run.log}.{run.rank}.moments")
@@ -85,6 +125,20 @@ def find_moment(run: Run) -> str:
     return stack[-1] if len(stack) > 1 or not read_moments(run) else "between"
 
 
+def wait_until_gone(run: Run) -> None:
+    """Fail if processes that a run has started outlive it: loaders look for it every 5 seconds."""
+    end = time.monotonic() + 15
+    while left := [process for process in psutil.process_iter() if is_of(process, run.process.pid)]:
+        assert time.monotonic() < end, f"{left} outlive their run: {run.log.read_text()}"
+        time.sleep(0.05)
+
+
+def is_of(process: psutil.Process, group: int) -> bool:
+    with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 class Victim:
     """A script, and a run of it that was never killed."""
 
@@ -95,10 +149,11 @@ class Victim:
         self.whole, self.count = folder / "whole", 0
         self.finish(self.whole)
 
-    def start(self, out: Path) -> list[Run]:
+    def start(self, out: Path, num_workers: int = 0) -> list[Run]:
         """Start the run that goes to a folder, or go on with it."""
         self.count += 1
-        argv = make_args(self.model, self.data, out, encoded_dir=f"{out}-encoded", **FLAGS)
+        argv = make_args(self.model, self.data, out, encoded_dir=f"{out}-encoded", dataloader_num_workers=num_workers,
+                         **FLAGS)
         log = self.folder / f"log-{self.count}"
         if self.num_processes == 1:
             return [Run(self.script, argv, log, target=run_and_tell)]
@@ -112,13 +167,14 @@ class Victim:
     def find_newest_step(self, out: Path) -> int:
         return max(map(self.script.get_checkpoint_step, self.script.list_checkpoints(str(out))), default=0)
 
-    def kill(self, out: Path, moment: str, number: int, delay: float, victim: int) -> tuple[str, int]:
+    def kill(self, out: Path, moment: str, number: int, delay: float, victim: int,
+             num_workers: int) -> tuple[str, int]:
         """Go on with a run and kill it; return the moment at which it happened and how many updates it cost.
 
         The moment is "end" if the run ended before.
         """
         with contextlib.ExitStack() as stack:
-            runs = [stack.enter_context(run) for run in self.start(out)]
+            runs = [stack.enter_context(run) for run in self.start(out, num_workers)]
             run, end = runs[victim % len(runs)], time.monotonic() + PATIENCE
             while run.process.is_alive() and moment not in ("start", *(name for _, name, _ in read_moments(run))):
                 assert time.monotonic() < end, f"stuck before {moment}: {run.log.read_text()}"
@@ -135,6 +191,8 @@ class Victim:
                     other.process.join(10)
                     other.kill(signal.SIGKILL)
             statuses = [run.end() for run in runs]
+            for run in runs:
+                wait_until_gone(run)
         log = f"{statuses} after {number} in {where}: {runs[0].log.read_text()}"
         if statuses[0] == 0:
             return "end", 0
@@ -176,7 +234,7 @@ def torture(victim: Victim, rng: random.Random, until) -> collections.Counter:
             moment, number, delay = rng.choice(MOMENTS), rng.choice(SIGNALS), rng.choice((0, rng.random() * 0.3))
             if moment == "start":
                 delay = rng.random()
-            where, lost = victim.kill(out, moment, number, delay, rng.randrange(2))
+            where, lost = victim.kill(out, moment, number, delay, rng.randrange(2), rng.randrange(2))
             if where == "end":
                 break
             assert lost <= CHECKPOINTING_STEPS, f"{number} in {where} lost {lost} updates"
@@ -193,18 +251,45 @@ def torture(victim: Victim, rng: random.Random, until) -> collections.Counter:
     return kills
 
 
+def run_long(name: str, folder: Path, num_updates: int) -> None:
+    """Train for many updates and fail if memory, open files, threads or the time of an update grow."""
+    make_model = make_tiny_sdxl if "sdxl" in name else make_tiny_stable_diffusion
+    model = make_model(folder / "model")
+    unet_config = UNet2DConditionModel.load_config(model / "unet")
+    UNet2DConditionModel.from_config({**unet_config, **SMALLEST_UNET}).save_pretrained(model / "unet")
+    argv = make_args(model, make_image_folder(folder / "data"), folder / "out",
+                     **LONG_FLAGS | {"max_train_steps": num_updates, "encoded_dir": folder / "encoded"})
+    with Run(load_script(name), argv, folder / "log", target=run_and_measure) as run:
+        run.process.join()
+        assert run.process.exitcode == 0, run.log.read_text()[-10_000:]
+    rows = [json.loads(line) for line in Path(f"{run.log}.jsonl").read_text().splitlines()]
+    facts = {key: np.array([row[key] for row in rows]) for key in rows[0]}
+    logs = sum(path.stat().st_size for path in (folder / "out" / "logs").rglob("*") if path.is_file())
+    print(f"{Path(name).stem}: {num_updates} updates, {logs / num_updates:.0f} bytes of TensorBoard and "
+          f"{run.log.stat().st_size / num_updates:.0f} of text per update")
+    for key, values in facts.items():
+        quarters = [np.median(quarter) for quarter in np.array_split(values, 4)]
+        print(f"  {key:12}", *(f"{value:14,.6g}" for value in quarters), flush=True)
+        assert quarters[3] <= LARGEST_GROWTH[key] * quarters[1], f"{key} grows: {quarters}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
     parser.add_argument("--minutes", type=float, default=60, help="For each script.")
     parser.add_argument("--num_processes", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--long", type=int, metavar="UPDATES", help="Do not kill: train that long.")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="Of the moments.")
     args = parser.parse_args()
     print(f"--seed {args.seed}")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    for name in args.scripts:
-        with tempfile.TemporaryDirectory() as folder:
-            victim, end = Victim(name, Path(folder), args.num_processes), time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache",
+                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+        for name in args.scripts:
+            if args.long:
+                run_long(name, Path(folder, name), args.long)
+                continue
+            victim, end = Victim(name, Path(folder, name), args.num_processes), time.monotonic() + 60 * args.minutes
             torture(victim, random.Random(args.seed), lambda kills, end=end: time.monotonic() > end)
 
 
