@@ -335,23 +335,23 @@ def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, l
     files = list_files(Path(folder), seen={Path(args.output_dir).resolve()})
     metadata = {path.parent: path for path in files if path.name in METADATA_READERS}.values()  # one of a folder
     if metadata:
-        rows = [row for path in metadata for row in read_metadata(path, args)]
+        rows = [row for path in metadata for row in read_metadata(path, folder, args)]
     else:
         rows = [(path, read_caption_file(path.with_suffix(".txt"))) for path in files
                 if path.suffix.lower() in IMAGE_SUFFIXES]
     images = [path for path, _ in rows]
-    missing = [path for path in images if not is_image(path)]
-    if missing and not args.skip_broken_images:
-        raise ValueError(f"{len(missing)} of {len(images)} images that the metadata in {folder} names are not in it, "
-                         f"or of a format that Pillow does not read: the first is {missing[0]}. Fix file_name, unpack "
+    refused = [path for path in images if ".." in path.relative_to(folder).parts
+               or not (args.skip_broken_images or is_image(path))]
+    if refused:
+        raise ValueError(f"{len(refused)} of {len(images)} images that the metadata in {folder} names are not in it, "
+                         f"or of a format that Pillow does not read: the first is {refused[0]}. Fix file_name, unpack "
                          "archives, move or convert the images, or drop these rows.")
     used = {*metadata, *images, *(path.with_suffix(".txt") for path in images if not metadata)}
     unused = [str(path) for path in files if path not in used]
     if unused:
         logger.warning(f"{len(unused)} files in {folder} are not used, being neither images that Pillow can "
                        f"read nor captions, or not listed in the metadata: {', '.join(unused[:5])}")
-    paths = {args.image_column: [str(path) for path in images]}
-    return datasets.Dataset.from_dict(paths), [captions for _, captions in rows]
+    return datasets.Dataset.from_dict({args.image_column: list(map(str, images))}), [captions for _, captions in rows]
 
 
 def is_image(path: Path) -> bool:
@@ -377,8 +377,8 @@ METADATA_READERS = {  # of a file opened as text; each gives dicts
 }
 
 
-def read_metadata(path: Path, args: Namespace) -> list[tuple]:
-    """Return the image file and the captions of each row of a metadata file."""
+def read_metadata(path: Path, folder: str, args: Namespace) -> list[tuple]:
+    """Return the image file, as a path from the data's `folder`, and the captions of each row of a metadata file."""
     rows = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -386,14 +386,14 @@ def read_metadata(path: Path, args: Namespace) -> list[tuple]:
     except Exception as error:  # each reader raises its own
         raise ValueError(f"{path} cannot be read after row {len(rows)}: {error}. It must be UTF-8, with file_name and "
                          "captions.") from error
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys("image" if name == "file_name" else name for row in rows for name in row)  # as `datasets`
     if None in names:
         raise ValueError(f"{path} has cells beyond its header, {next(row[None] for row in rows if None in row)}: put "
                          "captions with commas in double quotes.")
     if rows:
-        check_columns(args, path, ["image" if name == "file_name" else name for name in names])  # as `datasets` does
-    return [(path.parent / f"{os.path.relpath(path.parent / str(row.get('file_name') or ''), path.parent)}".replace(
-        "../", "(outside) "), row.get(args.caption_column)) for row in rows]
+        check_columns(args, path, names)
+    return [(Path(folder, os.path.relpath(path.parent / f"{row.get('file_name')}", folder)),
+             row.get(args.caption_column)) for row in rows]
 
 
 def read_caption_file(path: Path) -> list[str] | None:
@@ -409,7 +409,7 @@ def read_caption_file(path: Path) -> list[str] | None:
 
 def get_path(image: Image.Image | dict | None) -> str:
     """Return the path of an image, or nothing if it has no file of its own."""
-    return (image.get("path") or "") if isinstance(image, dict) else ""
+    return isinstance(image, dict) and image.get("path") or ""
 
 
 def open_image(image: Image.Image | dict) -> Image.Image:
@@ -832,13 +832,13 @@ OPTIONAL_PACKAGES = {"use_8bit_adam": "bitsandbytes", "enable_xformers_memory_ef
                      "enable_npu_flash_attention": "torch_npu"}
 
 
-def in_range(kind: type, low: float, high: float = math.inf):
+def in_range(kind: type, low: float, high: float = 1e15):
     """Return an argparse type for numbers from `low` to `high`."""
 
     def read(text: str):
         value = kind(text)
         if not low <= value <= high:
-            raise ArgumentTypeError(f"must be from {low} to {high}, got {text!r}")
+            raise ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text!r}")
         return value
 
     read.__name__ = kind.__name__  # argparse then says "invalid int value" of what is no number
@@ -854,8 +854,8 @@ fraction = in_range(float, 0, 1)
 
 def image_size(text: str) -> int | str:
     """An argparse type: 512 as a number, 768x512 (width x height) as it is."""
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
-        raise ArgumentTypeError(f"must be positive, as 512 or 768x512 (width x height), got {text!r}")
+    if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})?", text):
+        raise ArgumentTypeError(f"must be from 1 to 99999, as 512 or 768x512 (width x height), got {text!r}")
     return text if "x" in text else int(text)
 
 
@@ -1109,6 +1109,8 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
 # ---- Setup ----------------------------------------------------------------------------------------------------------
 
 LONGEST_WAIT = timedelta(hours=2)  # of one process for another, for example while it downloads the data
+LONGEST_PAUSE = timedelta(minutes=30)  # the same while training, for example while it writes a checkpoint
+set_timeout = getattr(torch.distributed, "set_timeout", lambda timeout: None)  # which older releases of torch lack
 # SLURM sends SIGUSR1 if told so by --signal=USR1@SECONDS; Windows has none
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
 
@@ -1195,7 +1197,8 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal_number, self.previous, self.group = 0, {}, None
         if accelerator.num_processes > 1:  # not NCCL, which would wait for the GPU
-            self.group = torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo")
+            self.group = torch.distributed.new_group(timeout=LONGEST_PAUSE, backend="gloo")
+            set_timeout(LONGEST_PAUSE)  # of the group of all else
 
     def __enter__(self) -> StopRequest:
         try:
@@ -1207,9 +1210,12 @@ class StopRequest:
     def __exit__(self, kind, *error) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if kind and self.group:
-            logger.error("training failed. If the error below is about a connection, another process ended first: see "
-                         "its log. Start all again with --resume_from_checkpoint latest.", main_process_only=False)
+        if self.group:
+            set_timeout(LONGEST_WAIT)
+            if kind:
+                logger.error("training failed. If the error below is about a connection or a timeout, another process "
+                             "has ended, or hangs: see its log. End it, and start all again with "
+                             "--resume_from_checkpoint latest.", main_process_only=False)
 
     def receive(self, number: int, frame) -> None:
         """Note the signal; a second one of the same kind ends the process at once, even while it waits for another."""
@@ -1296,8 +1302,8 @@ def locate_model(args: Namespace) -> str:
         pipeline.save_pretrained(aside)
         remove(aside) if folder.is_dir() else replace_folder(aside, folder)  # another run may be reading it
     except Exception as error:  # of several libraries
-        raise ValueError(f"{error} Is it a {MODEL_KIND} model? The configurations and tokenizers that one file lacks "
-                         "come from the hub, or from the model folder that --single_file_config names.") from error
+        raise ValueError(f"{error} Is it a {MODEL_KIND} model? Only .safetensors are read. What else it needs "
+                         "comes from the hub, or from the model folder that --single_file_config names.") from error
     return str(folder)
 
 
@@ -1672,7 +1678,7 @@ class EncodedRows:
         with the next file, and two runs do no harm.
         """
         mine, first = self.files[accelerator.process_index :: accelerator.num_processes], self.dtype.names[0]
-        missing = [(path, items) for path, items in mine if not is_whole(path)]
+        missing = [(path, items) for path, items in mine if not path.exists()]
         inputs = iterate_ahead(read(items) for _, items in missing)
         bar = tqdm(missing, f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
         for (path, items), encoded in zip(bar, map(encode, inputs), strict=True):
@@ -1693,12 +1699,6 @@ class EncodedRows:
                                  "--encoded_dir, or use fewer --cache_crops; files so far are kept.") from error
         accelerator.wait_for_everyone()
         logger.info(f"cache {self.folder} has its {len(self.files)} files")
-
-
-def is_whole(path: Path) -> bool:
-    with contextlib.suppress(EOFError, OSError, ValueError):  # of a file that is missing or was cut short
-        return len(open_rows(path)) > 0
-    return False
 
 
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
@@ -2013,8 +2013,8 @@ def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
 def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
                     record: dict) -> None:
     """Save what the next update depends on, renamed once it is on disk, so that a crash leaves the others whole."""
-    name, limit = f"checkpoint-{progress.global_step}", args.checkpoints_total_limit
-    aside, place = Path(args.output_dir, f".partial-{name}"), Path(args.output_dir, name)
+    place = Path(args.output_dir, f"checkpoint-{progress.global_step}")
+    aside, limit = place.with_name(f".partial-{place.name}"), args.checkpoints_total_limit
     try:
         Path(args.output_dir, PROBE).stat()
         save_state(accelerator, models, aside)

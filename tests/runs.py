@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import signal
 import socket
 import sys
 import time
+from datetime import timedelta
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -126,6 +129,28 @@ def run_in_child(name: str, argv: list[str], log: str, limit: int | None, enviro
             script.main(argv)
         finally:
             Path(f"{log}.{environment.get('RANK', 0)}.json").write_text(json.dumps(seen))
+
+
+def fail_at(moment: str, count: int, number: int, name: str, argv: list[str], *others) -> None:
+    """Run a script where the process of rank 1 gets a signal as it enters a function for the `count`th time.
+
+    The other waits 4 seconds for it while it trains, else 8. `others` are for `set_up_child`.
+    """
+    set_up_child(*others)
+    script = load_script(name)
+    if hasattr(script, "jax"):
+        script.jax.distributed.initialize = partial(script.jax.distributed.initialize, heartbeat_timeout_seconds=4)
+    else:
+        script.LONGEST_WAIT, script.LONGEST_PAUSE = timedelta(seconds=8), timedelta(seconds=4)
+    original, calls = getattr(script, moment), itertools.count(1)
+
+    def failing(*args, **kwargs):
+        if os.environ["RANK"] == "1" and next(calls) == count:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(script, moment, failing)
+    script.main(argv)
 
 
 def set_up_child(log: str, limit: int | None, environment: dict[str, str]) -> None:

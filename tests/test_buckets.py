@@ -80,7 +80,8 @@ def test_one_size_without_buckets(first_script):
 def test_other_sizes_are_refused(script, resolution, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(make_args("model", tmp_path, tmp_path / "out", resolution=resolution))
-    assert f"must be positive, as 512 or 768x512 (width x height), got {resolution!r}" in capsys.readouterr().err
+    message = f"must be from 1 to 99999, as 512 or 768x512 (width x height), got {resolution!r}"
+    assert message in capsys.readouterr().err
 
 
 def test_a_step_that_leaves_no_size_is_refused(script, tmp_path, capsys):

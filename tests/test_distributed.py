@@ -1,6 +1,8 @@
 """Two processes on the CPU train as one with twice the batch, stop together, and are resumed exactly."""
 
+import functools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +18,7 @@ from conftest import in_first_script, make_args, make_image_folder, read_scalars
 from PIL import Image
 from runs import (
     assert_same_checkpoint,
+    fail_at,
     get_command,
     list_names,
     read_record,
@@ -207,6 +210,48 @@ def test_one_process_goes_on_where_two_stopped(script, args, pair, tmp_path, cap
     run(script, args(out, train_batch_size=4, resume_from_checkpoint=pair[0] / "checkpoint-3"))
     assert "num_processes 2 -> 1" in caplog.text and "train_batch_size 2 -> 4" in caplog.text
     assert_close_weights(out / f"checkpoint-{NUM_UPDATES}", pair[0] / f"checkpoint-{NUM_UPDATES}")
+
+
+FAILURES = {  # what one process does: the function in which it does that, at which call, and what the other says
+    "is killed while encoding": ("encode_images", 1, signal.SIGKILL, "Connection closed by peer"),
+    "hangs while encoding": ("encode_images", 1, signal.SIGSTOP, "Timed out waiting 8000ms"),
+    "hangs in training": ("train_step", 4, signal.SIGSTOP, "Timed out waiting 4000ms"),
+    "is killed while drawing": ("draw_images", 1, signal.SIGKILL, "another process has ended, or hangs: see its log"),
+    "is killed while saving": ("save_state", 2, signal.SIGKILL, "checkpoint-4 could not be written: .*closed by peer"),
+}
+
+
+@in_first_script
+@pytest.mark.parametrize("failure", FAILURES)
+def test_when_one_process_fails_the_other_ends_in_time(script, args, tmp_path, failure):
+    """It gives the reason; nothing is damaged, and the run goes on from the last checkpoint."""
+    moment, count, number, reason = FAILURES[failure]
+    out, log = tmp_path / "out", tmp_path / "log"
+    argv = args(out, max_train_steps=4, checkpointing_steps=2, validation_steps=3, validation_data_dir=None,
+                validation_prompts=["a"], validation_inference_steps=1, cache_latents=True,
+                encoded_dir=tmp_path / "encoded", resume_from_checkpoint="latest")
+    first, second = start_pair(script, argv, log, target=functools.partial(fail_at, moment, count, number))
+    with first, second:
+        assert first.end() == 1
+    assert re.search(reason, log.read_text()), log.read_text()
+    assert list_names(out) == ({"checkpoint-2"} if moment != "encode_images" else set())
+    run(script, argv)
+    assert list_names(out) == {"checkpoint-2", "checkpoint-4"} and list_names(out, ".partial-*") == set()
+
+
+@in_first_script
+def test_a_broken_picture_in_the_share_of_one_process_ends_both(script, args, image_folder, tmp_path):
+    """One names the picture, the other says where to look."""
+    broken = shutil.copytree(image_folder, tmp_path / "broken")
+    (broken / "004.png").write_bytes(b"no picture")
+    argv = args(tmp_path / "out", train_data_dir=broken, max_train_samples=None, validation_prompts=None,
+                validation_data_dir=None)
+    first, second = start_pair(script, argv, tmp_path / "log")
+    with first, second:
+        assert (first.end(), second.end()) == (1, 1)
+    log = (tmp_path / "log").read_text()
+    assert re.search(r"row 4 of the data .*004.png.* cannot be read as an image", log)
+    assert log.count("another process has ended, or hangs: see its log") == 2
 
 
 @in_first_script

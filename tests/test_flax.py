@@ -5,6 +5,7 @@ Each program that JAX compiles takes seconds here, so runs share their settings,
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -33,7 +34,17 @@ from conftest import (
     read_scalars,
 )
 from PIL import Image
-from runs import DAMAGES, assert_damage_is_found, assert_same_files, list_names, prepare, read_folder, read_record
+from runs import (
+    DAMAGES,
+    Run,
+    assert_damage_is_found,
+    assert_same_files,
+    fail_at,
+    list_names,
+    prepare,
+    read_folder,
+    read_record,
+)
 from safetensors.torch import load_file, save_file
 from test_cli import CONTRACT, GOLDEN, describe, expect, format_help, get_flags
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -806,6 +817,18 @@ def test_four_devices_give_the_loss_of_one(plain_run, tiny_model, image_folder, 
     assert_drawn_by_torch(tmp_path / "divided", "step-3", ["a cat", "a dog"], 32, 3, 7.5)
 
 
+def test_when_one_process_hangs_the_other_ends(flax, tiny_model, image_folder, tmp_path):
+    """JAX ends it as soon as the first has not been heard of for so long: by default 100 seconds, here 4."""
+    log, argv = tmp_path / "log", make_args(tiny_model, image_folder, tmp_path / "out", multi_host=True)
+    slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
+    first, second = (
+        Run(flax, argv, log, target=functools.partial(fail_at, "load_models", 1, signal.SIGSTOP), JAX_PLATFORMS="cpu",
+            RANK=rank, SLURM_PROCID=rank, **slurm) for rank in range(2))
+    with first, second:
+        assert first.end() == -signal.SIGABRT
+    assert re.search("JAX distributed service detected .* stopped sending heartbeats", log.read_text(), re.DOTALL)
+
+
 REFUSE = """
 import importlib.machinery, runpy, sys
 
@@ -1013,7 +1036,7 @@ def test_help_is_the_golden_one():
 
 @pytest.mark.parametrize(("flags", "message"), [
     ({"attention": "cudnn"}, "--mixed_precision bf16"),
-    ({"report_to": "mlflow"}, "choose from tensorboard, wandb"), ({"learning_rate": -1}, "must be from 0 to inf"),
+    ({"report_to": "mlflow"}, "choose from tensorboard, wandb"), ({"learning_rate": -1}, "must be from 0 to 1e+15"),
     ({"use_8bit_adam": True}, "unrecognized arguments"), ({"lr_scheduler": "cosinus"}, "choose from linear"),
     ({"dream_training": True, "input_perturbation": 0.1}, "exclude each other"),
 ])

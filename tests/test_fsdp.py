@@ -200,7 +200,7 @@ def test_where_one_is_killed_the_other_says_what_to_do(script, args, killed, fsd
         pair[killed].wait_until((out / "checkpoint-2").exists)
         pair[killed].kill(signal.SIGKILL)
         assert pair[1 - killed].end() == 1
-    assert re.search("another process ended first: .* --resume_from_checkpoint latest", log.read_text())
+    assert re.search("another process has ended, or hangs: .* --resume_from_checkpoint latest", log.read_text())
 
 
 @in_first_script

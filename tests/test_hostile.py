@@ -1,19 +1,25 @@
-"""Broken and hostile pictures, captions and metadata: what is given, and what must happen.
+"""Broken and hostile pictures, captions, metadata, models and checkpoints: what is given, and what must happen.
 
 Either all goes well, or an error of one line says which file or row is at fault. Nothing else is read or run.
 """
 
+import contextlib
 import io
 import json
+import os
 import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_image
+import torch
+from conftest import load_script, make_args, make_image
 from PIL import Image
+from runs import run
+from safetensors.torch import load_file
 from test_data import load_images, read_image
 
 
@@ -131,8 +137,9 @@ def test_metadata(first_script, tmp_path, name):
         assert len(load_images(first_script, data).captions) == expected
     else:
         if "not in it" in expected:  # nor does this flag lead to it
-            images = load_images(first_script, data, skip_broken_images=True)
-            assert not any(Path(image["path"]).resolve() == tmp_path / "secret.png" for image in images.images)
+            with contextlib.suppress(ValueError):
+                images = load_images(first_script, data, skip_broken_images=True)
+                assert not any(Path(image["path"]).resolve() == tmp_path / "secret.png" for image in images.images)
         with pytest.raises(ValueError, match=re.compile(expected, re.DOTALL)):
             load_images(first_script, data)
 
@@ -143,3 +150,101 @@ def test_a_folder_with_the_name_of_a_picture(first_script, tmp_path):
     make_image(0).save(tmp_path / "folder.png/a.png")
     Path(tmp_path, "folder.png/a.txt").write_text("a")
     assert list(load_images(first_script, tmp_path).captions) == [["a"]]
+
+
+def test_metadata_of_a_subfolder(first_script, tmp_path, caplog):
+    """It may name pictures beside the subfolder, by `../` or in full, but none outside of the data."""
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    for path in (data / "a.png", data / "b.png", tmp_path / "secret.png"):
+        make_image(0).save(path)
+    rows = [ROW.replace("a.png", name) for name in ("../a.png", str(data / "b.png"))]
+    (data / "sub" / "metadata.jsonl").write_text("".join(rows))
+    paths = [image["path"] for image in load_images(first_script, data).images]
+    assert paths == [str(data / "a.png"), str(data / "b.png")] and "not used" not in caplog.text
+    (data / "sub" / "metadata.jsonl").write_text("".join(rows) + ROW.replace("a.png", "../../secret.png"))
+    with pytest.raises(ValueError, match=r"1 of 3 .* not in it.*\.\./secret.png"):
+        load_images(first_script, data, skip_broken_images=True)
+
+
+# ---- Models and checkpoints of strangers ----------------------------------------------------------------------------
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.folder,)
+
+
+def pickle_weights(folder: Path, **more) -> None:
+    """Give a network pickled weights in place of its .safetensors, with `more` in them."""
+    (file,) = folder.glob("*.safetensors")
+    name = "pytorch_model.bin" if "text" in folder.name else "diffusion_pytorch_model.bin"
+    torch.save({**load_file(file), **more}, folder / name)
+    file.unlink()
+
+
+def add_code(model: Path, ran: Path) -> None:
+    """Put a module beside each part of a model that makes a folder, and have all configurations ask for it."""
+    for folder in (model, *filter(Path.is_dir, model.iterdir())):
+        (folder / "evil.py").write_text(f"import os\nos.mkdir({str(ran)!r})\nclass Evil:\n    pass\n")
+    auto_map = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "evil.Evil")}
+    parts = {part: ["evil", "Evil"] for part in ("unet", "vae", "safety_checker")}
+    for path in (*model.glob("*/*config.json"), model / "model_index.json"):
+        more = {"_class_name": ["evil", "Evil"], **parts} if path.parent == model else auto_map
+        path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+
+
+MODELS = {  # name: what is done to a model, given a folder for code to make; what the error says
+    "weights as pickles": (
+        lambda model, ran: [pickle_weights(model / part) for part in ("unet", "vae", "text_encoder")], None),
+    **{f"a pickle with code as {part}": (
+        lambda model, ran, part=part: pickle_weights(model / part, code=Payload(ran)), f"cannot be loaded: its {part}")
+       for part in ("unet", "vae", "text_encoder")},
+    "code that is asked for": (add_code, None),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(first_script, tiny_model, image_folder, tmp_path, name):
+    """They are loaded, or refused in one line; no code of theirs runs."""
+    change, expected = MODELS[name]
+    model, ran = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "ran"
+    change(model, ran)
+    refusal = contextlib.nullcontext() if expected is None else pytest.raises(ValueError, match=expected)
+    with refusal:
+        run(first_script, make_args(model, image_folder, tmp_path / "out", max_train_steps=1))
+    assert not ran.exists()
+
+
+def test_adapters_and_single_files_with_code(tiny_model, image_folder, tmp_path):
+    """Pickles are refused, or read without running what is in them."""
+    ran, files = tmp_path / "ran", [tmp_path / "pytorch_lora_weights.bin", tmp_path / "model.ckpt"]
+    for file in files:
+        torch.save({"state_dict": {"code": Payload(ran)}}, file)
+    script = load_script("train_text_to_image_lora.py")
+    for model, adapter, expected in ((tiny_model, files[0], "--pretrained_lora_model_name_or_path .* cannot be read"),
+                                     (files[1], None, "Only .safetensors are read")):
+        with pytest.raises(ValueError, match=expected):
+            run(script, make_args(model, image_folder, tmp_path / "out", pretrained_lora_model_name_or_path=adapter))
+    assert not ran.exists()
+
+
+def test_checkpoints_with_code(first_script, tiny_model, image_folder, tmp_path):
+    """A pickle in it with code in it is refused; of random states it is left out, as accelerate does."""
+    ran, out = tmp_path / "ran", tmp_path / "out"
+    run(first_script, make_args(tiny_model, image_folder, out, max_train_steps=1))
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        checkpoint = shutil.copytree(out / "checkpoint-1", tmp_path / name / "checkpoint-1")
+        record = json.loads((checkpoint / "run_record.json").read_text())
+        (checkpoint / "run_record.json").write_text(json.dumps({**record, "files": {}}))
+        torch.save(Payload(ran), checkpoint / name)
+        argv = make_args(tiny_model, image_folder, tmp_path / f"{name}-out", resume_from_checkpoint=checkpoint)
+        refusal = pytest.raises(ValueError, match="checkpoint-1 cannot be loaded")
+        with contextlib.nullcontext() if "random" in name else refusal:
+            run(first_script, argv)
+    assert not ran.exists()
