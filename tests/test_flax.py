@@ -818,7 +818,7 @@ def test_four_devices_give_the_loss_of_one(plain_run, tiny_model, image_folder, 
 
 
 def test_when_one_process_hangs_the_other_ends(flax, tiny_model, image_folder, tmp_path):
-    """JAX ends it as soon as the first has not been heard of for so long: by default 100 seconds, here 4."""
+    """JAX ends it as soon as the first has not been heard of for so long: by default 100 seconds, here 10."""
     log, argv = tmp_path / "log", make_args(tiny_model, image_folder, tmp_path / "out", multi_host=True)
     slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
     first, second = (
