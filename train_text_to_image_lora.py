@@ -756,7 +756,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             is_done = not accelerator.scaler or math.isfinite(numbers["grad_norm"])
             if is_done:
                 models.lr_scheduler.step()
-            if is_done and models.ema is not None:
+            if is_done and models.ema:
                 numbers["ema_decay"] = models.ema.step()
             progress.advance(step)
             meter.end_update(progress.global_step, numbers)
@@ -1863,7 +1863,7 @@ class EmaWeights:
 @contextlib.contextmanager
 def averaged_weights(models: Models):
     """Put the EMA weights, if there are any, into the networks for a while."""
-    swap = models.ema.swap if models.ema is not None else lambda: None
+    swap = models.ema.swap if models.ema else lambda: None
     swap()
     try:
         yield
@@ -2032,7 +2032,7 @@ def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
     """Write networks and EMA weights as files that diffusers loads, and the rest of the state by accelerate."""
     accelerator.save_state(str(folder))
     save_trained(accelerator, models, folder)
-    if models.ema is not None:
+    if models.ema:
         with averaged_weights(models):
             save_trained(accelerator, models, folder, averaged=True)
         if accelerator.is_main_process:
@@ -2099,7 +2099,7 @@ def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progre
         # without those that fp16 skipped; the reference's schedules count otherwise
         num_updates = schedule.last_epoch if record else get_checkpoint_step(checkpoint)
         load_trained(accelerator, models, checkpoint)
-        if models.ema is not None:
+        if models.ema:
             models.ema.num_updates = num_updates
             with averaged_weights(models):
                 load_trained(accelerator, models, checkpoint, averaged=True)
@@ -2179,8 +2179,8 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, seed:
     """Return this process's share of the pictures, each with its index, from the same noise at every call."""
     prompts, pipeline, drawn = args.validation_prompts, make_pipeline(accelerator, models), []
     pipeline.set_progress_bar_config(disable=True)
-    for turn in range(math.ceil(len(prompts) / accelerator.num_processes)):  # idle processes draw one more, unused
-        index = (turn * accelerator.num_processes + accelerator.process_index) % len(prompts)
+    for first in range(0, len(prompts), accelerator.num_processes):  # idle processes draw one more, unused
+        index = (first + accelerator.process_index) % len(prompts)
         height, width = parse_size(args.validation_size[index % len(args.validation_size)])
         generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
         with accelerator.autocast():

@@ -41,6 +41,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -85,7 +86,7 @@ from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngI
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchvision.transforms import InterpolationMode
@@ -760,7 +761,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             is_done = not accelerator.scaler or math.isfinite(numbers["grad_norm"])
             if is_done:
                 models.lr_scheduler.step()
-            if is_done and models.ema is not None:
+            if is_done and models.ema:
                 numbers["ema_decay"] = models.ema.step()
             progress.advance(step)
             meter.end_update(progress.global_step, numbers)
@@ -1457,7 +1458,7 @@ def shard_networks(args: Namespace, accelerator: Accelerator, models: Models) ->
     """
     if not args.fsdp:
         return
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mesh = DeviceMesh.from_group(torch.distributed.group.WORLD, accelerator.device.type)  # a new group waits for all
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for network in list_trained(models):
@@ -1465,15 +1466,16 @@ def shard_networks(args: Namespace, accelerator: Accelerator, models: Models) ->
         blocks = [module for module in network.modules() if type(module).__name__ in SHARDED_BLOCKS]
         for module in (*blocks, network):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
-        for name in ("__module__", "__name__", "__qualname__"):  # of FSDP2's new class: files and transformers name it
-            setattr(type(network), name, getattr(kind, name))
+        functools.update_wrapper(type(network), kind, updated=())  # FSDP2's new class: files and transformers name it
         accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)  # adds autocast only
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # whole weights that were converted, of which glibc would keep the memory
 
 
 def shard_optimizer(args: Namespace, accelerator: Accelerator, models: Models) -> None:
     """With --fsdp, have checkpoints hold whole moments, so that they resume on any number of processes."""
     optimizer = models.optimizer.optimizer
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = list(name_trained_parameters(accelerator, models).values())
 
     def state_dict() -> dict:
         state = optimizer.state_dict()
@@ -1490,13 +1492,10 @@ def shard_optimizer(args: Namespace, accelerator: Accelerator, models: Models) -
 
 
 def gather(accelerator: Accelerator, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return whole tensors, in host memory of the main process; all processes have to call this."""
-    whole = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if accelerator.is_main_process:
-            whole[name] = tensor.cpu()
-    return whole
+    """Return whole tensors, in host memory of the main process, elsewhere empty; all processes have to call this."""
+    place = "cpu" if accelerator.is_main_process else "meta"
+    return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to(place)
+            for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager
@@ -1872,7 +1871,7 @@ class EmaWeights:
 @contextlib.contextmanager
 def averaged_weights(models: Models):
     """Put the EMA weights, if there are any, into the networks for a while."""
-    swap = models.ema.swap if models.ema is not None else lambda: None
+    swap = models.ema.swap if models.ema else lambda: None
     swap()
     try:
         yield
@@ -2003,7 +2002,7 @@ def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
     """Write networks and EMA weights as files that diffusers loads, and the rest of the state by accelerate."""
     accelerator.save_state(str(folder))
     save_trained(accelerator, models, folder)
-    if models.ema is not None:
+    if models.ema:
         with averaged_weights(models):
             save_trained(accelerator, models, folder, averaged=True)
         if accelerator.is_main_process:
@@ -2070,7 +2069,7 @@ def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progre
         # without those that fp16 skipped; the reference's schedules count otherwise
         num_updates = schedule.last_epoch if record else get_checkpoint_step(checkpoint)
         load_trained(accelerator, models, checkpoint)
-        if models.ema is not None:
+        if models.ema:
             models.ema.num_updates = num_updates
             with averaged_weights(models):
                 load_trained(accelerator, models, checkpoint, averaged=True)
@@ -2146,8 +2145,8 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, seed:
     """Return this process's share of the pictures, each with its index, from the same noise at every call."""
     prompts, pipeline, drawn = args.validation_prompts, make_pipeline(accelerator, models), []
     pipeline.set_progress_bar_config(disable=True)
-    for turn in range(math.ceil(len(prompts) / accelerator.num_processes)):  # idle processes draw one more, unused
-        index = (turn * accelerator.num_processes + accelerator.process_index) % len(prompts)
+    for first in range(0, len(prompts), accelerator.num_processes):  # idle processes draw one more, unused
+        index = (first + accelerator.process_index) % len(prompts)
         height, width = parse_size(args.validation_size[index % len(args.validation_size)])
         generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
         with accelerator.autocast():
@@ -2345,7 +2344,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = make_accelerator(args)
     with accelerator.local_main_process_first():
         configs = load_model_configs(args)
-    lock = open_output_dir(args, accelerator)  # noqa: F841 - held until the end
+    lock = open_output_dir(args, accelerator)  # held until the end
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     with accelerator.main_process_first():
         images = make_captioned_images(args, None if args.dataset_name else args.train_data_dir)
@@ -2355,10 +2354,11 @@ def main(argv: list[str] | None = None) -> None:
     data = make_data(args, images, held_out_images, record["seed"], configs)
     preview_data(args, accelerator, data.train)
 
-    models = load_models(args, accelerator, configs)
+    with FileLock(f"{lock.lock_file}.turn") if args.fsdp else contextlib.nullcontext():  # each holds whole networks
+        models = load_models(args, accelerator, configs)
+        shard_networks(args, accelerator, models)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
-    shard_networks(args, accelerator, models)
     prepare_training(args, accelerator, models, data.train)
     shard_optimizer(args, accelerator, models)
     progress = resume(accelerator, models, checkpoint) if checkpoint else Progress()

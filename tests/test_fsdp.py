@@ -1,7 +1,9 @@
 """--fsdp: two processes, each with half of the model, train as two with a copy each, and leave the same files."""
 
+import json
 import re
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +66,18 @@ def run_measured(script, argv: list, log: Path) -> None:
 
 
 def measure_in_child(name: str, argv: list[str], log: str, limit: int | None, environment: dict[str, str]) -> None:
-    """Run a script; write the bytes of weights, moments and EMA weights that this process holds at the end."""
+    """Run a script; write when this process had whole networks, and the bytes of state that it holds at the end."""
     set_up_child(log, limit, environment)
     script = load_script(name)
-    original = script.finish
+    load, shard, original, turn = script.load_models, script.shard_networks, script.finish, []
+
+    def load_models(*given):
+        turn.append(time.monotonic())
+        return load(*given)
+
+    def shard_networks(*given):
+        shard(*given)
+        Path(f"{log}.{environment['RANK']}.turn").write_text(json.dumps([*turn, time.monotonic()]))
 
     def finish(args, accelerator, models, *given):
         weights = list(script.name_trained_parameters(accelerator, models).values())
@@ -77,7 +87,7 @@ def measure_in_child(name: str, argv: list[str], log: str, limit: int | None, en
         Path(f"{log}.{environment['RANK']}.bytes").write_text(str(count))
         original(args, accelerator, models, *given)
 
-    script.finish = finish
+    script.load_models, script.shard_networks, script.finish = load_models, shard_networks, finish
     script.main(argv)
 
 
@@ -122,6 +132,13 @@ def test_they_train_as_two_with_a_copy_each(pairs):
         assert abs(drawn - expected).max() <= 2  # of 255
     for folder in ("checkpoint-2", f"checkpoint-{NUM_UPDATES}", "unet", "text_encoder"):
         assert_close(fsdp / folder, copies / folder)
+
+
+def test_they_load_in_turn(pairs):
+    """One has kept its part before the other loads: a machine never holds two whole models."""
+    log = pairs[0].with_name("fsdp.log")
+    first, second = sorted(json.loads(log.with_name(f"{log.name}.{rank}.turn").read_text()) for rank in range(2))
+    assert first[0] < first[1] <= second[0] < second[1]
 
 
 def test_the_export_is_the_last_average(pairs):
