@@ -436,8 +436,8 @@ def read_caption_file(path: Path) -> list[str] | None:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         return None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
+    except Exception as error:  # a folder, a file that may not be read, or another encoding
+        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}. Mend or remove it.") from error
     return [line.strip() for line in lines if line.strip()] or [""]
 
 
@@ -880,7 +880,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
                 break
             ends_nth_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
             is_due = ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0)
-            if is_due and (args.validation_prompts or data.held_out):
+            if is_due:
                 meter.flush()
                 validate(args, accelerator, models, data, progress)
     Path(args.output_dir, PROBE).unlink(missing_ok=True)
@@ -1422,9 +1422,9 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
          "or --dataset_name NAME."),
         (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (earlier and args.resume_from_checkpoint is None,
+        (earlier == [RESULT] or earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
-         "overwrite: add --resume_from_checkpoint latest to continue it, or name another folder."),
+         "overwrite: add --resume_from_checkpoint latest to go on from a checkpoint in it, or name another folder."),
         *((getattr(args, flag) and Path(getattr(args, flag)).resolve() == out,
            f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
            "own: name another.")
@@ -1563,7 +1563,7 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
     """Create the output folder, clear what a crash has left, and return the lock that keeps other runs out."""
     folder = Path(args.output_dir).resolve()
     lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{make_key(str(folder))}.lock"), thread_local=False,
-                    is_singleton=True)  # so that a notebook may start again after an error, which keeps the lock
+                    mode=0o666, is_singleton=True)  # a notebook may start again after an error, which keeps the lock
     if accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -2334,7 +2334,7 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
         return
     saved = load_run_record(checkpoint)
     flags = saved.get("flags", {"channels_last": False})  # of the reference, which keeps no record
-    before, now = {**saved, **flags, "use_ema": (checkpoint / EMA_FOLDER).is_dir()}, {**record, **record["flags"]}
+    before, now = {**flags, **saved, "use_ema": (checkpoint / EMA_FOLDER).is_dir()}, {**record["flags"], **record}
     changed = {key: f"{key} {before[key]} -> {now[key]}" for key in sorted(
         before.keys() & now.keys() - INCONSEQUENTIAL_FLAGS - {"flags"}) if before[key] != now[key]}
     misfits = [changed[key] for key in changed if key in FIXED_FLAGS]

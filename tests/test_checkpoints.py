@@ -219,13 +219,20 @@ def test_latest_without_any_starts_afresh(script, args, saved, tmp_path):
     assert script.find_checkpoint("latest", str(tmp_path / "out")).name == "checkpoint-10"
 
 
-def test_fresh_start_over_checkpoints_is_refused(script, args, copied, capsys):
-    """Two runs must not mix in one folder by mistake: exit status 2, and nothing is touched."""
+@pytest.mark.parametrize("name", [None, "latest"])
+def test_fresh_start_over_another_run_is_refused(script, args, copied, capsys, name):
+    """Two runs must not mix in one folder by mistake: exit status 2, and nothing is touched.
+
+    `latest` starts anew where no checkpoint is, but not over a finished run whose checkpoints were removed.
+    """
+    if name == "latest":
+        for folder in copied.glob("checkpoint-*"):
+            shutil.rmtree(folder)
     before = read_folder(copied)
     with pytest.raises(SystemExit) as exits:
-        script.main(args(copied))
+        script.main(args(copied, resume_from_checkpoint=name))
     assert exits.value.code == 2
-    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+    assert f"holds {'checkpoint-2' if name is None else script.RESULT}" in capsys.readouterr().err
     assert read_folder(copied) == before
 
 

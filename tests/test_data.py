@@ -854,11 +854,16 @@ def test_output_folder_inside_the_data_is_no_data(each_script, tiny_model, tmp_p
     assert len(each_script.make_captioned_images(each_script.parse_args(argv), str(data)).captions) == 3
 
 
-def test_a_caption_file_of_another_encoding_is_named(script, tmp_path):
-    """The error says which of thousands of files to save as UTF-8."""
+def test_a_caption_file_that_cannot_be_read_is_named(script, tmp_path):
+    """The error says which of thousands of files is of another encoding, or a folder."""
     make_image(0).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_bytes("Käse".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+    file = tmp_path / "a.txt"
+    file.write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt cannot be read as UTF-8 text: .*0xe4"):
+        load_images(script, tmp_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match=r"a\.txt cannot be read as UTF-8 text: .*directory"):
         load_images(script, tmp_path)
 
 

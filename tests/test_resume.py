@@ -181,14 +181,14 @@ def test_seed_that_was_drawn_is_kept_with_the_checkpoint(script, args, tmp_path)
     assert read_scalars(tmp_path / "other", "train_loss")[1] != read_scalars(tmp_path / "whole", "train_loss")[1]
 
 
-@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize("seed", [3, None, 4])
 def test_another_seed_is_named_in_a_warning(script, args, never_stopped, seed, tmp_path, caplog):
-    """The seed of the checkpoint, given again, is no change; another one is, and it is the one that counts."""
+    """The seed of the checkpoint, given again or not, is no change; another one is, and it is the one that counts."""
     whole, batches = never_stopped(script, args, checkpointing_steps=3)
     after = watch(script, args(tmp_path / "out", seed=seed, resume_from_checkpoint=whole / "checkpoint-3"))
     assert ("seed 3 -> 4" in caplog.text) == (seed == 4)
-    assert (after == batches[3:]) == (seed == 3)
-    assert ("with the same data, noise and settings" in caplog.text) == (seed == 3)
+    assert (after == batches[3:]) == (seed != 4)
+    assert ("with the same data, noise and settings" in caplog.text) == (seed != 4)
 
 
 # ---- Signals --------------------------------------------------------------------------------------------------------
