@@ -134,14 +134,14 @@ def run_in_child(name: str, argv: list[str], log: str, limit: int | None, enviro
 def fail_at(moment: str, count: int, number: int, name: str, argv: list[str], *others) -> None:
     """Run a script where the process of rank 1 gets a signal as it enters a function for the `count`th time.
 
-    The other waits 4 seconds for it while it trains, else 8; of JAX 10. `others` are for `set_up_child`.
+    The other waits 10 seconds for it while it trains, else 20; of JAX 10. `others` are for `set_up_child`.
     """
     set_up_child(*others)
     script = load_script(name)
     if hasattr(script, "jax"):
         script.jax.distributed.initialize = partial(script.jax.distributed.initialize, heartbeat_timeout_seconds=10)
     else:
-        script.LONGEST_WAIT, script.LONGEST_PAUSE = timedelta(seconds=8), timedelta(seconds=4)
+        script.LONGEST_WAIT, script.LONGEST_PAUSE = timedelta(seconds=20), timedelta(seconds=10)
     original, calls = getattr(script, moment), itertools.count(1)
 
     def failing(*args, **kwargs):

@@ -178,7 +178,7 @@ class Victim:
             run, end = runs[victim % len(runs)], time.monotonic() + PATIENCE
             while run.process.is_alive() and moment not in ("start", *(name for _, name, _ in read_moments(run))):
                 assert time.monotonic() < end, f"stuck before {moment}: {run.log.read_text()}"
-                time.sleep(0.001)
+                time.sleep(0.005)
             time.sleep(delay)
             with contextlib.suppress(ProcessLookupError):
                 run.kill(number)
