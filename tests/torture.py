@@ -285,7 +285,8 @@ def main() -> None:
     print(f"--seed {args.seed}")
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache",
-                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+                       "XLA_FLAGS": "--xla_backend_optimization_level=1"}
         for name in args.scripts:
             if args.long:
                 run_long(name, Path(folder, name), args.long)
