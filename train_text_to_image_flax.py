@@ -437,7 +437,7 @@ def read_caption_file(path: Path) -> list[str] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a folder, a file that may not be read, or another encoding
-        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}. Mend or remove it.") from error
+        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}. Save it as UTF-8, or remove it.") from error
     return [line.strip() for line in lines if line.strip()] or [""]
 
 
@@ -584,8 +584,8 @@ class Samples:
         corner, flip = rng("crop", *where).random(2), self.args.random_flip and rng("flip", *where).random() < 0.5
         if self.latents is None:
             picture, source = self.read(use.index)
-            image = {**transform_image(picture, self.args, self.sizes[bucket], corner, flip),
-                     "sources": np.int64(source)}
+            image = transform_image(picture, self.args, self.sizes[bucket], corner, flip)
+            image["sources"] = np.int64(source)
         else:
             crop = int(corner[0] * self.num_crops)
             image = self.latents.read((use.index * self.num_crops + crop) * self.num_flips + flip)
@@ -599,13 +599,13 @@ class Samples:
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes[bucket].items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        return {**image, **text, **noises, "timesteps": timestep, "weights": np.float32(use.weight)}
+        return image | text | noises | {"timesteps": timestep, "weights": np.float32(use.weight)}
 
     def make_variants(self, index: int) -> list[dict]:
         """Return the crops of an image that are cached, the same for any seed."""
         (image, source), size = self.read(index), self.sizes[self.buckets[index]]
         corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
-        return [{**transform_image(image, self.args, size, corner, flip), "sources": np.int64(source)}
+        return [transform_image(image, self.args, size, corner, flip) | {"sources": np.int64(source)}
                 for corner in corners for flip in range(self.num_flips)]
 
     def make_order(self, epoch: int, update_size: int) -> np.ndarray:
@@ -879,8 +879,8 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
             if ends_run:
                 break
             ends_nth_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
-            is_due = ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0)
-            if is_due:
+            is_due = ends_nth_epoch or args.validation_steps and progress.global_step % args.validation_steps == 0
+            if is_due and (args.validation_prompts or data.held_out):
                 meter.flush()
                 validate(args, accelerator, models, data, progress)
     Path(args.output_dir, PROBE).unlink(missing_ok=True)
@@ -1233,7 +1233,7 @@ fraction = in_range(float, 0, 1)
 def image_size(text: str) -> int | str:
     """An argparse type: 512 as a number, 768x512 (width x height) as it is."""
     if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})?", text):
-        raise ArgumentTypeError(f"must be from 1 to 99999, as 512 or 768x512 (width x height), got {text!r}")
+        raise ArgumentTypeError(f"must be from 1 to 99999, such as 512 or 768x512 (width x height), got {text!r}")
     return text if "x" in text else int(text)
 
 
@@ -1424,7 +1424,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
         (earlier == [RESULT] or earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
-         "overwrite: add --resume_from_checkpoint latest to go on from a checkpoint in it, or name another folder."),
+         "overwrite: name another folder or, to go on from a checkpoint in it, add --resume_from_checkpoint latest."),
         *((getattr(args, flag) and Path(getattr(args, flag)).resolve() == out,
            f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
            "own: name another.")
@@ -1451,7 +1451,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         *((getattr(args, flag, False) and importlib.util.find_spec(package) is None,
            f"--{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
           for flag, package in OPTIONAL_PACKAGES.items()),
-        *((tracker not in TRACKERS or (tracker != "all" and importlib.util.find_spec(tracker) is None),
+        *((tracker not in TRACKERS or tracker != "all" and importlib.util.find_spec(tracker) is None,
            f"--report_to {tracker} is unknown or not installed: choose from {', '.join(TRACKERS)}, several with "
            "commas, or none alone.")
           for tracker in args.report_to.split(",") if args.report_to != "none"),
@@ -1805,7 +1805,7 @@ def make_scheduler_config(args: Namespace, config: dict) -> dict:
 
 
 @contextlib.contextmanager
-def explained_load(args: Namespace, part: str = ""):
+def explained_load(args: Namespace, part: str):
     """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
@@ -2334,7 +2334,7 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
         return
     saved = load_run_record(checkpoint)
     flags = saved.get("flags", {"channels_last": False})  # of the reference, which keeps no record
-    before, now = {**flags, **saved, "use_ema": (checkpoint / EMA_FOLDER).is_dir()}, {**record["flags"], **record}
+    before, now = flags | saved | {"use_ema": (checkpoint / EMA_FOLDER).is_dir()}, record["flags"] | record
     changed = {key: f"{key} {before[key]} -> {now[key]}" for key in sorted(
         before.keys() & now.keys() - INCONSEQUENTIAL_FLAGS - {"flags"}) if before[key] != now[key]}
     misfits = [changed[key] for key in changed if key in FIXED_FLAGS]
@@ -2825,7 +2825,7 @@ def main(argv: list[str] | None = None) -> None:
     data = make_data(args, images, held_out_images, record["seed"], configs)
     preview_data(args, accelerator, data.train)
 
-    with explained_load(args):
+    with explained_load(args, ""):
         models = load_models(args, accelerator, configs)
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config)

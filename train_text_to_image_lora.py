@@ -399,7 +399,7 @@ def read_caption_file(path: Path) -> list[str] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a folder, a file that may not be read, or another encoding
-        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}. Mend or remove it.") from error
+        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}. Save it as UTF-8, or remove it.") from error
     return [line.strip() for line in lines if line.strip()] or [""]
 
 
@@ -547,8 +547,8 @@ class Samples:
         corner, flip = rng("crop", *where).random(2), self.args.random_flip and rng("flip", *where).random() < 0.5
         if self.latents is None:
             picture, source = self.read(use.index)
-            image = {**transform_image(picture, self.args, self.sizes[bucket], corner, flip),
-                     "sources": np.int64(source)}
+            image = transform_image(picture, self.args, self.sizes[bucket], corner, flip)
+            image["sources"] = np.int64(source)
         else:
             crop = int(corner[0] * self.num_crops)
             image = self.latents.read((use.index * self.num_crops + crop) * self.num_flips + flip)
@@ -562,13 +562,13 @@ class Samples:
         noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes[bucket].items()}
         timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
-        return {**image, **text, **noises, "timesteps": timestep, "weights": np.float32(use.weight)}
+        return image | text | noises | {"timesteps": timestep, "weights": np.float32(use.weight)}
 
     def make_variants(self, index: int) -> list[dict]:
         """Return the crops of an image that are cached, the same for any seed."""
         (image, source), size = self.read(index), self.sizes[self.buckets[index]]
         corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
-        return [{**transform_image(image, self.args, size, corner, flip), "sources": np.int64(source)}
+        return [transform_image(image, self.args, size, corner, flip) | {"sources": np.int64(source)}
                 for corner in corners for flip in range(self.num_flips)]
 
     def make_order(self, epoch: int, update_size: int) -> np.ndarray:
@@ -752,7 +752,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
                        "grad_norm": accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)}
             models.optimizer.step()
             models.optimizer.zero_grad()
-            # an update that overflows is skipped in fp16, by fused AdamW on the device: only the norm tells
+            # in fp16 an update that overflows is skipped, by fused AdamW on the device: only the norm shows it
             is_done = not accelerator.scaler or math.isfinite(numbers["grad_norm"])
             if is_done:
                 models.lr_scheduler.step()
@@ -769,8 +769,8 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             if ends_run:
                 break
             ends_nth_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
-            is_due = ends_nth_epoch or (args.validation_steps and progress.global_step % args.validation_steps == 0)
-            if is_due:
+            is_due = ends_nth_epoch or args.validation_steps and progress.global_step % args.validation_steps == 0
+            if is_due and (args.validation_prompts or data.held_out):
                 meter.flush()
                 validate(args, accelerator, models, objective, data, progress)
     Path(args.output_dir, PROBE).unlink(missing_ok=True)
@@ -842,7 +842,7 @@ fraction = in_range(float, 0, 1)
 def image_size(text: str) -> int | str:
     """An argparse type: 512 as a number, 768x512 (width x height) as it is."""
     if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})?", text):
-        raise ArgumentTypeError(f"must be from 1 to 99999, as 512 or 768x512 (width x height), got {text!r}")
+        raise ArgumentTypeError(f"must be from 1 to 99999, such as 512 or 768x512 (width x height), got {text!r}")
     return text if "x" in text else int(text)
 
 
@@ -1059,7 +1059,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
         (earlier == [RESULT] or earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
-         "overwrite: add --resume_from_checkpoint latest to go on from a checkpoint in it, or name another folder."),
+         "overwrite: name another folder or, to go on from a checkpoint in it, add --resume_from_checkpoint latest."),
         *((getattr(args, flag) and Path(getattr(args, flag)).resolve() == out,
            f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
            "own: name another.")
@@ -1086,7 +1086,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         *((getattr(args, flag, False) and importlib.util.find_spec(package) is None,
            f"--{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
           for flag, package in OPTIONAL_PACKAGES.items()),
-        *((tracker not in TRACKERS or (tracker != "all" and importlib.util.find_spec(tracker) is None),
+        *((tracker not in TRACKERS or tracker != "all" and importlib.util.find_spec(tracker) is None,
            f"--report_to {tracker} is unknown or not installed: choose from {', '.join(TRACKERS)}, several with "
            "commas, or none alone.")
           for tracker in args.report_to.split(",") if args.report_to != "none"),
@@ -1188,7 +1188,7 @@ class StopRequest:
         self.signal_number, self.previous, self.group = 0, {}, None
         if accelerator.num_processes > 1:  # not NCCL, which would wait for the GPU
             self.group = torch.distributed.new_group(timeout=LONGEST_PAUSE, backend="gloo")
-            set_timeout(LONGEST_PAUSE)  # of the group of all else
+            set_timeout(LONGEST_PAUSE)  # of the default group
 
     def __enter__(self) -> StopRequest:
         try:
@@ -1369,7 +1369,7 @@ def make_scheduler_config(args: Namespace, config: dict) -> dict:
 
 
 @contextlib.contextmanager
-def explained_load(args: Namespace, part: str = ""):
+def explained_load(args: Namespace, part: str):
     """Say which flag has named files that cannot be loaded, or that the installed packages are at fault."""
     try:
         yield
@@ -1782,10 +1782,10 @@ def make_optimizer(args: Namespace, groups: list[dict]):
     if args.use_8bit_adam:
         import bitsandbytes
 
-        # it would wait for the device after each tensor, which only moments in paged memory need
+        # it would wait for the device after each tensor, which only moments in paged memory (not ours) need
         bitsandbytes.optim.optimizer.sync_gpu = lambda tensor: None
         return bitsandbytes.optim.AdamW8bit(*settings)
-    return torch.optim.AdamW(*settings, fused=True)
+    return torch.optim.AdamW(*settings, fused=not hasattr(torch, "npu"))  # where older releases lack it
 
 
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
@@ -1963,7 +1963,7 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
         return
     saved = load_run_record(checkpoint)
     flags = saved.get("flags", {"channels_last": False})  # of the reference, which keeps no record
-    before, now = {**flags, **saved, "use_ema": (checkpoint / EMA_FOLDER).is_dir()}, {**record["flags"], **record}
+    before, now = flags | saved | {"use_ema": (checkpoint / EMA_FOLDER).is_dir()}, record["flags"] | record
     changed = {key: f"{key} {before[key]} -> {now[key]}" for key in sorted(
         before.keys() & now.keys() - INCONSEQUENTIAL_FLAGS - {"flags"}) if before[key] != now[key]}
     misfits = [changed[key] for key in changed if key in FIXED_FLAGS]
@@ -2357,13 +2357,13 @@ class Meter:
         """Yield what `batches` yields, and measure how long each was waited for."""
         began = time.perf_counter()
         for step_and_batch in batches:
-            self.waited += time.perf_counter() - began
-            yield step_and_batch
-            began = time.perf_counter()
             if not self.num_images:  # just read: what was done since, such as saving, is not training
                 self.started = began
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
+            self.waited += time.perf_counter() - began
+            yield step_and_batch
+            began = time.perf_counter()
 
     def add(self, step: MicroStep, batch: dict[str, Tensor], numbers: dict) -> None:
         """Add a micro step to its update."""

@@ -277,13 +277,14 @@ def test_gradients_that_are_not_finite_stop_the_run(script, args, tmp_path, scal
 @in_first_script
 def test_peak_memory_is_of_training_alone(script, args, tmp_path, monkeypatch):
     """It is counted anew from each batch after a reading: encoding before it and drawing are not training."""
-    anew = []
+    anew, used = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: anew.append(used))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: anew.append(len(used)))
     meter = script.Meter(script.parse_args(args(tmp_path / "out")), SimpleNamespace(is_main_process=False), 0, 9)
-    for used in meter.time_waits(iter(range(5))):
-        meter.num_images = 0 if used == 2 else 1  # where it has been read
-    assert anew == [2]
+    for batch in meter.time_waits(iter(range(5))):
+        used.append(batch)
+        meter.num_images = 0 if batch == 2 else 1  # where it has been read
+    assert anew == [0, 3]
 
 
 # ---- Trackers -------------------------------------------------------------------------------------------------------
