@@ -1796,7 +1796,7 @@ def compute_vae_factor(vae_config: dict) -> int:
 
 def make_scheduler_config(args: Namespace, config: dict) -> dict:
     """Return the scheduler configuration to train with and to export."""
-    config = {**config, "prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
+    config = config | {"prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
     if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if args.rescale_betas_zero_snr or config["prediction_type"] == "sample":  # PNDM, the usual one, can do neither
@@ -2394,7 +2394,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (aside / RUN_RECORD).write_text(json.dumps(
-                {**record, "progress": vars(progress), "files": digest_files(aside)}, indent=1))
+                record | {"progress": vars(progress), "files": digest_files(aside)}, indent=1))
             replace_folder(aside, place)
     except Exception as error:  # of several libraries, which do not all say what is wrong
         raise RuntimeError(f"{place} could not be written: {error}. Is the disk full or gone, or did a process end? "
@@ -2658,7 +2658,7 @@ def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
         text += "![Pictures drawn after the last update](./val_imgs_grid.png)\n\n"
     prompt = args.validation_prompts[0] if args.validation_prompts else "a prompt like the captions it was trained on"
     text += f"## Use\n\n```python\n{make_example(args, prompt)}\n```\n\n## Training\n\n"
-    facts = {**vars(args), "updates": progress.global_step, "seed": seed}
+    facts = vars(args) | {"updates": progress.global_step, "seed": seed}
     text += "".join(f"- {name}: {facts[name]}\n" for name in CARD_FACTS if facts.get(name) is not None)
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -1360,7 +1360,7 @@ def compute_vae_factor(vae_config: dict) -> int:
 
 def make_scheduler_config(args: Namespace, config: dict) -> dict:
     """Return the scheduler configuration to train with and to export."""
-    config = {**config, "prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
+    config = config | {"prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
     if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if args.rescale_betas_zero_snr or config["prediction_type"] == "sample":  # PNDM, the usual one, can do neither
@@ -1535,7 +1535,7 @@ def set_up_networks(args: Namespace, models: Models) -> None:
         models.unet.enable_npu_flash_attention()
     if args.channels_last:
         models.unet.to(memory_format=torch.channels_last)
-    if args.torch_compile:
+    if args.torch_compile and not vars(args).get("fsdp"):  # which compiles block by block
         models.unet.compile()  # in place, so that names and files stay those of the plain network
 
 
@@ -1624,8 +1624,8 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
             batches = images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
             moments = torch.cat([encode_images(vae, batch).flatten(1).cpu() for batch in batches])
             encoded |= zip(distinct, F.pad(moments, (0, size - moments.shape[1])).numpy(), strict=True)
-        return {"moments": [encoded[crop] for crop in crops],
-                **{name: [variant[name] for variant in variants] for name in ("time_ids", "sources")}}
+        return {"moments": [encoded[crop] for crop in crops]} | {
+            name: [variant[name] for variant in variants] for name in ("time_ids", "sources")}
 
     rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_crops * samples.num_flips)
     rows.fill(accelerator, partial(map_in_threads, samples.make_variants), encode)
@@ -1652,8 +1652,8 @@ def encode_texts(models: Models, captions: list[str]) -> dict[str, np.ndarray]:
     """Return what `encode_captions` returns, in float32, and `num_long`: whether each caption fills all tokens."""
     batch = collate([{"caption": caption} for caption in captions], list_tokenizers(models))
     states = encode_captions(models, send_to_device(batch, models.text_encoder.device))
-    return {**{name: values.float().cpu().numpy() for name, values in states.items()},
-            "num_long": batch["num_long"].numpy()}
+    return {name: values.float().cpu().numpy() for name, values in states.items()} | {
+        "num_long": batch["num_long"].numpy()}
 
 
 class EncodedRows:
@@ -1857,7 +1857,7 @@ class EmaWeights:
         state = {"decay": self.decay, "min_decay": self.min_decay, "optimization_step": self.num_updates,
                  "update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
         before = json.loads(config.read_text()) if config.is_file() else {}
-        config.write_text(json.dumps({**before, **state}, indent=2))
+        config.write_text(json.dumps(before | state, indent=2))
 
 
 @contextlib.contextmanager
@@ -2050,7 +2050,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (aside / RUN_RECORD).write_text(json.dumps(
-                {**record, "progress": vars(progress), "files": digest_files(aside)}, indent=1))
+                record | {"progress": vars(progress), "files": digest_files(aside)}, indent=1))
             replace_folder(aside, place)
     except Exception as error:  # of several libraries, which do not all say what is wrong
         raise RuntimeError(f"{place} could not be written: {error}. Is the disk full or gone, or did a process end? "
@@ -2107,7 +2107,7 @@ def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progre
         raise ValueError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
                          "it was.") from error
     # also moves the step counts to the device, which the reference leaves on the CPU
-    optimizer.load_state_dict({**optimizer.state_dict(), "param_groups": settings})
+    optimizer.load_state_dict(optimizer.state_dict() | {"param_groups": settings})
     schedule.base_lrs, schedule.last_epoch = base_lrs, num_updates - 1
     schedule.step()
     schedule._step_count = num_updates + 1  # as in an uninterrupted run
@@ -2315,7 +2315,7 @@ def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
         text += "![Pictures drawn after the last update](./val_imgs_grid.png)\n\n"
     prompt = args.validation_prompts[0] if args.validation_prompts else "a prompt like the captions it was trained on"
     text += f"## Use\n\n```python\n{make_example(args, prompt)}\n```\n\n## Training\n\n"
-    facts = {**vars(args), "updates": progress.global_step, "seed": seed}
+    facts = vars(args) | {"updates": progress.global_step, "seed": seed}
     text += "".join(f"- {name}: {facts[name]}\n" for name in CARD_FACTS if facts.get(name) is not None)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -2375,7 +2375,7 @@ class Meter:
 
     def end_update(self, global_step: int, numbers: dict) -> None:
         """Finish an update; every --logging_steps of them, read and log the numbers."""
-        self.updates[global_step] = {**self.numbers, **numbers}
+        self.updates[global_step] = self.numbers | numbers
         self.numbers = {}
         if len(self.updates) >= self.logging_steps:
             self.flush()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -195,6 +196,17 @@ def test_updates_in_the_backward_pass_are_those_after_it(script, args, tmp_path)
 
 
 @in_first_script
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for the CPU with a C++ compiler")
+def test_compiled_blocks_train_as_plain_ones(script, args, pairs, tmp_path):
+    """With --torch_compile a run goes on from any checkpoint, and differs by rounding; files keep their names."""
+    out, last = tmp_path / "out", f"checkpoint-{NUM_UPDATES}"
+    argv = args(out, fsdp=True, torch_compile=True, resume_from_checkpoint=pairs[0] / "checkpoint-2", **QUIET)
+    run_pair(script, argv, tmp_path / "log")
+    assert_close(out / last, pairs[0] / last)
+    assert "recompile_limit" not in (tmp_path / "log").read_text()
+
+
+@in_first_script
 def test_validation_that_fails_in_one_process_ends_both(script, args, tmp_path):
     """The other would wait for its part of the weights: the run ends, and says why."""
     broken, out = make_image_folder(tmp_path / "broken", count=5), tmp_path / "out"
@@ -221,7 +233,7 @@ def test_where_one_is_killed_the_other_says_what_to_do(script, args, killed, fsd
 
 
 @in_first_script
-@pytest.mark.parametrize("flag", ["use_8bit_adam", "use_adafactor", "channels_last", "torch_compile"])
+@pytest.mark.parametrize("flag", ["use_8bit_adam", "use_adafactor", "channels_last"])
 def test_what_cannot_be_sharded_is_refused(script, args, flag, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
