@@ -5,14 +5,15 @@ import re
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FULL_SCRIPTS, load_script, make_args, make_image_folder, read_scalars
+from conftest import FULL_SCRIPTS, load_script, make_args, make_image, make_image_folder, read_scalars
 from PIL import Image
-from runs import assert_same_checkpoint, read_folder, read_trained, run, run_pair, set_up_child, start_pair
+from runs import assert_same_checkpoint, fail_at, read_folder, read_trained, run, run_pair, set_up_child, start_pair
 from safetensors.torch import load_file
 
 NUM_UPDATES = 4
@@ -193,6 +194,25 @@ def test_updates_in_the_backward_pass_are_those_after_it(script, args, tmp_path)
     run_pair(script, args(tmp_path / "pair", fsdp=True, **flags), tmp_path / "log")
     run(script, args(tmp_path / "one", train_batch_size=4, **flags))
     assert_close(tmp_path / "pair/checkpoint-2", tmp_path / "one/checkpoint-2")
+
+
+@in_first_script
+def test_caches_buckets_and_a_stop(script, args, tmp_path):
+    """Encoded images of two shapes, stopped by SIGTERM and resumed, train as copies do that are never stopped."""
+    data, out, log, last = make_image_folder(tmp_path / "data"), tmp_path / "out", tmp_path / "log", "checkpoint-4"
+    for index in range(4):
+        make_image(index, (64, 32)).save(data / f"{index:03d}.png")
+    flags = {"train_data_dir": data, "aspect_ratio_buckets": True, "bucket_step": 8, "train_text_encoder": None,
+             "cache_latents": True, "no_cache_text_embeddings": None, "cache_text_embeddings": True,
+             "encoded_dir": tmp_path / "encoded", "max_train_steps": 4, **QUIET}
+    run_pair(script, args(tmp_path / "copies", **flags), log)
+    stopping = partial(fail_at, "train_step", 3, signal.SIGTERM)  # in the second update
+    first, second = start_pair(script, args(out, fsdp=True, **flags), log, target=stopping)
+    with first, second:
+        assert (first.end(), second.end()) == (128 + signal.SIGTERM,) * 2, log.read_text()
+    assert "stopped by SIGTERM after update 2" in log.read_text()
+    run_pair(script, args(out, fsdp=True, resume_from_checkpoint="latest", **flags), log)
+    assert_close(out / last, tmp_path / "copies" / last)
 
 
 @in_first_script
