@@ -80,7 +80,7 @@ def test_one_size_without_buckets(first_script):
 def test_other_sizes_are_refused(script, resolution, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(make_args("model", tmp_path, tmp_path / "out", resolution=resolution))
-    message = f"must be from 1 to 99999, as 512 or 768x512 (width x height), got {resolution!r}"
+    message = f"must be from 1 to 99999, such as 512 or 768x512 (width x height), got {resolution!r}"
     assert message in capsys.readouterr().err
 
 

@@ -56,9 +56,9 @@ IMPOSSIBLE_VALUES = [
     ("mixed_precision", "fp8", "choose from"),
     ("image_interpolation_mode", "cubic", "choose from"),
     ("timestep_bias_strategy", "middle", "choose from"),
-    ("resolution", "big", "must be from 1 to 99999, as 512 or 768x512"),
-    ("resolution", "0", "must be from 1 to 99999, as 512 or 768x512"),
-    ("validation_size", "-1", "must be from 1 to 99999, as 512 or 768x512"),
+    ("resolution", "big", "must be from 1 to 99999, such as 512 or 768x512"),
+    ("resolution", "0", "must be from 1 to 99999, such as 512 or 768x512"),
+    ("validation_size", "-1", "must be from 1 to 99999, such as 512 or 768x512"),
     ("learning_rate", "1e", "invalid float value"),
     ("max_train_steps", "10.5", "invalid int value"),
 ]
