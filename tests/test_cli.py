@@ -419,7 +419,7 @@ def test_an_installation_at_fault_does_not_blame_the_model(each_script, tiny_mod
     """A missing package, or one of a version that does not fit, is reported with how to install."""
     args = each_script.parse_args(make_args(tiny_model, image_folder, tmp_path / "out"))
     with pytest.raises(ImportError, match="pip install -r requirements.*-c constraints.txt") as told, \
-            each_script.explained_load(args):
+            each_script.explained_load(args, ""):
         fail()
     assert "no_such_package" in str(told.value) or "99.0" in str(told.value)
     assert str(tiny_model) not in str(told.value)
