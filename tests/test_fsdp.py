@@ -215,13 +215,23 @@ def test_caches_buckets_and_a_stop(script, args, tmp_path):
     assert_close(out / last, tmp_path / "copies" / last)
 
 
+def count_graphs(name: str, argv: list[str], log: str, limit: int | None, environment: dict[str, str]) -> None:
+    """Run a script; write how many graphs torch has compiled."""
+    set_up_child(log, limit, environment)
+    load_script(name).main(argv)
+    Path(f"{log}.{environment['RANK']}.graphs").write_text(str(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+
+
 @in_first_script
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for the CPU with a C++ compiler")
 def test_compiled_blocks_train_as_plain_ones(script, args, pairs, tmp_path):
     """With --torch_compile a run goes on from any checkpoint, and differs by rounding; files keep their names."""
     out, last = tmp_path / "out", f"checkpoint-{NUM_UPDATES}"
     argv = args(out, fsdp=True, torch_compile=True, resume_from_checkpoint=pairs[0] / "checkpoint-2", **QUIET)
-    run_pair(script, argv, tmp_path / "log")
+    first, second = start_pair(script, argv, tmp_path / "log", target=count_graphs)
+    with first, second:
+        assert (first.end(), second.end()) == (0, 0), (tmp_path / "log").read_text()
+    assert all(int(Path(tmp_path, f"log.{rank}.graphs").read_text()) > 0 for rank in range(2))
     assert_close(out / last, pairs[0] / last)
     assert "recompile_limit" not in (tmp_path / "log").read_text()
 
