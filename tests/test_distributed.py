@@ -213,11 +213,12 @@ def test_one_process_goes_on_where_two_stopped(script, args, pair, tmp_path, cap
 
 
 FAILURES = {  # what one process does: the function in which it does that, at which call, and what the other says
-    "is killed while encoding": ("encode_images", 1, signal.SIGKILL, "Connection closed by peer"),
+    "is killed while encoding": ("encode_images", 1, signal.SIGKILL, "Connection (closed|reset) by peer"),
     "hangs while encoding": ("encode_images", 1, signal.SIGSTOP, "Timed out waiting 20000ms"),
     "hangs in training": ("train_step", 4, signal.SIGSTOP, "Timed out waiting 10000ms"),
     "is killed while drawing": ("draw_images", 1, signal.SIGKILL, "another process has ended, or hangs: see its log"),
-    "is killed while saving": ("save_state", 2, signal.SIGKILL, "checkpoint-4 could not be written: .*closed by peer"),
+    "is killed while saving":
+        ("save_state", 2, signal.SIGKILL, "checkpoint-4 could not be written: .*(closed|reset) by peer"),
 }
 
 
