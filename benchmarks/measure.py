@@ -108,12 +108,7 @@ class TorchClock:
         if "synchronizing" not in str(message):
             return
         stack = [frame for frame in traceback.extract_stack()[:-1] if not frame.filename.endswith("warnings.py")]
-        in_script = [frame for frame in stack if frame.filename == self.script]
-        name = f"{pathlib.Path(self.script).name}:{in_script[-1].lineno} {in_script[-1].line}" if in_script else "?"
-        inner = stack[-1] if stack else None
-        if inner and inner.filename != self.script:
-            name += f"  ({'/'.join(pathlib.Path(inner.filename).parts[-3:])}:{inner.lineno})"
-        self.syncs[name] += 1
+        self.syncs[describe_line(stack, self.script)] += 1
 
     def list_seconds(self) -> list[float]:
         """Return the seconds of each measured update."""
@@ -130,6 +125,15 @@ class TorchClock:
             "device": cuda.get_device_name() if self.cuda else describe_cpu(self.torch.get_num_threads()),
             "versions": get_versions(self.packages) | ({"cuda": self.torch.version.cuda} if self.cuda else {}),
         }
+
+
+def describe_line(stack: traceback.StackSummary, script: str) -> str:
+    """Return the line of the script that a stack is in, and the innermost one that was called from there."""
+    in_script = [frame for frame in stack if frame.filename == script]
+    name = f"{pathlib.Path(script).name}:{in_script[-1].lineno} {in_script[-1].line}" if in_script else "?"
+    if stack and stack[-1].filename != script:
+        name += f"  ({'/'.join(pathlib.Path(stack[-1].filename).parts[-3:])}:{stack[-1].lineno})"
+    return name
 
 
 class JaxClock:
