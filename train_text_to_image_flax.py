@@ -91,6 +91,10 @@ logger = logging.getLogger(__name__)
 MODEL_KIND = "Stable Diffusion 1.x or 2.x"
 
 
+class UserError(ValueError):
+    """What the user can put right: shown in one line, without a traceback."""
+
+
 @dataclass
 class Progress:
     """Position in training; with the seed it determines the next batch."""
@@ -98,10 +102,6 @@ class Progress:
     global_step: int = 0  # optimizer updates so far
     epoch: int = 0  # completed passes over the data
     samples_seen: int = 0  # samples of this epoch used so far, over all processes
-
-    def advance(self, step: MicroStep) -> None:
-        """Count the update that ends with `step`."""
-        self.global_step, self.epoch, self.samples_seen = self.global_step + 1, step.epoch, step.last
 
 
 class SampleUse(NamedTuple):
@@ -289,8 +289,8 @@ def compute_alphas_cumprod(config: dict) -> np.ndarray:
              "scaled_linear": np.linspace(first**0.5, last**0.5, count) ** 2,
              "squaredcos_cap_v2": np.minimum(1 - cosine[1:] / cosine[:-1], 0.999)}
     if trained is None and schedule not in betas:
-        raise ValueError(f"the scheduler's beta_schedule {schedule} is not implemented here: choose from "
-                         f"{', '.join(betas)}, or use train_text_to_image.py.")
+        raise UserError(f"the scheduler's beta_schedule {schedule} is not implemented here: choose from "
+                        f"{', '.join(betas)}, or use train_text_to_image.py.")
     alphas_cumprod = np.cumprod(1 - (betas[schedule] if trained is None else np.array(trained)))
     if config.get("rescale_betas_zero_snr"):
         root = np.sqrt(alphas_cumprod)
@@ -328,17 +328,17 @@ def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImage
     source = folder or args.dataset_name
     rows, captions = load_image_folder(folder, args) if folder else load_rows(args)
     if not captions:
-        raise ValueError(f"{source} has no images that Pillow reads: unpack archives, or name data that `datasets` "
-                         "loads with --dataset_name.")
+        raise UserError(f"{source} has no images that Pillow reads: unpack archives, or name data that `datasets` "
+                        "loads with --dataset_name.")
     images = rows.cast_column(args.image_column, datasets.Image(decode=False))[args.image_column]
     captions = [[texts] if isinstance(texts, str) else texts for texts in captions]
     bad = [row for row, texts in enumerate(captions)
            if not isinstance(texts, list) or {type(text) for text in texts} != {str}]
     if bad:
-        raise ValueError(f"{len(bad)} of {len(captions)} images in {source} have no caption: row {bad[0]} "
-                         f"({get_path(images[bad[0]])}) has {captions[bad[0]]!r} in --caption_column "
-                         f"{args.caption_column}. A caption is a string or a list of at least one string: in the "
-                         "column, in a metadata.jsonl with file_name, or in a .txt beside the image.")
+        raise UserError(f"{len(bad)} of {len(captions)} images in {source} have no caption: row {bad[0]} "
+                        f"({get_path(images[bad[0]])}) has {captions[bad[0]]!r} in --caption_column "
+                        f"{args.caption_column}. A caption is a string or a list of at least one string: in the "
+                        "column, in a metadata.jsonl with file_name, or in a .txt beside the image.")
     captions = datasets.Dataset.from_dict({"captions": captions})["captions"]  # Arrow: loader processes share it
     return CaptionedImages(images, captions)
 
@@ -351,17 +351,16 @@ def load_rows(args: Namespace) -> tuple[datasets.Dataset, list]:
         rows = datasets.load_from_disk(saved[0]) if saved else datasets.load_dataset(
             name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, data_dir=args.train_data_dir)
     except Exception as error:  # `datasets` raises many kinds
-        raise ValueError(f"--dataset_name {name} cannot be loaded: {error} {error.__cause__ or ''}") from error
+        raise UserError(f"--dataset_name {name} cannot be loaded: {error} {error.__cause__ or ''}") from error
     check_columns(args, name, rows.column_names)
     return rows, rows[args.caption_column][:]
 
 
 def check_columns(args: Namespace, source: str | Path, columns: list[str]) -> None:
-    """Refuse --image_column and --caption_column if the data lack them."""
     for flag in ("image_column", "caption_column"):
         if getattr(args, flag) not in columns:
-            raise ValueError(f"--{flag} {getattr(args, flag)} is not in {source}: its columns are "
-                             f"{', '.join(columns)}.")
+            raise UserError(f"--{flag} {getattr(args, flag)} is not in {source}: its columns are "
+                            f"{', '.join(columns)}.")
 
 
 def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, list]:
@@ -377,9 +376,9 @@ def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, l
     refused = [path for path in images if ".." in path.relative_to(folder).parts
                or not (args.skip_broken_images or is_image(path))]
     if refused:
-        raise ValueError(f"{len(refused)} of {len(images)} images that the metadata in {folder} names are not in it, "
-                         f"or of a format that Pillow does not read: the first is {refused[0]}. Fix file_name, unpack "
-                         "archives, move or convert the images, or drop these rows.")
+        raise UserError(f"{len(refused)} of {len(images)} images that the metadata in {folder} names are not in it, "
+                        f"or of a format that Pillow does not read: the first is {refused[0]}. Fix file_name, unpack "
+                        "archives, move or convert the images, or drop these rows.")
     used = {*metadata, *images, *(path.with_suffix(".txt") for path in images if not metadata)}
     unused = [str(path) for path in files if path not in used]
     if unused:
@@ -418,12 +417,12 @@ def read_metadata(path: Path, folder: str, args: Namespace) -> list[tuple]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows.extend(METADATA_READERS[path.name](file))
     except Exception as error:  # each reader raises its own
-        raise ValueError(f"{path} cannot be read after row {len(rows)}: {error}. It must be UTF-8, with file_name and "
-                         "captions.") from error
+        raise UserError(f"{path} cannot be read after row {len(rows)}: {error}. It must be UTF-8, with file_name and "
+                        "captions.") from error
     names = dict.fromkeys("image" if name == "file_name" else name for row in rows for name in row)  # as `datasets`
     if None in names:
-        raise ValueError(f"{path} has cells beyond its header, {next(row[None] for row in rows if None in row)}: put "
-                         "captions with commas in double quotes.")
+        raise UserError(f"{path} has cells beyond its header, {next(row[None] for row in rows if None in row)}: put "
+                        "captions with commas in double quotes.")
     if rows:
         check_columns(args, path, names)
     return [(Path(folder, os.path.relpath(path.parent / f"{row.get('file_name')}", folder)),
@@ -437,7 +436,7 @@ def read_caption_file(path: Path) -> list[str] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a folder, a file that may not be read, or another encoding
-        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}. Save it as UTF-8, or remove it.") from error
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}. Save it as UTF-8, or remove it.") from error
     return [line.strip() for line in lines if line.strip()] or [""]
 
 
@@ -508,7 +507,7 @@ def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int,
     aspects, choices = (np.log([height / width for height, width in pairs]) for pairs in (measured, sizes))
     buckets = np.abs(aspects[:, None] - choices).argmin(axis=1)
     listed = [f"{count} of {width}x{height}" for (height, width), count in
-              zip(sizes, np.bincount(buckets, minlength=len(sizes)), strict=True) if count]
+              zip(sizes, np.bincount(buckets), strict=False) if count]
     logger.info(f"images by width x height: {', '.join(listed)}")
     return buckets
 
@@ -550,7 +549,7 @@ class Samples:
                  extra_noises=list_extra_noises) -> None:
         self.data, self.args, self.seed = data, args, seed
         self.rows = range(len(data.captions))  # of the data, for each sample
-        if (args.max_train_samples or math.inf) < len(self.rows):
+        if args.max_train_samples and args.max_train_samples < len(self.rows):
             self.rows = make_rng(seed, "subset").permutation(len(self.rows))[: args.max_train_samples].tolist()
         self.timestep_cdf = compute_timestep_cdf(args, configs["scheduler"].get("num_train_timesteps", 1000))
         self.sizes = list_sizes(args)
@@ -630,9 +629,9 @@ class Samples:
             except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
                 message = f"row {source} of the data ({get_path(stored)}) cannot be read as an image: {error}."
                 if not self.args.skip_broken_images:
-                    raise ValueError(f"{message} Fix or remove it, or add --skip_broken_images.") from error
+                    raise UserError(f"{message} Fix or remove it, or add --skip_broken_images.") from error
             logging.getLogger(__name__).warning(f"skipped: {message}")
-        raise ValueError("none of the images can be read: see the warnings above.")
+        raise UserError("none of the images can be read: see the warnings above.")
 
 
 def map_in_threads(function, things) -> list:
@@ -868,7 +867,8 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
                 compiled[shape] = compile_train_step(models, batch)
                 meter.started += time.perf_counter() - began  # which is not training
             models.state, metrics = compiled[shape](models.state, models.placed, batch)
-            progress.advance(step)
+            progress.global_step += 1
+            progress.epoch, progress.samples_seen = step.epoch, step.last
             meter.end_update(progress.global_step, step, metrics)
 
             signal_number = stop_request.agreed(metrics)
@@ -1260,7 +1260,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
-    """Add all flags, in groups."""
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Base model: a folder, .safetensors file or hub name.")
     add("--pretrained_vae_model_name_or_path", help="VAE to use: a folder or hub name, without revision and variant.")
@@ -1402,8 +1401,9 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     for name, value in vars(args).items():
         if isinstance(value, str):
             setattr(args, name, os.path.expanduser(value))
-    repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
-    args.validation_prompts = (args.validation_prompts or []) + repeated
+    args.validation_prompts = args.validation_prompts or []
+    if args.validation_prompt:
+        args.validation_prompts += [args.validation_prompt] * args.num_validation_images
     args.validation_size = args.validation_size or [args.resolution]
     if args.preview_data:
         args.report_to, args.push_to_hub = "none", False
@@ -1414,7 +1414,6 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
     out = Path(args.output_dir).resolve()
     earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
-    sources = ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir")
     cases = [
         *own_cases,
         (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
@@ -1428,14 +1427,14 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         *((getattr(args, flag) and Path(getattr(args, flag)).resolve() == out,
            f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
            "own: name another.")
-          for flag in sources),
+          for flag in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir")),
         (args.prediction_type not in (None, *PREDICTION_TYPES),
          f"--prediction_type {args.prediction_type}: choose from {', '.join(PREDICTION_TYPES)}."),
         (args.lr_scheduler not in LR_SCHEDULERS,
          f"--lr_scheduler {args.lr_scheduler}: choose from {', '.join(LR_SCHEDULERS)}."),
         (not list_sizes(args), f"--bucket_step {args.bucket_step} leaves no size of about --resolution "
          f"{args.resolution}: lower it."),
-        (args.dream_training and args.input_perturbation > 0,
+        (args.dream_training and args.input_perturbation,
          "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
          f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
@@ -1573,8 +1572,8 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
             if not args.preview_data:
                 (folder / PROBE).touch()
         except OSError as error:
-            raise ValueError(f"--output_dir {args.output_dir} cannot be written, or is in use by another run that may "
-                             f"still be saving: {error}. Wait for its end, or name another folder.") from error
+            raise UserError(f"--output_dir {args.output_dir} cannot be written, or is in use by another run that may "
+                            f"still be saving: {error}. Wait for its end, or name another folder.") from error
     accelerator.wait_for_everyone()
     return lock
 
@@ -1591,7 +1590,7 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
     seed = args.seed
     if seed is None:
         seed = load_run_record(checkpoint).get("seed", secrets.randbits(32))
-    seed, args.hub_model_id = gather_object([(seed, args.hub_model_id)])[0]
+    seed = gather_object([seed])[0]  # the main process's, for all
     if accelerator.is_main_process:
         accelerator.trackers = [start_tracker(name, args) for name in args.report_to.split(",") if name != "none"]
     return {"seed": seed, "num_processes": accelerator.num_devices, "precision": accelerator.mixed_precision,
@@ -1712,8 +1711,8 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             configs[part] = json.loads(file.read_text())
             addition = configs["unet"].get("addition_embed_type")
             if addition != ADDITION_EMBED_TYPE:
-                raise ValueError(f"it has addition_embed_type {addition}: this script trains {MODEL_KIND} models. "
-                                 "Scripts for SDXL have sdxl in their names.")
+                raise UserError(f"it has addition_embed_type {addition}: this script trains {MODEL_KIND} models. "
+                                "Scripts for SDXL have sdxl in their names.")
     with explained_load(args, "tokenizer"):
         configs["tokenizer"] = load_tokenizer(args, "tokenizer", configs["text_encoder"])
     check_model_configs(args, configs)
@@ -1737,12 +1736,12 @@ def load_tokenizer(args: Namespace, part: str, text_config: dict) -> CLIPTokeniz
 
 
 def locate_model(args: Namespace) -> str:
-    """Return the folder, or name on the hub, of the base model; ValueError for a model in one file."""
+    """Return the folder, or name on the hub, of the base model; UserError for a model in one file."""
     where = args.pretrained_model_name_or_path
     if Path(where).is_file():
-        raise ValueError("it is one file, and this script reads folders in diffusers format. Convert it, where torch "
-                         "is installed: python -c \"from diffusers import StableDiffusionPipeline as P; "
-                         f"P.from_single_file('{where}').save_pretrained('FOLDER')\"")
+        raise UserError("it is one file, and this script reads folders in diffusers format. Convert it, where torch "
+                        "is installed: python -c \"from diffusers import StableDiffusionPipeline as P; "
+                        f"P.from_single_file('{where}').save_pretrained('FOLDER')\"")
     return where
 
 
@@ -1782,7 +1781,7 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     )
     for is_wrong, message in refusals:
         if is_wrong:
-            raise ValueError(message)
+            raise UserError(message)
     scale = vae.get("scaling_factor", 0.18215)
     if scale != VAE_SCALE and scale in (0.18215, 0.13025):  # that of the other kind of model
         logger.warning(f"the VAE has scaling_factor {scale}, not that of {MODEL_KIND}: if it is made for such models, "
@@ -1815,10 +1814,10 @@ def explained_load(args: Namespace, part: str):
                               "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
                               ) from error
         vae = args.pretrained_vae_model_name_or_path
-        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
-                         f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                         f"{part and f'its {part}: '}{error} Give a folder in diffusers format (unet/, vae/ ...) or a "
-                         "name on the hub (`hf auth login` for a gated one).") from error
+        raise UserError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
+                        f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
+                        f"{part and f'its {part}: '}{error} Give a folder in diffusers format (unet/, vae/ ...) or a "
+                        "name on the hub (`hf auth login` for a gated one).") from error
 
 
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
@@ -1850,7 +1849,6 @@ def take_skipped_layers(args: Namespace, config: dict, arrays: dict[str, np.ndar
 
 
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
-    """Return the tokenizers: SDXL has two."""
     return [getattr(models, name) for name in TOKENIZERS]
 
 
@@ -1875,8 +1873,8 @@ def check_settings(part: str, config: dict) -> dict:
     if config.get("hidden_act", "gelu") not in ACTIVATIONS:
         odd.append(f"hidden_act {config['hidden_act']}")
     if odd:
-        raise ValueError(f"the {part} has {', '.join(odd)}, which this script does not support: use "
-                         "train_text_to_image.py.")
+        raise UserError(f"the {part} has {', '.join(odd)}, which this script does not support: use "
+                        "train_text_to_image.py.")
     return {**SETTINGS[part], **config}
 
 
@@ -2071,7 +2069,6 @@ class EncodedRows:
                       for number, first in enumerate(range(0, num_items, size))]  # with the items in each
 
     def read(self, row: int) -> dict[str, np.ndarray]:
-        """Return the values of a row by their names."""
         file, place = divmod(row, self.rows_per_file)
         values = open_rows(self.files[file][0])[place]
         return {name: values[name] for name in self.dtype.names}
@@ -2100,8 +2097,8 @@ class EncodedRows:
                 finish_files(aside)
                 aside.replace(path)
             except OSError as error:
-                raise ValueError(f"{self.folder} cannot be written: {error}. Free some space, name another "
-                                 "--encoded_dir, or use fewer --cache_crops; files so far are kept.") from error
+                raise UserError(f"{self.folder} cannot be written: {error}. Free some space, name another "
+                                "--encoded_dir, or use fewer --cache_crops; files so far are kept.") from error
         accelerator.wait_for_everyone()
         logger.info(f"cache {self.folder} has its {len(self.files)} files")
 
@@ -2109,7 +2106,7 @@ class EncodedRows:
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
     """Return the rows of a file as a memory map."""
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="c")  # copy on write, as torch warns of read-only arrays
 
 
 def make_key(*facts) -> str:
@@ -2182,14 +2179,14 @@ def compute_last_step(args: Namespace, samples: Samples, num_processes: int) -> 
 
 
 def load_weights(part: str, config: dict, arrays: dict[str, np.ndarray], dtype: type) -> dict[str, np.ndarray]:
-    """Return the arrays as weights of a network by names with its part in front; ValueError where they do not fit."""
+    """Return the arrays as weights of a network by names with its part in front; UserError where they do not fit."""
     needed, laid_out = list_shapes(part, config), {name: change_layout(name, array) for name, array in arrays.items()}
     odd = [name for name in sorted(needed.keys() | laid_out.keys()) if name not in needed or name not in laid_out
            or needed[name].shape != laid_out[name].shape]
     if odd:
         found = {name: arrays[name].shape if name in arrays else "missing" for name in odd[:3]}
-        raise ValueError(f"the weights do not fit {part}/config.json: {len(odd)} tensors are missing, too many or of "
-                         f"another shape, among them {found}.")
+        raise UserError(f"the weights do not fit {part}/config.json: {len(odd)} tensors are missing, too many or of "
+                        f"another shape, among them {found}.")
     return {f"{part}.{name}": np.asarray(array, dtype) for name, array in laid_out.items()}
 
 
@@ -2300,8 +2297,8 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
         if is_whole_checkpoint(folder):
             return folder
     whole = ", ".join(folder.name for folder in filter(is_whole_checkpoint, complete)) or "no checkpoint"
-    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint, or {folder} has files that were "
-                     f"cut short, removed or taken from another run. Name a whole one: {output_dir} holds {whole}.")
+    raise UserError(f"--resume_from_checkpoint {name} is not a complete checkpoint, or {folder} has files that were "
+                    f"cut short, removed or taken from another run. Name a whole one: {output_dir} holds {whole}.")
 
 
 def is_whole_checkpoint(folder: Path) -> bool:
@@ -2329,7 +2326,7 @@ def load_run_record(checkpoint: Path | None) -> dict:
 
 
 def check_changes(checkpoint: Path | None, record: dict) -> None:
-    """Warn of what differs from the run that made a checkpoint; ValueError for flags that must not."""
+    """Warn of what differs from the run that made a checkpoint; UserError for flags that must not."""
     if checkpoint is None:
         return
     saved = load_run_record(checkpoint)
@@ -2339,7 +2336,7 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
         before.keys() & now.keys() - INCONSEQUENTIAL_FLAGS - {"flags"}) if before[key] != now[key]}
     misfits = [changed[key] for key in changed if key in FIXED_FLAGS]
     if misfits:
-        raise ValueError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
+        raise UserError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
     if changed:
         logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the "
                        "new values.")
@@ -2435,7 +2432,7 @@ def resume(models: Models, checkpoint: Path) -> Progress:
     try:
         models.state = load_state(models.state, checkpoint.resolve())
     except Exception as error:  # of several libraries, whose words go on for pages
-        raise ValueError(f"{checkpoint} is damaged or of another model: name another checkpoint.") from error
+        raise UserError(f"{checkpoint} is damaged or of another model: name another checkpoint.") from error
     return Progress(**load_run_record(checkpoint)["progress"])
 
 
@@ -2455,7 +2452,6 @@ SAFETY_CLASSES = {"safety_checker": ("stable_diffusion", "StableDiffusionSafetyC
 
 
 def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int, progress: Progress) -> None:
-    """Export the model with its card, and upload both."""
     export_model(args, accelerator, models)
     if accelerator.is_main_process:
         save_model_card(args, seed, progress)
@@ -2578,7 +2574,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
 def save_images(args: Namespace, accelerator: Accelerator, images: list[Image.Image], step: int,
                 tag: str) -> None:
     """Save pictures one by one and side by side, and send them to the trackers."""
-    folder = Path(args.output_dir, "validation", f"step-{step}")
+    folder = Path(args.output_dir, f"validation/step-{step}")
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(images):
         image.save(folder / f"{index:02d}.png")
@@ -2652,7 +2648,7 @@ def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
                                            inference=True, base_model=None if Path(base).exists() else base)
     text = f"---\n{header.to_yaml()}\n---\n\n# Fine-tuned {base}\n\n"
     text += f"Trained on {args.dataset_name or 'images in a local folder'}.\n\n"
-    grid = folder / "validation" / f"step-{progress.global_step}" / "grid.png"
+    grid = folder / f"validation/step-{progress.global_step}/grid.png"
     if grid.is_file():
         shutil.copyfile(grid, folder / "val_imgs_grid.png")
         text += "![Pictures drawn after the last update](./val_imgs_grid.png)\n\n"
@@ -2846,4 +2842,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

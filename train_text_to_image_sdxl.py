@@ -80,7 +80,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from filelock import FileLock
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from safetensors import safe_open
@@ -105,6 +105,10 @@ logger = get_logger(__name__)
 MODEL_KIND = "Stable Diffusion XL"
 
 
+class UserError(ValueError):
+    """What the user can put right: shown in one line, without a traceback."""
+
+
 @dataclass
 class Progress:
     """Position in training; with the seed it determines the next batch."""
@@ -112,10 +116,6 @@ class Progress:
     global_step: int = 0  # optimizer updates so far
     epoch: int = 0  # completed passes over the data
     samples_seen: int = 0  # samples of this epoch used so far, over all processes
-
-    def advance(self, step: MicroStep) -> None:
-        """Count the update that ends with `step`."""
-        self.global_step, self.epoch, self.samples_seen = self.global_step + 1, step.epoch, step.last
 
 
 class SampleUse(NamedTuple):
@@ -295,17 +295,17 @@ def make_captioned_images(args: Namespace, folder: str | None) -> CaptionedImage
     source = folder or args.dataset_name
     rows, captions = load_image_folder(folder, args) if folder else load_rows(args)
     if not captions:
-        raise ValueError(f"{source} has no images that Pillow reads: unpack archives, or name data that `datasets` "
-                         "loads with --dataset_name.")
+        raise UserError(f"{source} has no images that Pillow reads: unpack archives, or name data that `datasets` "
+                        "loads with --dataset_name.")
     images = rows.cast_column(args.image_column, datasets.Image(decode=False))[args.image_column]
     captions = [[texts] if isinstance(texts, str) else texts for texts in captions]
     bad = [row for row, texts in enumerate(captions)
            if not isinstance(texts, list) or {type(text) for text in texts} != {str}]
     if bad:
-        raise ValueError(f"{len(bad)} of {len(captions)} images in {source} have no caption: row {bad[0]} "
-                         f"({get_path(images[bad[0]])}) has {captions[bad[0]]!r} in --caption_column "
-                         f"{args.caption_column}. A caption is a string or a list of at least one string: in the "
-                         "column, in a metadata.jsonl with file_name, or in a .txt beside the image.")
+        raise UserError(f"{len(bad)} of {len(captions)} images in {source} have no caption: row {bad[0]} "
+                        f"({get_path(images[bad[0]])}) has {captions[bad[0]]!r} in --caption_column "
+                        f"{args.caption_column}. A caption is a string or a list of at least one string: in the "
+                        "column, in a metadata.jsonl with file_name, or in a .txt beside the image.")
     captions = datasets.Dataset.from_dict({"captions": captions})["captions"]  # Arrow: loader processes share it
     return CaptionedImages(images, captions)
 
@@ -318,17 +318,16 @@ def load_rows(args: Namespace) -> tuple[datasets.Dataset, list]:
         rows = datasets.load_from_disk(saved[0]) if saved else datasets.load_dataset(
             name, args.dataset_config_name, split="train", cache_dir=args.cache_dir, data_dir=args.train_data_dir)
     except Exception as error:  # `datasets` raises many kinds
-        raise ValueError(f"--dataset_name {name} cannot be loaded: {error} {error.__cause__ or ''}") from error
+        raise UserError(f"--dataset_name {name} cannot be loaded: {error} {error.__cause__ or ''}") from error
     check_columns(args, name, rows.column_names)
     return rows, rows[args.caption_column][:]
 
 
 def check_columns(args: Namespace, source: str | Path, columns: list[str]) -> None:
-    """Refuse --image_column and --caption_column if the data lack them."""
     for flag in ("image_column", "caption_column"):
         if getattr(args, flag) not in columns:
-            raise ValueError(f"--{flag} {getattr(args, flag)} is not in {source}: its columns are "
-                             f"{', '.join(columns)}.")
+            raise UserError(f"--{flag} {getattr(args, flag)} is not in {source}: its columns are "
+                            f"{', '.join(columns)}.")
 
 
 def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, list]:
@@ -344,9 +343,9 @@ def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, l
     refused = [path for path in images if ".." in path.relative_to(folder).parts
                or not (args.skip_broken_images or is_image(path))]
     if refused:
-        raise ValueError(f"{len(refused)} of {len(images)} images that the metadata in {folder} names are not in it, "
-                         f"or of a format that Pillow does not read: the first is {refused[0]}. Fix file_name, unpack "
-                         "archives, move or convert the images, or drop these rows.")
+        raise UserError(f"{len(refused)} of {len(images)} images that the metadata in {folder} names are not in it, "
+                        f"or of a format that Pillow does not read: the first is {refused[0]}. Fix file_name, unpack "
+                        "archives, move or convert the images, or drop these rows.")
     used = {*metadata, *images, *(path.with_suffix(".txt") for path in images if not metadata)}
     unused = [str(path) for path in files if path not in used]
     if unused:
@@ -385,12 +384,12 @@ def read_metadata(path: Path, folder: str, args: Namespace) -> list[tuple]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows.extend(METADATA_READERS[path.name](file))
     except Exception as error:  # each reader raises its own
-        raise ValueError(f"{path} cannot be read after row {len(rows)}: {error}. It must be UTF-8, with file_name and "
-                         "captions.") from error
+        raise UserError(f"{path} cannot be read after row {len(rows)}: {error}. It must be UTF-8, with file_name and "
+                        "captions.") from error
     names = dict.fromkeys("image" if name == "file_name" else name for row in rows for name in row)  # as `datasets`
     if None in names:
-        raise ValueError(f"{path} has cells beyond its header, {next(row[None] for row in rows if None in row)}: put "
-                         "captions with commas in double quotes.")
+        raise UserError(f"{path} has cells beyond its header, {next(row[None] for row in rows if None in row)}: put "
+                        "captions with commas in double quotes.")
     if rows:
         check_columns(args, path, names)
     return [(Path(folder, os.path.relpath(path.parent / f"{row.get('file_name')}", folder)),
@@ -404,7 +403,7 @@ def read_caption_file(path: Path) -> list[str] | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a folder, a file that may not be read, or another encoding
-        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}. Save it as UTF-8, or remove it.") from error
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}. Save it as UTF-8, or remove it.") from error
     return [line.strip() for line in lines if line.strip()] or [""]
 
 
@@ -475,7 +474,7 @@ def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int,
     aspects, choices = (np.log([height / width for height, width in pairs]) for pairs in (measured, sizes))
     buckets = np.abs(aspects[:, None] - choices).argmin(axis=1)
     listed = [f"{count} of {width}x{height}" for (height, width), count in
-              zip(sizes, np.bincount(buckets, minlength=len(sizes)), strict=True) if count]
+              zip(sizes, np.bincount(buckets), strict=False) if count]
     logger.info(f"images by width x height: {', '.join(listed)}")
     return buckets
 
@@ -518,7 +517,7 @@ class Samples:
                  extra_noises=list_extra_noises) -> None:
         self.data, self.args, self.seed = data, args, seed
         self.rows = range(len(data.captions))  # of the data, for each sample
-        if (args.max_train_samples or math.inf) < len(self.rows):
+        if args.max_train_samples and args.max_train_samples < len(self.rows):
             self.rows = make_rng(seed, "subset").permutation(len(self.rows))[: args.max_train_samples].tolist()
         self.timestep_cdf = compute_timestep_cdf(args, configs["scheduler"].get("num_train_timesteps", 1000))
         self.sizes = list_sizes(args)
@@ -598,9 +597,9 @@ class Samples:
             except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
                 message = f"row {source} of the data ({get_path(stored)}) cannot be read as an image: {error}."
                 if not self.args.skip_broken_images:
-                    raise ValueError(f"{message} Fix or remove it, or add --skip_broken_images.") from error
+                    raise UserError(f"{message} Fix or remove it, or add --skip_broken_images.") from error
             logging.getLogger(__name__).warning(f"skipped: {message}")
-        raise ValueError("none of the images can be read: see the warnings above.")
+        raise UserError("none of the images can be read: see the warnings above.")
 
 
 def map_in_threads(function, things) -> list:
@@ -652,7 +651,7 @@ def share_samples(steps, rank: int, num_processes: int):
 def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, Tensor]:
     """Return samples as one batch; for captions that are not cached `input_ids` [b, s], for a second tokenizer _2."""
     captions = [sample.pop("caption") for sample in samples if "caption" in sample]
-    batch = {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
+    batch = torch.utils.data.default_collate(samples)
     if captions:
         for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
             batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -763,7 +762,8 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
                 models.lr_scheduler.step()
             if is_done and models.ema:
                 numbers["ema_decay"] = models.ema.step()
-            progress.advance(step)
+            progress.global_step += 1
+            progress.epoch, progress.samples_seen = step.epoch, step.last
             meter.end_update(progress.global_step, numbers)
 
             signal_number = stop_request.agreed()
@@ -821,7 +821,8 @@ def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
     pooled = outputs[1].text_embeds
     if models.force_zeros_for_empty_prompt:
         is_empty = batch["input_ids"][:, 1] == models.tokenizer.eos_token_id
-        states, pooled = states.masked_fill(is_empty.view(-1, 1, 1), 0), pooled.masked_fill(is_empty.view(-1, 1), 0)
+        states[is_empty] = 0
+        pooled[is_empty] = 0
     return {"encoder_hidden_states": states, "pooled_prompt_embeds": pooled}
 
 
@@ -884,7 +885,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         (precision == "fp16" and not torch.accelerator.is_available(),
          "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
         (args.optimizer_in_backward
-         and (args.gradient_accumulation_steps > 1 or args.max_grad_norm > 0 or args.torch_compile),
+         and (args.gradient_accumulation_steps > 1 or args.max_grad_norm or args.torch_compile),
          "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: it needs "
          "--gradient_accumulation_steps 1, --max_grad_norm 0 and no --torch_compile."),
         (args.optimizer_in_backward and (precision == "fp16" or num_processes > 1 and not args.fsdp),
@@ -900,7 +901,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
-    """Add all flags, in groups."""
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_model_name_or_path", required=True, help="Base model: a folder, .safetensors file or hub name.")
     add("--pretrained_vae_model_name_or_path", help="VAE to use: a folder or hub name, without revision and variant.")
@@ -1048,8 +1048,9 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     for name, value in vars(args).items():
         if isinstance(value, str):
             setattr(args, name, os.path.expanduser(value))
-    repeated = [args.validation_prompt] * args.num_validation_images if args.validation_prompt else []
-    args.validation_prompts = (args.validation_prompts or []) + repeated
+    args.validation_prompts = args.validation_prompts or []
+    if args.validation_prompt:
+        args.validation_prompts += [args.validation_prompt] * args.num_validation_images
     args.validation_size = args.validation_size or [args.resolution]
     if args.preview_data:
         args.report_to, args.push_to_hub = "none", False
@@ -1060,7 +1061,6 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
     out = Path(args.output_dir).resolve()
     earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
-    sources = ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir")
     cases = [
         *own_cases,
         (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
@@ -1074,14 +1074,14 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         *((getattr(args, flag) and Path(getattr(args, flag)).resolve() == out,
            f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
            "own: name another.")
-          for flag in sources),
+          for flag in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir")),
         (args.prediction_type not in (None, *PREDICTION_TYPES),
          f"--prediction_type {args.prediction_type}: choose from {', '.join(PREDICTION_TYPES)}."),
         (args.lr_scheduler not in LR_SCHEDULERS,
          f"--lr_scheduler {args.lr_scheduler}: choose from {', '.join(LR_SCHEDULERS)}."),
         (not list_sizes(args), f"--bucket_step {args.bucket_step} leaves no size of about --resolution "
          f"{args.resolution}: lower it."),
-        (args.dream_training and args.input_perturbation > 0,
+        (args.dream_training and args.input_perturbation,
          "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
          f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
@@ -1131,8 +1131,8 @@ def make_accelerator(args: Namespace) -> Accelerator:
                          AutocastKwargs(cache_enabled=False)],  # nor of weights: a pass uses each only once
     )
     if accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-        raise ValueError(f"accelerate's settings for {accelerator.distributed_type.value} are not supported: use "
-                         "--multi_gpu and, to divide a model that is trained whole, the script's own --fsdp.")
+        raise UserError(f"accelerate's settings for {accelerator.distributed_type.value} are not supported: use "
+                        "--multi_gpu and, to divide a model that is trained whole, the script's own --fsdp.")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -1153,8 +1153,8 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
             if not args.preview_data:
                 (folder / PROBE).touch()
         except OSError as error:
-            raise ValueError(f"--output_dir {args.output_dir} cannot be written, or is in use by another run that may "
-                             f"still be saving: {error}. Wait for its end, or name another folder.") from error
+            raise UserError(f"--output_dir {args.output_dir} cannot be written, or is in use by another run that may "
+                            f"still be saving: {error}. Wait for its end, or name another folder.") from error
     accelerator.wait_for_everyone()
     return lock
 
@@ -1171,9 +1171,10 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
     seed = args.seed
     if seed is None:
         seed = load_run_record(checkpoint).get("seed", secrets.randbits(32))
-    seed, args.hub_model_id = broadcast_object_list([seed, args.hub_model_id])
+    seed = gather_object([seed])[0]  # the main process's, for all
     set_seed(seed % 2**31, device_specific=True)  # adapters start from the global generators, and dropout uses them
-    flags = {key: value for key, value in vars(args).items() if key != "hub_token"}
+    flags = dict(vars(args))
+    del flags["hub_token"]
     accelerator.init_trackers(args.tracker_project_name, {
         key: str(value) if isinstance(value, list) else value for key, value in flags.items()})
     return {"seed": seed, "num_processes": accelerator.num_processes, "precision": accelerator.mixed_precision,
@@ -1238,6 +1239,7 @@ PIPELINE = StableDiffusionXLPipeline
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
 NETWORK_CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **TEXT_ENCODERS}
+HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # by --mixed_precision
 VAE_SCALE = 0.13025  # the scaling_factor that the UNets of this kind were trained with
 SHARDED_BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")  # with --fsdp gathered one by one
 VAE_TILE = 512  # pixels on a side, with --vae_tiling
@@ -1260,8 +1262,8 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
             configs[part] = kind.load_config(where, **files)
             addition = configs["unet"].get("addition_embed_type")
             if addition != ADDITION_EMBED_TYPE:
-                raise ValueError(f"it has addition_embed_type {addition}: this script trains {MODEL_KIND} models. "
-                                 "Scripts for SDXL have sdxl in their names.")
+                raise UserError(f"it has addition_embed_type {addition}: this script trains {MODEL_KIND} models. "
+                                "Scripts for SDXL have sdxl in their names.")
             if part == "scheduler":  # what diffusers lacks would only fail at the export
                 getattr(diffusers, configs[part].get("_class_name", "DDPMScheduler")).from_config(configs[part])
     for part, tokenizer in zip(TEXT_ENCODERS, TOKENIZERS, strict=True):
@@ -1303,8 +1305,8 @@ def locate_model(args: Namespace) -> str:
         pipeline.save_pretrained(aside)
         remove(aside) if folder.is_dir() else replace_folder(aside, folder)  # another run may be reading it
     except Exception as error:  # of several libraries
-        raise ValueError(f"{error} Is it a {MODEL_KIND} model? Only .safetensors are read. What else it needs "
-                         "comes from the hub, or from the model folder that --single_file_config names.") from error
+        raise UserError(f"{error} Is it a {MODEL_KIND} model? Only .safetensors are read. What else it needs "
+                        "comes from the hub, or from the model folder that --single_file_config names.") from error
     return str(folder)
 
 
@@ -1344,7 +1346,7 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
     )
     for is_wrong, message in refusals:
         if is_wrong:
-            raise ValueError(message)
+            raise UserError(message)
     scale = vae.get("scaling_factor", 0.18215)
     if scale != VAE_SCALE and scale in (0.18215, 0.13025):  # that of the other kind of model
         logger.warning(f"the VAE has scaling_factor {scale}, not that of {MODEL_KIND}: if it is made for such models, "
@@ -1377,10 +1379,10 @@ def explained_load(args: Namespace, part: str):
                               "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
                               ) from error
         vae = args.pretrained_vae_model_name_or_path
-        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
-                         f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                         f"{part and f'its {part}: '}{error} Give a folder in diffusers format (unet/, vae/ ...) or a "
-                         "name on the hub (`hf auth login` for a gated one).") from error
+        raise UserError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
+                        f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
+                        f"{part and f'its {part}: '}{error} Give a folder in diffusers format (unet/, vae/ ...) or a "
+                        "name on the hub (`hf auth login` for a gated one).") from error
 
 
 def load_network(args: Namespace, part: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -1407,7 +1409,7 @@ def load_network(args: Namespace, part: str, dtype: torch.dtype) -> torch.nn.Mod
 
 def load_parts(args: Namespace, accelerator: Accelerator, configs: dict[str, dict], in_float32: tuple = ()) -> dict:
     """Return tokenizers and frozen networks, these in the run's precision or, if named, in float32."""
-    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    weight_dtype = HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)
     parts = {part: configs[part] for part in TOKENIZERS}
     for part in NETWORK_CLASSES:
         parts[part] = load_network(args, part, torch.float32 if part in in_float32 else weight_dtype)
@@ -1459,8 +1461,8 @@ def shard_networks(args: Namespace, accelerator: Accelerator, models: Models) ->
     if not args.fsdp:
         return
     mesh = DeviceMesh.from_group(torch.distributed.group.WORLD, accelerator.device.type)  # a new group waits for all
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=HALF_DTYPES.get(accelerator.mixed_precision), cast_forward_inputs=False,
+                                  reduce_dtype=torch.float32)
     if args.torch_compile:
         models.unet.compile_repeated_blocks()  # found by their classes' names, which sharding changes
     for network in list_trained(models):
@@ -1546,17 +1548,15 @@ def set_up_networks(args: Namespace, models: Models) -> None:
         models.unet.enable_npu_flash_attention()
     if args.channels_last:
         models.unet.to(memory_format=torch.channels_last)
-    if args.torch_compile and not vars(args).get("fsdp"):  # which compiles block by block
+    if args.torch_compile and not getattr(args, "fsdp", False):  # which compiles block by block
         models.unet.compile()  # in place, so that names and files stay those of the plain network
 
 
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
-    """Return the tokenizers: SDXL has two."""
     return [getattr(models, name) for name in TOKENIZERS]
 
 
 def list_trained(models: Models) -> list[torch.nn.Module]:
-    """Return the trainable networks, as accelerate has wrapped them."""
     return [getattr(models, part) for part in models.trained]
 
 
@@ -1615,10 +1615,11 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
     def encode(items: list[list[dict]]) -> dict[str, list[np.ndarray]]:
         variants = list(itertools.chain(*items))
         crops = [(variant["images"].shape, variant["images"].tobytes()) for variant in variants]
-        images_of, encoded = dict(zip(crops, variants, strict=True)), {}  # square images have one crop, many times
+        encoded = {}  # by crop: square images have one, many times
         for shape in sorted({shape for shape, _ in crops}):
-            distinct = [crop for crop in images_of if crop[0] == shape]
-            images = torch.from_numpy(np.stack([images_of[crop]["images"] for crop in distinct]))
+            distinct = {crop: variant["images"] for crop, variant in zip(crops, variants, strict=True)
+                        if crop[0] == shape}
+            images = torch.from_numpy(np.stack(list(distinct.values())))
             batches = images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
             moments = torch.cat([encode_images(vae, batch).flatten(1).cpu() for batch in batches])
             encoded |= zip(distinct, F.pad(moments, (0, size - moments.shape[1])).numpy(), strict=True)
@@ -1665,7 +1666,6 @@ class EncodedRows:
                       for number, first in enumerate(range(0, num_items, size))]  # with the items in each
 
     def read(self, row: int) -> dict[str, np.ndarray]:
-        """Return the values of a row by their names."""
         file, place = divmod(row, self.rows_per_file)
         values = open_rows(self.files[file][0])[place]
         return {name: values[name] for name in self.dtype.names}
@@ -1694,8 +1694,8 @@ class EncodedRows:
                 finish_files(aside)
                 aside.replace(path)
             except OSError as error:
-                raise ValueError(f"{self.folder} cannot be written: {error}. Free some space, name another "
-                                 "--encoded_dir, or use fewer --cache_crops; files so far are kept.") from error
+                raise UserError(f"{self.folder} cannot be written: {error}. Free some space, name another "
+                                "--encoded_dir, or use fewer --cache_crops; files so far are kept.") from error
         accelerator.wait_for_everyone()
         logger.info(f"cache {self.folder} has its {len(self.files)} files")
 
@@ -1703,7 +1703,7 @@ class EncodedRows:
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
     """Return the rows of a file as a memory map."""
-    return np.load(path, mmap_mode="r")
+    return np.load(path, mmap_mode="c")  # copy on write, as torch warns of read-only arrays
 
 
 def make_key(*facts) -> str:
@@ -1854,7 +1854,6 @@ class EmaWeights:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange EMA weights and trainable weights."""
         for name, parameter in self.parameters.items():
             weights = parameter.clone()
             parameter.copy_(self.averages[name])
@@ -1931,8 +1930,8 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
         if is_whole_checkpoint(folder):
             return folder
     whole = ", ".join(folder.name for folder in filter(is_whole_checkpoint, complete)) or "no checkpoint"
-    raise ValueError(f"--resume_from_checkpoint {name} is not a complete checkpoint, or {folder} has files that were "
-                     f"cut short, removed or taken from another run. Name a whole one: {output_dir} holds {whole}.")
+    raise UserError(f"--resume_from_checkpoint {name} is not a complete checkpoint, or {folder} has files that were "
+                    f"cut short, removed or taken from another run. Name a whole one: {output_dir} holds {whole}.")
 
 
 def is_whole_checkpoint(folder: Path) -> bool:
@@ -1960,7 +1959,7 @@ def load_run_record(checkpoint: Path | None) -> dict:
 
 
 def check_changes(checkpoint: Path | None, record: dict) -> None:
-    """Warn of what differs from the run that made a checkpoint; ValueError for flags that must not."""
+    """Warn of what differs from the run that made a checkpoint; UserError for flags that must not."""
     if checkpoint is None:
         return
     saved = load_run_record(checkpoint)
@@ -1970,7 +1969,7 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
         before.keys() & now.keys() - INCONSEQUENTIAL_FLAGS - {"flags"}) if before[key] != now[key]}
     misfits = [changed[key] for key in changed if key in FIXED_FLAGS]
     if misfits:
-        raise ValueError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
+        raise UserError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
     if changed:
         logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the "
                        "new values.")
@@ -1984,8 +1983,9 @@ def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, aver
     """Write the trainable networks as model folders that diffusers loads: unet/, or unet_ema/ with EMA weights."""
     plain = unwrap_models(accelerator, models)
     with whole_weights(accelerator, models):
-        for part in models.trained if accelerator.is_main_process else ():
-            getattr(plain, part).save_pretrained(folder / f"{part}{'_ema' * averaged}")
+        if accelerator.is_main_process:
+            for part in models.trained:
+                getattr(plain, part).save_pretrained(folder / f"{part}{'_ema' * averaged}")
 
 
 @torch.no_grad()
@@ -2074,8 +2074,8 @@ def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progre
             with averaged_weights(models):
                 load_trained(accelerator, models, checkpoint, averaged=True)
     except Exception as error:  # of several libraries, about files that are cut short
-        raise ValueError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
-                         "it was.") from error
+        raise UserError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
+                        "it was.") from error
     # also moves the step counts to the device, which the reference leaves on the CPU
     optimizer.load_state_dict(optimizer.state_dict() | {"param_groups": settings})
     schedule.base_lrs, schedule.last_epoch = base_lrs, num_updates - 1
@@ -2096,7 +2096,6 @@ RESULT = "model_index.json"  # in --output_dir: marks a finished run
 
 
 def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int, progress: Progress) -> None:
-    """Export the model with its card, and upload both."""
     export_model(args, accelerator, models)
     if accelerator.is_main_process:
         save_model_card(args, seed, progress)
@@ -2106,7 +2105,6 @@ def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int,
 
 
 def make_pipeline(accelerator: Accelerator, models: Models) -> StableDiffusionXLPipeline:
-    """Return the pipeline of the networks in memory."""
     config, plain = models.scheduler_config, unwrap_models(accelerator, models)
     noise_scheduler = getattr(diffusers, config.get("_class_name", "EulerDiscreteScheduler")).from_config(config)
     parts = {part: getattr(plain, part) for part in ("vae", "unet", *TEXT_ENCODERS, *TOKENIZERS)}
@@ -2178,7 +2176,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
 def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Image.Image], step: int,
                 tag: str) -> None:
     """Save pictures one by one, by the index of their prompt, and side by side, and send them to the trackers."""
-    folder = Path(args.output_dir, "validation", f"step-{step}")
+    folder = Path(args.output_dir, f"validation/step-{step}")
     sides = np.max([image.size for image in images.values()], axis=0)
     pixels = [np.asarray(image.crop((0, 0, *sides))) for image in images.values()]  # with black beside smaller ones
     folder.mkdir(parents=True, exist_ok=True)
@@ -2225,7 +2223,7 @@ def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
                                            inference=True, base_model=None if Path(base).exists() else base)
     text = f"---\n{header.to_yaml()}\n---\n\n# Fine-tuned {base}\n\n"
     text += f"Trained on {args.dataset_name or 'images in a local folder'}.\n\n"
-    grid = folder / "validation" / f"step-{progress.global_step}" / "grid.png"
+    grid = folder / f"validation/step-{progress.global_step}/grid.png"
     if grid.is_file():
         shutil.copyfile(grid, folder / "val_imgs_grid.png")
         text += "![Pictures drawn after the last update](./val_imgs_grid.png)\n\n"
@@ -2282,7 +2280,6 @@ class Meter:
             began = time.perf_counter()
 
     def add(self, step: MicroStep, batch: dict[str, Tensor], numbers: dict) -> None:
-        """Add a micro step to its update."""
         self.num_images += step.last - step.first
         numbers["long_captions"] = (batch["num_long"] * batch["weights"]).sum()
         for name in self.SUMMED:
@@ -2378,4 +2375,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -166,10 +166,11 @@ def compute_quality(pipeline: StableDiffusionPipeline, drawn: list[Image.Image],
                     families: Captioned, look: Captioned) -> dict[str, float]:
     """Return what can be counted of the pictures drawn of each prompt, DRAWS_PER_PROMPT each.
 
-    `trained` and `others`: the share whose nearest known 3D picture, in VAE latents, is the one with their prompt as
-    its caption; by luck that is 1 / n. `is_3d`: the share that is nearer to the 3D picture of their thing than to the
-    pictures of it in the families that the base knows. `sharpness`: the mean difference between neighbouring pixels,
-    relative to that of the real pictures of their things in the look that they should have.
+    `right_thing`: the share whose nearest known 3D picture, in VAE latents, is the one with their prompt as its
+    caption; by luck that is 1 / n. `look_3d`: the share that is nearer to the 3D picture of their thing than to the
+    pictures of it in the families that the base knows. Both for `trained` prompts and for `others`. `sharpness`: the
+    mean difference between neighbouring pixels, relative to that of the real pictures of their things in the look that
+    they should have.
     """
     prompts = [prompt for prompt in PROMPTS for _ in range(DRAWS_PER_PROMPT)]
     pixel_values = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in drawn]) / 127.5 - 1
@@ -182,10 +183,11 @@ def compute_quality(pipeline: StableDiffusionPipeline, drawn: list[Image.Image],
     is_other_thing = [[caption.split(",")[0] != prompt for caption in families.captions] for prompt in prompts]
     to_families[torch.tensor(is_other_thing)] = math.inf
     real = look.pixel_values[[look.captions.index(prompt) for prompt in prompts]]
-    trained, others = is_nearest.split(DRAWS_PER_PROMPT * len(TRAINED_PROMPTS))
-    return {"trained": trained.mean().item(), "others": others.mean().item(),
-            "is_3d": (to_3d < to_families.min(1).values).float().mean().item(),
-            "sharpness": compute_sharpness(pixel_values) / compute_sharpness(real)}
+    is_3d = (to_3d < to_families.min(1).values).float()
+    shares = {f"{name}_{names}": part.mean().item()
+              for name, values in (("right_thing", is_nearest), ("look_3d", is_3d))
+              for names, part in zip(("trained", "others"), values.chunk(2), strict=True)}
+    return {**shares, "sharpness": compute_sharpness(pixel_values) / compute_sharpness(real)}
 
 
 def compute_sharpness(pixel_values: Tensor) -> float:
@@ -302,8 +304,11 @@ def save_results(output_dir: Path, summary: dict, sheets: dict[str, Image.Image]
     for label, name, form in (
         (f"Loss on {summary['held_out_pictures']} held-out pictures", "loss", ".4f"),
         (f"The right thing: of all {summary['known_pictures']} 3D pictures its own is the nearest", "", ""),
-        ("  for names in the training set", "trained", ".0%"), ("  for names never trained on", "others", ".0%"),
-        ("The 3D look: its 3D picture is nearer than those of other families", "is_3d", ".0%"),
+        ("  for names in the training set", "right_thing_trained", ".0%"),
+        ("  for names never trained on", "right_thing_others", ".0%"),
+        ("The 3D look: its 3D picture is nearer than those of other families", "", ""),
+        ("  for names in the training set", "look_3d_trained", ".0%"),
+        ("  for names never trained on", "look_3d_others", ".0%"),
         ("Sharpness, relative to real pictures: flat ones, 3D ones", "sharpness", ".0%")):
         print(f"{label:64}", *(f"{summary[when][name]:>7{form}}" for when in ("before", "after") if name))
     print(f"""

@@ -40,6 +40,9 @@ FULL_SCRIPTS = [name for name in TORCH_SCRIPTS if "lora" not in name]  # that tr
 # For a test of what has the same text in each script, and takes long: it runs with the first script alone, which saves
 # the time of the others. tests/check_copies.py keeps them equal.
 in_first_script = pytest.mark.parametrize("script", TORCH_SCRIPTS[:1], indirect=True)
+# The same where whole networks and adapters, or the two kinds of model, may differ: one script of each.
+in_two_scripts = pytest.mark.parametrize(
+    "script", ["train_text_to_image.py", "train_text_to_image_lora_sdxl.py"], indirect=True)
 
 
 def load_script(name: str):

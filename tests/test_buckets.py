@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from accelerate import PartialState
-from conftest import in_first_script, make_args, make_image, make_namespace, read_scalars
+from conftest import in_first_script, in_two_scripts, make_args, make_image, make_namespace, read_scalars
 from PIL import Image, PngImagePlugin
 from runs import assert_same_checkpoint, keep_configs_only, run, run_pair
 from test_data import make_ruler, make_samples
@@ -191,7 +191,7 @@ def test_updates_have_one_size_and_use_each_image_once(script, batch, accumulati
             updates[place:], [])  # the same from anywhere
         for step in update:
             used[step.epoch] += step.indices
-        seen.advance(update[-1])
+        seen.epoch, seen.samples_seen = update[-1].epoch, update[-1].last
     assert {epoch: sorted(indices) for epoch, indices in used.items()} == dict.fromkeys(range(2), list(range(33)))
     assert used[0] != used[1]
 
@@ -206,6 +206,7 @@ def test_buckets_are_mixed(first_script):
 # ---- Runs -----------------------------------------------------------------------------------------------------------
 
 
+@in_two_scripts
 @pytest.mark.parametrize("flags", [{}, {"cache_latents": True, "cache_text_embeddings": True},
                                    {"dataloader_num_workers": 1, "gradient_accumulation_steps": 2}],
                          ids=["plain", "cached", "workers"])

@@ -17,6 +17,7 @@ from conftest import (
     ROOT,
     UNCACHED,
     in_first_script,
+    in_two_scripts,
     list_adapter_flags,
     make_args,
     make_image,
@@ -123,6 +124,7 @@ def test_distinct_captions_are_encoded_once(script, train, tiny_model, image_fol
     assert len(rows["num_long"]) == 3
 
 
+@in_two_scripts
 @pytest.mark.parametrize("place", ["middle", "end"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_is_exact(train, place, workers):
@@ -162,6 +164,7 @@ def test_what_does_not_matter_uses_the_cache_again(train, tmp_path):
     assert len(list_caches(tmp_path)) == 2
 
 
+@in_two_scripts
 def test_what_matters_makes_another_cache(script, train, tmp_path, monkeypatch):
     """Another transform or number format is encoded anew, beside the old, also a transform of the user's own."""
     train("first", **CACHED, max_train_steps=1)
@@ -182,6 +185,7 @@ def test_what_matters_makes_another_cache(script, train, tmp_path, monkeypatch):
     assert count_caches(tmp_path) == {"images": before["images"] + 1, "captions": before["captions"]}
 
 
+@in_two_scripts
 def test_other_content_makes_another_cache(train, tiny_model, tmp_path):
     """Another picture under the same name, another caption, or other weights in the same place are encoded anew."""
     data, model = make_image_folder(tmp_path / "data"), tmp_path / "model"
@@ -284,6 +288,7 @@ def test_killed_in_the_middle_it_goes_on(script, tiny_model, image_folder, tmp_p
     assert all(np.array_equal(found[name], whole[name]) for name in whole)
 
 
+@in_two_scripts
 def test_two_processes_share_the_work_and_the_result(script, tiny_model, image_folder, tmp_path):
     """Two processes fill one cache, which is the one that a single process makes."""
     argv = make_args(tiny_model, image_folder, tmp_path / "pair", encoded_dir=tmp_path / "encoded", **EXACT,
@@ -332,6 +337,7 @@ def test_a_latent_that_is_not_finite_stops_the_run(script, train, monkeypatch):
         train(cache_latents=True)
 
 
+@in_two_scripts
 def test_both_caches_read_no_image(script, train, monkeypatch):
     """Once encoded, no visit decodes a picture or runs VAE or text encoder."""
     train("first", **CACHED)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_first_script, make_args
+from conftest import in_first_script, in_two_scripts, make_args
 from peft import get_peft_model_state_dict
 from runs import (
     DAMAGES,
@@ -94,6 +94,7 @@ def count_files(folder: Path, parent: str) -> int:
 # ---- What is kept --------------------------------------------------------------------------------------------------
 
 
+@in_two_scripts
 def test_names_are_those_that_the_reference_pins(script, args, saved, tmp_path):
     """Four updates, every two: 2 and 4. Six with limit 2: 4 and 6. On to eight with limit 2: 6 and 8."""
     assert list_names(saved(script, args), "*checkpoint*") == {"checkpoint-2", "checkpoint-4"}
@@ -239,6 +240,7 @@ def test_fresh_start_over_another_run_is_refused(script, args, copied, capsys, n
 # ---- Nothing is lost -----------------------------------------------------------------------------------------------
 
 
+@in_two_scripts
 def test_old_checkpoint_goes_only_when_the_new_one_is_complete(script, args, tmp_path, monkeypatch):
     """With limit 1, too, there is a complete checkpoint at every moment, and never fewer than the limit."""
     seen = []
@@ -274,6 +276,7 @@ def test_checkpoint_saved_again_replaces_the_old_one(script, args, copied, tmp_p
     assert read_record(copied / "checkpoint-4")["flags"]["learning_rate"] == 1e-5
 
 
+@in_two_scripts
 def test_kill_in_the_middle_of_a_save_costs_nothing(script, args, tmp_path):
     """Killed while it saves, a run leaves whole checkpoints only, and goes on from the newest."""
     out = tmp_path / "out"
@@ -326,6 +329,7 @@ def test_kill_in_the_middle_of_a_removal_leaves_no_broken_checkpoint(script, arg
     assert list_names(copied) == {"checkpoint-4", "checkpoint-5"}
 
 
+@in_two_scripts
 def test_full_disk_leaves_earlier_checkpoints_untouched(script, args, copied, tmp_path):
     """A save that fails costs no checkpoint, and what it has written is cleared at the next start."""
     before, log = read_folder(copied / "checkpoint-4"), tmp_path / "log"
@@ -378,6 +382,7 @@ def test_full_disk_at_the_export_keeps_the_pipeline_that_was_there(script, args,
     assert list_names(copied, ".partial*") == set()
 
 
+@in_two_scripts
 def test_folder_of_a_run_that_is_not_over_is_refused(script, args, tmp_path):
     """Two runs at once would clear away each other's saves: the second is told to wait, and the first goes on."""
     out = tmp_path / "out"

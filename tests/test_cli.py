@@ -10,7 +10,10 @@ import importlib.util
 import itertools
 import json
 import os
+import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -425,11 +428,16 @@ def test_an_installation_at_fault_does_not_blame_the_model(each_script, tiny_mod
     assert str(tiny_model) not in str(told.value)
 
 
-def test_data_is_checked_before_weights_are_read(script, tiny_model, image_folder, tmp_path):
-    """A wrong column costs no load of the model: here there are no weights to load."""
+@pytest.mark.parametrize("script", SCRIPTS, indirect=True)
+def test_data_is_checked_before_weights_are_read(script, tiny_model, image_folder, tmp_path, monkeypatch):
+    """A wrong column costs no load of the model, which has no weights here; it is told in one line, no traceback."""
     model = keep_configs_only(tiny_model, tmp_path / "model")
-    with pytest.raises(ValueError, match="--caption_column story is not in .*l: its columns are image, text"):
-        script.main(make_args(model, image_folder, tmp_path / "out", caption_column="story"))
+    argv = make_args(model, image_folder, tmp_path / "out", caption_column="story")
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, argv)])
+    with pytest.raises(SystemExit) as exits:
+        runpy.run_path(script.__file__, run_name="__main__")
+    told = "error: --caption_column story is not in .*l: its columns are image, text."
+    assert re.fullmatch(told, exits.value.code)  # which Python prints
 
 
 def test_token_is_written_nowhere(script, tiny_model, tmp_path, caplog, capfd):

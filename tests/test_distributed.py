@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import in_first_script, make_args, make_image_folder, read_scalars
+from conftest import in_first_script, in_two_scripts, make_args, make_image_folder, read_scalars
 from PIL import Image
 from runs import (
     assert_same_checkpoint,
@@ -103,6 +103,7 @@ def test_there_are_two_processes(pair):
     assert all(len(micro_steps) == NUM_UPDATES for micro_steps in seen)
 
 
+@in_two_scripts
 def test_processes_draw_different_noise_and_together_what_one_draws(pair, single):
     """Side by side, their samples with all that is random about them are those of one process, each of them once."""
     (first, second), (_, whole) = pair[1], single
@@ -172,6 +173,7 @@ def test_learning_rate_is_scheduled_in_updates(script, args, num_processes, accu
 # ---- Stopping and going on ------------------------------------------------------------------------------------------
 
 
+@in_two_scripts
 def test_signal_to_one_process_stops_both_in_the_same_update(script, args, tmp_path):
     """They save it once and say how to go on; resumed, they repeat the run that was not stopped there."""
     out, log = tmp_path / "out", tmp_path / "log"
@@ -204,6 +206,7 @@ def test_two_processes_are_resumed_exactly(script, args, pair, tmp_path, caplog)
         assert read_scalars(out, tag) == {step: number for step, number in logged.items() if step > 3}
 
 
+@in_two_scripts
 def test_one_process_goes_on_where_two_stopped(script, args, pair, tmp_path, caplog):
     """With twice the batch it trains on the same samples and ends at the same weights; the change is said."""
     out = tmp_path / "out"

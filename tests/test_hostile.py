@@ -71,7 +71,7 @@ def test_pictures(first_script, tmp_path, name):
         image = read_image(first_script, images)
         assert (image.mode, image.size) == ("RGB", expected)
     else:
-        with pytest.raises(ValueError, match=expected) as error:
+        with pytest.raises(first_script.UserError, match=expected) as error:
             read_image(first_script, images)
         assert "--skip_broken_images" in str(error.value)
 
@@ -100,7 +100,7 @@ def test_captions(first_script, tmp_path, name):
     if isinstance(expected, list):
         assert load_images(first_script, tmp_path).captions[0] == expected
     else:
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(first_script.UserError, match=expected):
             load_images(first_script, tmp_path)
 
 
@@ -140,7 +140,7 @@ def test_metadata(first_script, tmp_path, name):
             with contextlib.suppress(ValueError):
                 images = load_images(first_script, data, skip_broken_images=True)
                 assert not any(Path(image["path"]).resolve() == tmp_path / "secret.png" for image in images.images)
-        with pytest.raises(ValueError, match=re.compile(expected, re.DOTALL)):
+        with pytest.raises(first_script.UserError, match=re.compile(expected, re.DOTALL)):
             load_images(first_script, data)
 
 
@@ -163,7 +163,7 @@ def test_metadata_of_a_subfolder(first_script, tmp_path, caplog):
     paths = [image["path"] for image in load_images(first_script, data).images]
     assert paths == [str(data / "a.png"), str(data / "b.png")] and "not used" not in caplog.text
     (data / "sub" / "metadata.jsonl").write_text("".join(rows) + ROW.replace("a.png", "../../secret.png"))
-    with pytest.raises(ValueError, match=r"1 of 3 .* not in it.*\.\./secret.png"):
+    with pytest.raises(first_script.UserError, match=r"1 of 3 .* not in it.*\.\./secret.png"):
         load_images(first_script, data, skip_broken_images=True)
 
 
@@ -215,7 +215,7 @@ def test_models(first_script, tiny_model, image_folder, tmp_path, name):
     change, expected = MODELS[name]
     model, ran = shutil.copytree(tiny_model, tmp_path / "model"), tmp_path / "ran"
     change(model, ran)
-    refusal = contextlib.nullcontext() if expected is None else pytest.raises(ValueError, match=expected)
+    refusal = contextlib.nullcontext() if expected is None else pytest.raises(first_script.UserError, match=expected)
     with refusal:
         run(first_script, make_args(model, image_folder, tmp_path / "out", max_train_steps=1))
     assert not ran.exists()
@@ -229,7 +229,7 @@ def test_adapters_and_single_files_with_code(tiny_model, image_folder, tmp_path)
     script = load_script("train_text_to_image_lora.py")
     for model, adapter, expected in ((tiny_model, files[0], "--pretrained_lora_model_name_or_path .* cannot be read"),
                                      (files[1], None, "Only .safetensors are read")):
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(script.UserError, match=expected):
             run(script, make_args(model, image_folder, tmp_path / "out", pretrained_lora_model_name_or_path=adapter))
     assert not ran.exists()
 
@@ -244,7 +244,7 @@ def test_checkpoints_with_code(first_script, tiny_model, image_folder, tmp_path)
         (checkpoint / "run_record.json").write_text(json.dumps({**record, "files": {}}))
         torch.save(Payload(ran), checkpoint / name)
         argv = make_args(tiny_model, image_folder, tmp_path / f"{name}-out", resume_from_checkpoint=checkpoint)
-        refusal = pytest.raises(ValueError, match="checkpoint-1 cannot be loaded")
+        refusal = pytest.raises(first_script.UserError, match="checkpoint-1 cannot be loaded")
         with contextlib.nullcontext() if "random" in name else refusal:
             run(first_script, argv)
     assert not ran.exists()

@@ -8,7 +8,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import UNCACHED, list_adapter_flags, make_args
+from conftest import UNCACHED, in_two_scripts, list_adapter_flags, make_args
 from PIL import Image
 from runs import keep_configs_only, prepare, run
 from safetensors.torch import save_file
@@ -150,6 +150,7 @@ def drop_index(model) -> None:
     (model / "model_index.json").unlink()
 
 
+@in_two_scripts
 @pytest.mark.parametrize(("change", "flags"), [
     (drop_index, {}), (save_fp16_unet, {}), (save_fp16_unet, {"variant": "fp16"}), (save_all_fp16, {}), (save_bin, {}),
     (save_shards, {}), (save_shards, {"variant": "fp16"}), (drop_max_length, {}), (keep_vocabulary_only, {})])
@@ -301,6 +302,7 @@ def get_kind(script) -> str:
     return "sdxl" if "sdxl" in script.__name__ else "sd"
 
 
+@in_two_scripts
 def test_a_model_in_one_file_is_the_same_model(script, tiny_model, single_files, image_folder, tmp_path):
     """It is converted once, with the configurations of a local folder, and has the same weights; a run exports."""
     configs = keep_configs_only(tiny_model, tmp_path / "configs")

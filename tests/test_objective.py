@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import list_adapter_flags, list_fast_flags, make_args, make_image_folder, read_scalars
+from conftest import in_two_scripts, list_adapter_flags, list_fast_flags, make_args, make_image_folder, read_scalars
 from runs import read_trained, run
 from safetensors.torch import load_file
 
@@ -419,6 +419,7 @@ def test_gradients_are_clipped(script, tiny_model, image_folder, tmp_path):
     assert norms[1.0] > 0.01
 
 
+@in_two_scripts
 @pytest.mark.parametrize(
     ("prediction_type", "num_updates", "factor"), [("epsilon", 30, 2.5), ("v_prediction", 30, 1.3), ("sample", 15, 2)])
 def test_overfitting_lowers_the_loss(script, tiny_model, tmp_path, prediction_type, num_updates, factor):
@@ -436,6 +437,7 @@ def test_overfitting_lowers_the_loss(script, tiny_model, tmp_path, prediction_ty
     assert np.mean(trained[:5]) / np.mean(trained[-5:]) > factor
 
 
+@in_two_scripts
 def test_bf16_keeps_what_is_trained_in_float32(script, assemble, tiny_model, image_folder, tmp_path):
     """Under --mixed_precision bf16 what is trained, its averages and moments are float32; frozen parts are bf16."""
     out = tmp_path / "out"
@@ -460,6 +462,7 @@ def test_bf16_keeps_what_is_trained_in_float32(script, assemble, tiny_model, ima
             assert {weight.dtype for weight in load_file(out / file).values()} == {dtype}
 
 
+@in_two_scripts
 def test_bf16_is_used(script, tiny_model, image_folder, tmp_path):
     """--mixed_precision bf16 computes in other numbers than float32, close to them."""
     losses = {}
@@ -482,6 +485,7 @@ def test_a_variant_is_loaded(script, tiny_model, image_folder, tmp_path):
     assert compute_step_sizes(tiny_model, tmp_path / "out", 1) == pytest.approx(1e-3, rel=0.1)
 
 
+@in_two_scripts
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_8_bit_adam_trains(script, tiny_model, image_folder, tmp_path, monkeypatch):
     """--use_8bit_adam keeps the moments of all large weights in bytes, trains, and goes on from its checkpoint.
@@ -520,6 +524,7 @@ def test_compiling_keeps_names_and_files(script, assemble, tmp_path):
     assert not any("_orig_mod" in name for name in unet.state_dict())
 
 
+@in_two_scripts
 def test_runs_repeat_themselves(script, tiny_model, image_folder, tmp_path):
     """The same command gives the same weights to the last bit; another seed does not."""
     weights = []

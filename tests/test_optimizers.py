@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from conftest import UNCACHED, make_args, read_scalars
+from conftest import UNCACHED, in_two_scripts, make_args, read_scalars
 from runs import assert_same_checkpoint, read_trained, run
 
 NO_8_BIT = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -77,6 +77,7 @@ def test_updates_in_the_backward_pass_are_refused_where_gradients_come_later(
     assert "it needs one process or --fsdp, and --mixed_precision bf16 or no" in capsys.readouterr().err
 
 
+@in_two_scripts
 def test_adafactor_trains_and_resumes_exactly(script, train, tiny_model):
     """--use_adafactor keeps a row and a column per matrix, moves all weights, and goes on as if it had not stopped."""
     whole = train("whole", use_adafactor=True, max_train_steps=4, checkpointing_steps=2, learning_rate=1e-2)
@@ -96,6 +97,7 @@ def test_moments_of_adafactor_fit_no_adamw(script, train):
         train("out", max_train_steps=2, resume_from_checkpoint="latest")
 
 
+@in_two_scripts
 def test_a_norm_of_0_clips_nothing(train):
     """--max_grad_norm 0 trains as a norm that is out of reach, and the gradient's own is logged all the same."""
     flags = {"max_train_steps": 2, "report_to": "tensorboard", **UNCACHED}

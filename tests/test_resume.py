@@ -17,6 +17,7 @@ import torch
 from conftest import (
     TORCH_SCRIPTS,
     in_first_script,
+    in_two_scripts,
     make_args,
     make_image_folder,
     read_scalars,
@@ -129,6 +130,7 @@ def test_stopped_and_resumed_run_repeats_the_uninterrupted_one(script, args, nev
     assert "with the same data, noise and settings" in caplog.text
 
 
+@in_two_scripts
 @pytest.mark.parametrize("workers", [(0, 2), (2, 0)], ids="{0[0]} then {0[1]}".format)
 def test_number_of_loader_workers_may_change(script, args, never_stopped, workers, tmp_path, caplog):
     """The number of processes that load data is no part of the training: any repeats the run without them."""
@@ -142,6 +144,7 @@ def test_number_of_loader_workers_may_change(script, args, never_stopped, worker
     assert "with the same data, noise and settings" in caplog.text
 
 
+@in_two_scripts
 def test_run_that_validates_is_resumed_exactly(script, args, image_folder, tmp_path):
     """Pictures and held-out losses, too, are those of the uninterrupted run, also right after the stop."""
     flags = {"validation_prompts": ["a", "b"], "validation_steps": 2, "validation_inference_steps": 2,
@@ -155,6 +158,7 @@ def test_run_that_validates_is_resumed_exactly(script, args, image_folder, tmp_p
     assert list(losses) == [2, 4, 6] and losses == read_scalars(tmp_path / "whole", "validation_loss")
 
 
+@in_two_scripts
 def test_second_stop_changes_nothing(script, args, never_stopped, tmp_path):
     """A run may be stopped as often as one likes, also in its first and its last update."""
     whole, batches = never_stopped(script, args, gradient_accumulation_steps=2)
@@ -168,6 +172,7 @@ def test_second_stop_changes_nothing(script, args, never_stopped, tmp_path):
 # ---- The seed -------------------------------------------------------------------------------------------------------
 
 
+@in_two_scripts
 def test_seed_that_was_drawn_is_kept_with_the_checkpoint(script, args, tmp_path):
     """Without --seed each run draws one, and a resumed run takes that of its checkpoint."""
     run(script, args(tmp_path / "whole", seed=None, max_train_steps=4, checkpointing_steps=2))
@@ -181,6 +186,7 @@ def test_seed_that_was_drawn_is_kept_with_the_checkpoint(script, args, tmp_path)
     assert read_scalars(tmp_path / "other", "train_loss")[1] != read_scalars(tmp_path / "whole", "train_loss")[1]
 
 
+@in_two_scripts
 @pytest.mark.parametrize("seed", [3, None, 4])
 def test_another_seed_is_named_in_a_warning(script, args, never_stopped, seed, tmp_path, caplog):
     """The seed of the checkpoint, given again or not, is no change; another one is, and it is the one that counts."""
@@ -194,6 +200,7 @@ def test_another_seed_is_named_in_a_warning(script, args, never_stopped, seed, t
 # ---- Signals --------------------------------------------------------------------------------------------------------
 
 
+@in_two_scripts
 def test_sigterm_to_the_command_saves_and_says_how_to_go_on(script, args, tmp_path):
     """The process ends with status 143 and a checkpoint, from which the run goes on as if it had not been stopped."""
     out, log = tmp_path / "out", tmp_path / "log"
@@ -285,6 +292,7 @@ def test_finished_run_trains_no_further_and_exports(script, args, never_stopped,
     assert list_names(out) == {"checkpoint-3", "checkpoint-6"}
 
 
+@in_two_scripts
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_run_resumed_beyond_its_end_takes_one_update(script, args, use_ema, tmp_path, caplog):
     """The reference's own tests pin this: from checkpoint-4 with --max_train_steps 2 comes checkpoint-5."""
@@ -301,6 +309,7 @@ def test_run_resumed_beyond_its_end_takes_one_update(script, args, use_ema, tmp_
 # ---- Resuming with something else -----------------------------------------------------------------------------------
 
 
+@in_two_scripts
 @pytest.mark.parametrize("changed", [{"train_batch_size": 3}, {"train_batch_size": 10},
                                      {"gradient_accumulation_steps": 2}], ids=str)
 def test_changed_batch_neither_repeats_nor_skips_samples(script, args, changed, tmp_path, caplog):
@@ -316,6 +325,7 @@ def test_changed_batch_neither_repeats_nor_skips_samples(script, args, changed, 
     assert "with the same data, noise and settings" not in caplog.text
 
 
+@in_two_scripts
 def test_changed_data_are_named_in_a_warning(script, tiny_model, args, tmp_path, caplog):
     """A checkpoint knows its captions: with fewer of them the run goes on, in a new epoch if need be, and says so."""
     fewer = make_image_folder(tmp_path / "fewer", count=3)
@@ -325,6 +335,7 @@ def test_changed_data_are_named_in_a_warning(script, tiny_model, args, tmp_path,
     assert "captions_digest" in caplog.text
 
 
+@in_two_scripts
 def test_fp16_holds_rate_and_averages_at_an_overflow(script, args, tmp_path, monkeypatch):
     """A run in fp16 goes on from a checkpoint in float32; skipped updates do not count; and it resumes bit for bit.
 
@@ -358,6 +369,7 @@ def test_fp16_holds_rate_and_averages_at_an_overflow(script, args, tmp_path, mon
     assert_same_checkpoint(tmp_path / "again/checkpoint-7", out / "checkpoint-7")
 
 
+@in_two_scripts
 def test_checkpoint_of_the_reference_is_resumed(script, args, tmp_path, caplog):
     """It has the same files but no record, and a schedule that counts processes: the run goes on, with a warning."""
     first = tmp_path / "first"
@@ -398,6 +410,7 @@ def test_changed_optimizer_flags_are_honoured(script, args, never_stopped, tmp_p
     assert "learning_rate 0.001 -> 0.0005" in caplog.text and "adam_epsilon 1e-08 -> 1e-06" in caplog.text
 
 
+@in_two_scripts
 def test_longer_schedule_is_honoured(script, args, tmp_path):
     """A finished run goes on with another --max_train_steps, on the curve that the new length gives."""
     flags = {"lr_scheduler": "linear", "lr_warmup_steps": 0}
@@ -432,6 +445,7 @@ def test_another_layout_of_the_weights_is_refused(script, args, tmp_path):
         run(script, args(tmp_path / "out", max_train_steps=2, channels_last=True, resume_from_checkpoint="latest"))
 
 
+@in_two_scripts
 def test_a_checkpoint_without_a_record_is_resumed_if_its_files_load(script, args, never_stopped, tmp_path):
     """As one of the reference is; what is wrong with its files shows when they are read."""
     whole, _ = never_stopped(script, args, checkpointing_steps=3)

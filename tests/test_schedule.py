@@ -139,11 +139,11 @@ def test_epochs_are_counted_in_updates(script, image_folder, tmp_path, counts, e
 
 
 @pytest.fixture
-def half_done(each_script, tiny_model, image_folder, tmp_path):
+def half_done(script, tiny_model, image_folder, tmp_path):
     """Return a function that goes on from the middle of a linear schedule, and returns its rates and its folder."""
 
     def go(name, **flags):
-        run(each_script, make_args(tiny_model, image_folder, tmp_path / name, **{
+        run(script, make_args(tiny_model, image_folder, tmp_path / name, **{
             "lr_scheduler": "linear", "learning_rate": RATE, "max_train_steps": 6, "checkpointing_steps": 3,
             "resolution": 8, "report_to": "tensorboard", **flags}))
         return read_scalars(tmp_path / name, "lr"), tmp_path / name

@@ -19,6 +19,7 @@ import torch
 import wandb
 from conftest import (
     in_first_script,
+    in_two_scripts,
     list_fast_flags,
     load_script,
     make_args,
@@ -93,6 +94,7 @@ def read_pixels(path) -> np.ndarray:
 # ---- Pictures and the held-out loss ---------------------------------------------------------------------------------
 
 
+@in_two_scripts
 def test_pictures_are_drawn_when_asked_for_and_at_the_end(drawn):
     """After updates 4 and 8, after the second epoch, that is update 10, and after the last: in folders and tracker."""
     assert list_names(drawn / "validation", "*") == {"step-4", "step-8", "step-10", "step-11"}
@@ -133,6 +135,7 @@ def test_pictures_are_those_of_the_saved_pipeline(script, tiny_model, args, tmp_
         assert abs(difference).max() <= 1
 
 
+@in_two_scripts
 def test_held_out_loss_is_the_same_in_any_run(script, args, held_out, drawn, tmp_path):
     """Its noise and timesteps are fixed: before training, runs with other seeds and batches log the same number."""
     logged = read_scalars(drawn, "validation_loss")
@@ -144,6 +147,7 @@ def test_held_out_loss_is_the_same_in_any_run(script, args, held_out, drawn, tmp
         assert read_scalars(tmp_path / str(seed), "validation_loss") == {1: pytest.approx(logged[11], rel=1e-5)}
 
 
+@in_two_scripts
 def test_held_out_loss_falls_with_training(script, args, held_out, tmp_path):
     """Twenty-four updates more on pictures of the same kind bring it down by a fifth at least."""
     run(script, args(tmp_path / "out", max_train_steps=30, use_ema=False, report_to="tensorboard",
@@ -154,6 +158,7 @@ def test_held_out_loss_falls_with_training(script, args, held_out, tmp_path):
     assert logged[30] < 0.8 * logged[6], logged
 
 
+@in_two_scripts
 def test_validation_does_not_change_the_training(script, args, held_out, tmp_path):
     """With pictures and a held-out loss after every update, the checkpoint is the same bit for bit as without."""
     run(script, args(tmp_path / "without", max_train_steps=4))
@@ -189,6 +194,7 @@ FAILURES = {
 }
 
 
+@in_two_scripts
 @pytest.mark.parametrize("failure", FAILURES)
 def test_failing_validation_does_not_end_the_run(script, args, failure, broken, tmp_path, caplog):
     """It is logged, the trained weights are put back, and the run goes on as one without validation."""
@@ -206,6 +212,7 @@ def test_failing_validation_does_not_end_the_run(script, args, failure, broken, 
     assert list_names(out, "*") >= list_names(without, "*")
 
 
+@in_two_scripts
 def test_pipeline_that_cannot_be_made_does_not_end_the_run(script, args, tmp_path, monkeypatch, caplog):
     """Whatever fails while the averages are in place, they are taken out again, and later pictures are drawn."""
     calls = []
@@ -242,6 +249,7 @@ def test_encoders_that_find_no_room_do_not_end_the_run(script, args, tmp_path, m
     assert (tmp_path / "out/model_index.json").is_file() and not (tmp_path / "out/validation").exists()
 
 
+@in_two_scripts
 def test_loss_that_is_not_finite_stops_the_run(script, args, tmp_path):
     """The error names the first such update and the usual causes; the last good checkpoint stays what it was."""
     out = tmp_path / "out"
@@ -290,6 +298,7 @@ def test_peak_memory_is_of_training_alone(script, args, tmp_path, monkeypatch):
 # ---- Trackers -------------------------------------------------------------------------------------------------------
 
 
+@in_two_scripts
 def test_numbers_of_every_update_reach_tensorboard(drawn):
     """Loss, rate, gradient norm and epoch have each update's own step; the speed comes with every reading."""
     every = list(range(1, 12))
@@ -311,6 +320,7 @@ def test_pictures_reach_tensorboard(drawn):
     assert read_images(drawn, "validation")[10] == read_images(drawn, "test")[11] == (2 * 48, 48)
 
 
+@in_two_scripts
 def test_numbers_do_not_depend_on_how_often_they_are_read(script, args, tmp_path):
     """--logging_steps decides when the device is asked, not what is logged."""
     for every in (1, 4):
@@ -540,6 +550,7 @@ def test_upload_that_fails_loses_nothing(script, args, hub, drawn, tmp_path):
     assert not find_token(out) and TOKEN not in done.stdout + done.stderr
 
 
+@in_two_scripts
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_every_prediction_type_is_drawn_with(script, tiny_model, image_folder, tmp_path, prediction_type):
     """The pictures of the run and the exported pipeline are drawn with the type that was trained."""
