@@ -196,25 +196,25 @@ def save_tokenizer(folder: pathlib.Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def build_model(cache: pathlib.Path, name: str) -> pathlib.Path:
-    """Return a folder in the layout of a pipeline of Stable Diffusion or SDXL, float32, random weights."""
+def build_model(cache: pathlib.Path, name: str, *, with_weights: bool = True) -> pathlib.Path:
+    """Return a folder in the layout of a pipeline of Stable Diffusion or SDXL, float32, random weights or none."""
     folder, config = cache / f"model-{name}", CONFIGS[name]
     with written_aside(folder) as aside:
         if aside:
             torch.manual_seed(0)
-            unet = UNet2DConditionModel(**config["unet"])
-            count = sum(parameter.numel() for parameter in unet.parameters())
+            with torch.device("cpu" if with_weights else "meta"):
+                networks = {"unet": UNet2DConditionModel(**config["unet"]), "vae": AutoencoderKL(**config["vae"])}
+            count = sum(parameter.numel() for parameter in networks["unet"].parameters())
             if config["parameters"] not in (None, count):
                 raise RuntimeError(f"the {name} UNet has {count:,} parameters, not {config['parameters']:,}.")
-            unet.save_pretrained(aside / "unet")
-            del unet
-            AutoencoderKL(**config["vae"]).save_pretrained(aside / "vae")
+            for part, network in networks.items():
+                (network.save_pretrained if with_weights else network.save_config)(aside / part)
             kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
             for part in config.keys() & kinds.keys():
                 tokenizer = save_tokenizer(aside / part.replace("text_encoder", "tokenizer"))
                 ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
                 text_config = CLIPTextConfig(**config[part], **ids, pad_token_id=tokenizer.pad_token_id)
-                kinds[part](text_config).save_pretrained(aside / part)
+                (kinds[part](text_config) if with_weights else text_config).save_pretrained(aside / part)
             save_scheduler_and_index(aside, is_sdxl="text_encoder_2" in config)
     return folder
 

@@ -195,34 +195,13 @@ def estimate(script, argv: list[str]) -> dict:
             "mismatches": dict(device.mismatches)}
 
 
-def write_model(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """Write a model of build.py without its weights."""
-    import build
-    import torch
-    import transformers
-
-    import diffusers
-
-    config = build.CONFIGS[name]
-    folder.mkdir()
-    with torch.device("meta"):
-        diffusers.UNet2DConditionModel(**config["unet"]).save_config(folder / "unet")
-        diffusers.AutoencoderKL(**config["vae"]).save_config(folder / "vae")
-    for part in config.keys() & {"text_encoder", "text_encoder_2"}:
-        tokenizer = build.save_tokenizer(folder / part.replace("text_encoder", "tokenizer"))
-        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-        transformers.CLIPTextConfig(**config[part], **ids).save_pretrained(folder / part)
-    build.save_scheduler_and_index(folder, is_sdxl="text_encoder_2" in config)
-    return folder
-
-
 def run_on_device(args: argparse.Namespace, folder: pathlib.Path) -> dict:
     """Return the figures of what the command line asks for, in a process that the device is loaded into."""
     import build
     import torch
 
     script = load_script(args.script.resolve())
-    flags = {"pretrained_model_name_or_path": write_model(folder / "model", args.config),
+    flags = {"pretrained_model_name_or_path": build.build_model(folder, args.config, with_weights=False),
              "resolution": args.resolution, "train_batch_size": args.batch, "mixed_precision": args.mixed_precision,
              "output_dir": folder / "out", "encoded_dir": folder / "encoded", "validation_epochs": 1000}
     argv = [*(f"--{name}={value}" for name, value in flags.items()), *args.extra]
@@ -245,7 +224,8 @@ def format_report(records: list[dict]) -> str:
         notes += [f"- `{record['command']}` waits {count:g} times per update: {line}" for line, count in waits.items()]
         notes += [f"- `{record['command']}` has tensors on two devices: {line}" for line in mismatches]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join(["Memory allocator on a pretended device, no kernel run: peak / reserved.", "", *lines, *notes])
+    title = "Memory allocator on a pretended device, no kernel run: peak / reserved."
+    return "\n".join([title, "", *lines, "", *notes]).rstrip()
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
