@@ -1477,6 +1477,7 @@ def add_adapter(network: torch.nn.Module, config: LoraConfig) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     for module in network.modules():  # the norms that DoRA starts from, which PEFT takes in the network's precision
+        module.cast_input_dtype_enabled = config.use_dora  # copies in float32, which autocast casts back at once
         for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
             norms = module.get_base_layer().weight.float().flatten(1).norm(dim=1)
             magnitude.weight.data = norms.view_as(magnitude.weight)

@@ -207,6 +207,20 @@ def test_precision_from_the_launcher_leaves_adapters_in_float32(script, train, m
     assert {tensor.dtype for tensor in load_file(out / FILE).values()} == {torch.float32}
 
 
+def test_inputs_of_adapters_are_not_copied_to_float32(script, train, monkeypatch):
+    dtypes, original = set(), script.add_adapter
+
+    def add_adapter(network, config):
+        original(network, config)
+        for name, module in network.named_modules():
+            if name.endswith("lora_A.default"):
+                module.register_forward_pre_hook(lambda module, inputs: dtypes.add(inputs[0].dtype))
+
+    monkeypatch.setattr(script, "add_adapter", add_adapter)
+    train(mixed_precision="bf16", max_train_steps=1)
+    assert dtypes == {torch.bfloat16}
+
+
 def test_dora_starts_from_the_norms_of_the_base(script, tiny_model, tmp_path, image_folder):
     """The magnitudes are the float32 norms of the frozen weights also where those are in half precision."""
     args = script.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", use_dora=True,
