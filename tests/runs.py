@@ -134,12 +134,12 @@ def run_in_child(name: str, argv: list[str], log: str, limit: int | None, enviro
 def fail_at(moment: str, count: int, number: int, name: str, argv: list[str], *others) -> None:
     """Run a script where the process of rank 1 gets a signal as it enters a function for the `count`th time.
 
-    The other waits 10 seconds for it while it trains, else 20; of JAX 10. `others` are for `set_up_child`.
+    The other waits 10 seconds for it while it trains, else 20; of JAX 4. `others` are for `set_up_child`.
     """
     set_up_child(*others)
     script = load_script(name)
     if hasattr(script, "jax"):
-        script.jax.distributed.initialize = partial(script.jax.distributed.initialize, heartbeat_timeout_seconds=10)
+        script.jax.distributed.initialize = partial(script.jax.distributed.initialize, heartbeat_timeout_seconds=4)
     else:
         script.LONGEST_WAIT, script.LONGEST_PAUSE = timedelta(seconds=20), timedelta(seconds=10)
     original, calls = getattr(script, moment), itertools.count(1)
@@ -151,6 +151,35 @@ def fail_at(moment: str, count: int, number: int, name: str, argv: list[str], *o
 
     setattr(script, moment, failing)
     script.main(argv)
+
+
+def run_and_measure_shares(runs: list[list[str]], name: str, argv: list[str], log: str, *others) -> None:
+    """Run the JAX script once for each command line in `runs`.
+
+    What share one device holds of each thing that a compiled update is given stands in `log`.json, with the share of
+    the state that the update may overwrite. `argv` is not used; `others` are for `set_up_child`.
+    """
+    set_up_child(log, *others)
+    script, facts = load_script(name), []
+    leaves, original = script.jax.tree.leaves, script.compile_train_step
+
+    def count_own(arrays) -> int:
+        return sum(array.addressable_shards[0].data.nbytes for array in leaves(arrays))
+
+    def compile_train_step(models, batch):
+        compiled = original(models, batch)
+        state = models.state
+        given = {"weights": state.weights, "moments": state.moments, "averages": state.averages,
+                 "batch": {key: batch[key] for key in ("images", "noise")}}
+        shares = {key: count_own(arrays) / sum(array.nbytes for array in leaves(arrays))
+                  for key, arrays in given.items()}
+        facts.append(shares | {"donated": compiled.memory_analysis().alias_size_in_bytes / count_own(state)})
+        return compiled
+
+    script.compile_train_step = compile_train_step
+    for words in runs:
+        script.main(words)
+    Path(f"{log}.json").write_text(json.dumps(facts))
 
 
 def set_up_child(log: str, limit: int | None, environment: dict[str, str]) -> None:

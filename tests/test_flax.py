@@ -1,6 +1,7 @@
 """The JAX script: its networks and its training against torch's, and what it promises as the other scripts do.
 
 Each program that JAX compiles takes seconds here, so runs share their settings, and through a cache their programs.
+Whole runs have the smallest networks: that larger ones compute what torch's do is shown of each network by itself.
 """
 
 import contextlib
@@ -29,13 +30,13 @@ from conftest import (
     make_args,
     make_image,
     make_image_folder,
+    make_text_config,
     make_tiny_stable_diffusion,
     make_tokenizer,
     read_scalars,
 )
 from PIL import Image
 from runs import (
-    DAMAGES,
     Run,
     assert_damage_is_found,
     assert_same_files,
@@ -44,6 +45,7 @@ from runs import (
     prepare,
     read_folder,
     read_record,
+    run_and_measure_shares,
 )
 from safetensors.torch import load_file, save_file
 from test_cli import CONTRACT, GOLDEN, describe, expect, format_help, get_flags
@@ -97,6 +99,19 @@ def tiny_model(tiny_models):
     return tiny_models["sd"]
 
 
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    """Folder of a Stable Diffusion whose UNet has one resolution, which compiles in half the time of the tiny one."""
+    folder = make_tiny_stable_diffusion(tmp_path_factory.mktemp("small") / "small")
+    tokenizer = make_tokenizer(folder / "small-source")
+    UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32,), norm_num_groups=8, layers_per_block=1, cross_attention_dim=32,
+        attention_head_dim=8, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    ).save_pretrained(folder / "unet")
+    CLIPTextModel(make_text_config(tokenizer, num_hidden_layers=1)).save_pretrained(folder / "text_encoder")
+    return folder
+
+
 def make_second_stable_diffusion(folder: Path) -> Path:
     """Write a tiny model of the shape of Stable Diffusion 2: heads per block, matrices for convolutions, gelu, v."""
     torch.manual_seed(1)
@@ -141,10 +156,10 @@ def make_numbers(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def make_batch(num_tokens: int) -> dict[str, np.ndarray]:
-    """Return a batch as the torch scripts have it, of 3 images of 32 x 24 px."""
-    rng, latents = np.random.default_rng(0), (3, 4, 16, 12)
-    return {"images": rng.integers(0, 256, (3, 3, 32, 24), np.uint8), "noise": make_numbers(*latents, seed=2),
+def make_batch(num_tokens: int, height: int = 32, width: int = 24) -> dict[str, np.ndarray]:
+    """Return a batch of three as the torch scripts have it."""
+    rng, latents = np.random.default_rng(0), (3, 4, height // 2, width // 2)
+    return {"images": rng.integers(0, 256, (3, 3, height, width), np.uint8), "noise": make_numbers(*latents, seed=2),
             "posterior_noise": make_numbers(*latents, seed=1), "offset_noise": make_numbers(3, 4, 1, 1, seed=3),
             "perturbation_noise": make_numbers(*latents, seed=4), "timesteps": np.array([3, 480, 999]),
             "input_ids": rng.integers(0, 500, (3, num_tokens))}
@@ -165,29 +180,14 @@ def assert_near(ours, theirs, tolerance: float = 1e-4) -> None:
 
 
 @pytest.mark.parametrize("shape", ["first", "second"])
-def test_networks_agree_with_torch(flax, models_of, shape):
-    """UNet on an odd size too, VAE both ways, and text encoder give what torch's give."""
-    models, theirs = models_of[shape]
-    noisy, states = make_numbers(2, 4, 10, 7), make_numbers(2, 24, 32)
-    timesteps, pixel_values, ids = np.array([0, 777]), make_numbers(2, 3, 32, 24), np.arange(48).reshape(2, 24)
-
-    @jax.jit
-    def run(weights, noisy, pixel_values):
-        own = flax.with_weights(models, weights)
-        mean, std = own.vae.encode(pixel_values)
-        return own.unet(noisy, timesteps, states), mean, std, own.vae.decode(mean), own.text_encoder(ids)
-
-    prediction, mean, std, decoded, text = run(
-        {**models.frozen, **models.initial}, put_channels_last(noisy), put_channels_last(pixel_values))
+def test_decoder_agrees_with_torch(flax, models_of, shape):
+    """The half of the VAE that no loss passes through."""
+    (models, theirs), latents = models_of[shape], make_numbers(2, 4, 10, 7)
+    decoded = jax.jit(lambda weights: flax.with_weights(models, weights).vae.decode(put_channels_last(latents)))(
+        models.frozen)
     with torch.no_grad():
-        expected = theirs.unet(torch.tensor(noisy), torch.tensor(timesteps), torch.tensor(states)).sample
-        posterior = theirs.vae.encode(torch.tensor(pixel_values)).latent_dist
-        latents = posterior.mean / theirs.vae.config.scaling_factor
-        assert_near(prediction, put_channels_last(expected.numpy()))
-        assert_near(mean, put_channels_last(posterior.mean.numpy()))
-        assert_near(std, put_channels_last(posterior.std.numpy()))
-        assert_near(decoded, put_channels_last(theirs.vae.decode(latents).sample.numpy()))
-        assert_near(text, theirs.text_encoder(torch.tensor(ids))[0])
+        expected = theirs.vae.decode(torch.tensor(latents) / theirs.vae.config.scaling_factor).sample
+    assert_near(decoded, put_channels_last(expected.numpy()))
 
 
 @pytest.mark.parametrize(("shape", "flags"), [
@@ -198,9 +198,11 @@ def test_networks_agree_with_torch(flax, models_of, shape):
 def test_loss_and_gradients_agree_with_torch(flax, sd, models_of, shape, flags, tmp_path, image_folder):
     """The same draws give the same loss of each sample and, but for DREAM's, the same gradient of each weight.
 
-    That is of the UNet's weights and of the text encoder's.
+    That is of the UNet's weights and of the text encoder's; the images are encoded by the VAE. DREAM's latents have
+    odd sides, which do not halve.
     """
-    (models, theirs), batch = models_of[shape], make_batch(24)
+    has_gradients = "dream_training" not in flags
+    (models, theirs), batch = models_of[shape], make_batch(24) if has_gradients else make_batch(24, 30, 22)
     base = Path(next(iter(models.files.values()))).parent.parent
     args = flax.parse_args(make_args(base, image_folder, tmp_path / "out", **flags))
     config = flax.make_scheduler_config(args, models.configs["scheduler"])
@@ -214,7 +216,6 @@ def test_loss_and_gradients_agree_with_torch(flax, sd, models_of, shape, flags, 
         return losses.mean(), losses
 
     batch_ours = {name: put_channels_last(array) for name, array in batch.items()}
-    has_gradients = "dream_training" not in flags
     compute = jax.value_and_grad(compute_mean, has_aux=True) if has_gradients else compute_mean
     text_weights = {name: array for name, array in models.frozen.items() if name.startswith("text_encoder.")}
     results = jax.jit(compute)({**models.initial, **text_weights}, batch_ours)
@@ -516,7 +517,7 @@ def odd_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def full_run(flax, tiny_model, odd_folder, tmp_path_factory):
+def full_run(flax, small_model, odd_folder, tmp_path_factory):
     """A run of six updates of three epochs, of which every second is of four samples, and how often it compiled."""
     out, compiled, original = tmp_path_factory.mktemp("full") / "out", [], flax.Meter.end_update
     events = []
@@ -529,30 +530,30 @@ def full_run(flax, tiny_model, odd_folder, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flax.Meter, "end_update", end_update)
-        losses = train(flax, tiny_model, odd_folder, out, **COMMON)
+        losses = train(flax, small_model, odd_folder, out, **COMMON)
     return SimpleNamespace(out=out, losses=losses, compiled=compiled)
 
 
-def test_updates_follow_those_of_torch(sd, full_run, tiny_model, odd_folder, tmp_path):
+def test_updates_follow_those_of_torch(sd, full_run, small_model, odd_folder, tmp_path):
     """Six updates with AdamW, warm-up, Min-SNR, offset noise and averages give torch's losses, weights and files.
 
     Here each is of two micro steps of three, also where the second has one sample only, and there of one.
     """
     out = tmp_path / "torch"
     whole = {"train_batch_size": 6, "gradient_accumulation_steps": 1}
-    losses = train(sd, tiny_model, odd_folder, out, **{**COMMON, **whole})
+    losses = train(sd, small_model, odd_folder, out, **{**COMMON, **whole})
     assert list(full_run.losses) == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose(list(full_run.losses.values()), list(losses.values()), rtol=1e-4)
     for tag in ("grad_norm", "lr", "ema_decay", "epoch", "long_captions"):
         ours, theirs = (list(read_scalars(folder, tag).values()) for folder in (full_run.out, out))
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, err_msg=tag)
     ours, theirs, base = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-                          for folder in (full_run.out, out, tiny_model))
+                          for folder in (full_run.out, out, small_model))
     assert ours.keys() == theirs.keys()
     difference = sum((ours[name] - theirs[name]).square().sum() for name in ours)
     moved = sum((theirs[name] - base[name]).square().sum() for name in ours)
     assert difference < 1e-3 * moved and moved > 0
-    assert list_keys(full_run.out / "text_encoder") == list_keys(tiny_model / "text_encoder")
+    assert list_keys(full_run.out / "text_encoder") == list_keys(small_model / "text_encoder")
     configs = [json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
                for folder in (full_run.out, out)]
     assert [config["prediction_type"] for config in configs] == ["v_prediction"] * 2
@@ -561,25 +562,22 @@ def test_updates_follow_those_of_torch(sd, full_run, tiny_model, odd_folder, tmp
     assert ours.items() <= theirs.items()
 
 
-def test_buckets_follow_those_of_torch(flax, sd, tiny_model, tmp_path, monkeypatch):
-    """Images of two shapes, cached, give torch's losses; each shape is compiled once; pictures have sizes."""
+def test_buckets_and_caches_follow_those_of_torch(flax, sd, small_model, tmp_path, monkeypatch):
+    """Images of two shapes and captions, encoded beforehand, give torch's losses; each shape is compiled once."""
     for index, size in enumerate([(40, 36), (80, 40), (41, 40), (84, 41), (36, 40), (60, 30)]):
         make_image(index, size).save(tmp_path / f"{index}.png")
         (tmp_path / f"{index}.txt").write_text(f"picture {index}")
     flags = {"aspect_ratio_buckets": True, "bucket_step": 8, "center_crop": True, "gradient_accumulation_steps": 2,
              "train_batch_size": 1, "max_train_steps": 5, "report_to": "tensorboard", **SAME_IMAGES}
-    drawing = {"validation_prompt": "a", "num_validation_images": 1, "validation_size": ["48x16"],
-               "validation_inference_steps": 1}
+    caches = {"cache_latents": True, "cache_text_embeddings": True, "cache_dtype": "fp32"}
     compiled, original = [], flax.compile_train_step
     monkeypatch.setattr(flax, "compile_train_step", lambda *given: compiled.append(0) or original(*given))
-    runs = {"torch": (sd, {}), "jax": (flax, {"cache_latents": True, "cache_dtype": "fp32", **drawing})}
     losses = {}
-    for name, (script, more) in runs.items():
+    for name, (script, more) in {"torch": (sd, {}), "jax": (flax, caches)}.items():
         out = tmp_path.parent / f"{tmp_path.name}-{name}"
-        script.main(make_args(tiny_model, tmp_path, out, **flags, **more))
+        script.main(make_args(small_model, tmp_path, out, **flags, **more))
         losses[name] = list(read_scalars(out, "train_loss").values())
     assert len(losses["torch"]) == 5 and len(compiled) == 2
-    assert Image.open(tmp_path.parent / f"{tmp_path.name}-jax/validation/step-5/00.png").size == (48, 16)
     assert losses["jax"] == pytest.approx(losses["torch"], rel=1e-4)
 
 
@@ -594,11 +592,11 @@ def test_nothing_is_compiled_after_the_first_update(full_run):
     assert full_run.compiled[1:] == full_run.compiled[:1] * 5
 
 
-def test_resumed_run_is_the_uninterrupted_one(flax, full_run, tiny_model, odd_folder, tmp_path):
+def test_resumed_run_is_the_uninterrupted_one(flax, full_run, small_model, odd_folder, tmp_path):
     """From a checkpoint in an epoch the same losses, weights and averages follow, bit for bit."""
     out = tmp_path / "out"
     shutil.copytree(full_run.out / "checkpoint-3", out / "checkpoint-3")
-    losses = train(flax, tiny_model, odd_folder, out, **{**COMMON, "resume_from_checkpoint": "latest",
+    losses = train(flax, small_model, odd_folder, out, **{**COMMON, "resume_from_checkpoint": "latest",
                                                            "checkpoints_total_limit": 1})
     assert losses == {step: loss for step, loss in full_run.losses.items() if step > 3}
     assert list_names(out) == {"checkpoint-6"} and list_names(full_run.out) == {"checkpoint-3", "checkpoint-6"}
@@ -608,46 +606,38 @@ def test_resumed_run_is_the_uninterrupted_one(flax, full_run, tiny_model, odd_fo
 
     for name in ("unet", "model_index.json"):  # a checkpoint is exported by resuming it at its end
         flax.remove(out / name)
-    flax.main(make_args(tiny_model, odd_folder, out, **COMMON, resume_from_checkpoint="latest", report_to="none"))
+    flax.main(make_args(small_model, odd_folder, out, **COMMON, resume_from_checkpoint="latest", report_to="none"))
     assert_same_files(out / "unet", full_run.out / "unet")
     assert (out / "model_index.json").is_file()
 
 
-def test_averages_need_their_flag_and_another_script_is_told(flax, full_run, tiny_model, image_folder, tmp_path):
+def test_averages_need_their_flag_and_another_script_is_told(flax, full_run, small_model, image_folder, tmp_path):
     checkpoint = full_run.out / "checkpoint-3"
     with pytest.raises(ValueError, match="checkpoint-3 does not fit: use_ema True -> False"):
-        flax.main(make_args(tiny_model, image_folder, tmp_path / "out", resume_from_checkpoint=checkpoint))
+        flax.main(make_args(small_model, image_folder, tmp_path / "out", resume_from_checkpoint=checkpoint))
     other = tmp_path / "checkpoint-2"
     other.mkdir()
     (other / "run_record.json").write_text(json.dumps({**read_record(checkpoint), "files": {}}))
     with pytest.raises(ValueError, match="checkpoint-2 is damaged or of another model"):
-        flax.main(make_args(tiny_model, image_folder, tmp_path / "out", resume_from_checkpoint=other))
+        flax.main(make_args(small_model, image_folder, tmp_path / "out", resume_from_checkpoint=other))
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_checkpoint_is_refused(flax, full_run, tmp_path, damage):
     out = shutil.copytree(full_run.out, tmp_path / "out")
     assert_damage_is_found(flax, out / "checkpoint-6", out / "checkpoint-3", damage)
 
 
-PLAIN = {"max_train_steps": 4, "train_batch_size": 4, "center_crop": True}
+# The schedule does not depend on the number of updates, which would be in the compiled program.
+PLAIN = {"max_train_steps": 4, "train_batch_size": 4, "center_crop": True, "use_ema": True,
+         "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def plain_run(flax, tiny_model, image_folder, tmp_path_factory):
+def plain_run(flax, small_model, image_folder, tmp_path_factory):
     """A run of updates of four, four, two and four samples, and its losses."""
     out = tmp_path_factory.mktemp("plain") / "out"
-    return SimpleNamespace(out=out, losses=train(flax, tiny_model, image_folder, out, **PLAIN))
-
-
-@pytest.mark.parametrize("flags", [
-    {"gradient_checkpointing": True},
-    {"cache_latents": True, "cache_text_embeddings": True, "cache_dtype": "fp32"}], ids=["recomputation", "caches"])
-def test_memory_savers_change_no_loss(flax, plain_run, tiny_model, image_folder, tmp_path, flags):
-    """Recomputation, and images and captions encoded beforehand."""
-    flags = {**flags, "encoded_dir": tmp_path / "encoded" if "cache_latents" in flags else None}
-    losses = train(flax, tiny_model, image_folder, tmp_path / "out", **PLAIN, **flags)
-    np.testing.assert_allclose(list(losses.values()), list(plain_run.losses.values()), rtol=1e-5)
+    return SimpleNamespace(out=out, losses=train(flax, small_model, image_folder, out, **PLAIN))
 
 
 def test_caches_belong_to_their_network_and_must_be_finite(flax, tiny_model, image_folder, tmp_path):
@@ -665,22 +655,22 @@ def test_caches_belong_to_their_network_and_must_be_finite(flax, tiny_model, ima
         prepare(flax, make_args(base, image_folder, tmp_path / "out", **flags))
 
 
-def test_bf16_and_a_trained_text_encoder(flax, plain_run, tiny_model, image_folder, tmp_path):
+def test_bf16_and_a_trained_text_encoder(flax, plain_run, small_model, image_folder, tmp_path):
     """Losses are near those of float32; weights stay float32, move, and load in torch."""
     out = tmp_path / "out"
-    losses = train(flax, tiny_model, image_folder, out, **PLAIN, mixed_precision="bf16", train_text_encoder=True,
+    losses = train(flax, small_model, image_folder, out, **PLAIN, mixed_precision="bf16", train_text_encoder=True,
                    text_encoder_lr=1e-5)
     np.testing.assert_allclose(list(losses.values()), list(plain_run.losses.values()), rtol=0.03)
     assert all(name.startswith("text_model.") for name in list_keys(out / "text_encoder"))
     pipeline = StableDiffusionPipeline.from_pretrained(out)
-    base = StableDiffusionPipeline.from_pretrained(tiny_model)
+    base = StableDiffusionPipeline.from_pretrained(small_model)
     for part in ("unet", "text_encoder"):
         pairs = list(zip(getattr(pipeline, part).parameters(), getattr(base, part).parameters(), strict=True))
         assert all(ours.dtype == torch.float32 for ours, _ in pairs)
         most = max((ours - theirs).abs().max() for ours, theirs in pairs)
         rate = 1e-3 if part == "unet" else 1e-5
-        assert 1.5 * rate < most < 6 * rate  # AdamW's first steps are as long as the rate
-    assert_same_files(out / "vae", tiny_model / "vae")
+        assert 1.25 * rate < most < 4.5 * rate  # AdamW's first steps are as long as the rate, which are 2.5 of four
+    assert_same_files(out / "vae", small_model / "vae")
 
 
 def test_loss_scale_is_adapted_as_by_torch(flax, monkeypatch):
@@ -699,35 +689,32 @@ def test_loss_scale_is_adapted_as_by_torch(flax, monkeypatch):
         assert float(ours.scale) == scaler.get_scale() and int(ours.num_finite) == scaler._get_growth_tracker()
 
 
-def test_fp16_skips_overflows_and_resumes(flax, plain_run, tiny_model, image_folder, tmp_path, monkeypatch):
-    """A skipped update changes nothing but the loss scale; then losses are near float32's, and resume bit for bit."""
-    flags = {**PLAIN, "mixed_precision": "fp16", "use_ema": True, "max_train_steps": 12, "checkpointing_steps": 6,
-             "lr_scheduler": "linear", "logging_steps": 1}
-    monkeypatch.setattr(flax, "FIRST_LOSS_SCALE", 2.0**26)
-    out = tmp_path / "overflow"
-    losses, scales, norms, rates = (train(flax, tiny_model, image_folder, out, **flags), *(
-        read_scalars(out, tag) for tag in ("loss_scale", "grad_norm", "lr")))
-    skipped = [step for step in norms if not np.isfinite(norms[step])]
-    assert skipped[0] == 1 and 6 <= len(skipped) < 12
-    done = 0
-    for step in range(1, 13):
-        assert rates[step] == pytest.approx(1e-3 * (1 - done / 12))  # the schedule moves on with the weights only
+def test_fp16_skips_overflows_and_resumes(flax, plain_run, small_model, image_folder, tmp_path, monkeypatch):
+    """Losses are near float32's until the loss scale is too large, doubled by each update as it is here.
+
+    Such an update is skipped: it changes nothing but the loss scale. Resume is bit for bit.
+    """
+    flags = {**PLAIN, "mixed_precision": "fp16", "max_train_steps": 12, "checkpointing_steps": 6, "logging_steps": 1}
+    monkeypatch.setattr(flax, "LOSS_SCALE_INTERVAL", 1)
+    out = tmp_path / "out"
+    losses, scales, norms, rates, decays = (train(flax, small_model, image_folder, out, **flags), *(
+        read_scalars(out, tag) for tag in ("loss_scale", "grad_norm", "lr", "ema_decay")))
+    skipped, done = [step for step in norms if not np.isfinite(norms[step])], 0
+    assert scales[1] == 2.0**16 and 3 <= skipped[0] < 12 and np.isfinite(list(losses.values())).all()
+    for step in range(1, min(4, skipped[0]) + 1):
+        assert losses[step] == pytest.approx(plain_run.losses[step], rel=0.01)
+    for step in range(1, 13):  # the schedule and the average move on with the weights only
+        assert rates[step] == pytest.approx(1e-3 * min(1, done / 2))
+        assert decays[step] == pytest.approx(float(flax.compute_ema_decay(done + 1, 0.9999)))
         done += step not in skipped
-        assert step == 12 or scales[step + 1] == scales[step] * (0.5 if step in skipped else 1)
-    decays = read_scalars(out, "ema_decay")
-    assert {step for step in decays if decays[step] == 0} == set(range(1, min(set(range(1, 13)) - set(skipped)) + 1))
+        assert step == 12 or scales[step + 1] == scales[step] * (0.5 if step in skipped else 2)
 
     resumed = tmp_path / "resumed"
     shutil.copytree(out / "checkpoint-6", resumed / "checkpoint-6")
-    assert train(flax, tiny_model, image_folder, resumed, **flags, resume_from_checkpoint="latest") == {
+    assert train(flax, small_model, image_folder, resumed, **flags, resume_from_checkpoint="latest") == {
         step: loss for step, loss in losses.items() if step > 6}
     assert read_scalars(resumed, "loss_scale") == {step: scale for step, scale in scales.items() if step > 6}
     assert_same_files(resumed / "unet", out / "unet")
-
-    monkeypatch.undo()
-    losses = train(flax, tiny_model, image_folder, tmp_path / "usual", **PLAIN, mixed_precision="fp16")
-    np.testing.assert_allclose(list(losses.values()), list(plain_run.losses.values()), rtol=0.01)
-    assert set(read_scalars(tmp_path / "usual", "loss_scale").values()) == {2.0**16}
 
 
 def test_numbers_are_read_late_and_one_that_is_not_finite_ends_the_run(flax, tiny_model, image_folder, tmp_path):
@@ -767,58 +754,36 @@ def test_matrices_are_multiplied_exactly_unless_asked_otherwise(flax, tiny_model
 
 # ---- Devices and processes ------------------------------------------------------------------------------------------
 
-RUN_SEVERAL = """
-import json, sys
-import jax
-import train_text_to_image_flax as script
-
-original = script.compile_train_step
-
-def compile_train_step(models, batch):
-    compiled = original(models, batch)
-    state, batch = models.state, {"images": batch["images"], "noise": batch["noise"]}
-    own = lambda arrays: sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(arrays))
-    share = lambda arrays: own(arrays) / sum(array.nbytes for array in jax.tree.leaves(arrays))
-    facts = {name: share(getattr(state, name)) for name in ("weights", "moments", "averages")}
-    facts |= {"batch": share(batch), "donated": compiled.memory_analysis().alias_size_in_bytes / own(state)}
-    print("FACTS", json.dumps(facts), flush=True)
-    return compiled
-
-script.compile_train_step = compile_train_step
-for argv in json.loads(sys.argv[1]):
-    script.main(argv)
-"""
-
-
-def test_four_devices_give_the_loss_of_one(plain_run, tiny_model, image_folder, tmp_path):
+def test_four_devices_give_the_loss_of_one(flax, plain_run, small_model, image_folder, tmp_path):
     """Each with a sample of its own, with whole copies of the weights or a part of them; also for the 2 left over.
 
-    An epoch is of three updates then, --scale_lr multiplies the rate by four, and pictures are those of one device.
+    An epoch is of three updates then, --scale_lr multiplies the rate by four, pictures are those of one device, and
+    the backward pass may compute activations again.
     """
-    flags = {**PLAIN, "train_batch_size": 1, "use_ema": True, "report_to": "tensorboard"}
+    flags = {**PLAIN, "train_batch_size": 1, "report_to": "tensorboard"}
     epoch = {"max_train_steps": None, "num_train_epochs": 1, "scale_lr": True, "learning_rate": 1e-3 / 4, "fsdp": True,
-             "validation_prompts": ["a cat", "a dog"], "validation_inference_steps": 3}
-    runs = [make_args(tiny_model, image_folder, tmp_path / name, **{**flags, **more})
+             "gradient_checkpointing": True, "validation_prompts": ["a cat", "a dog"], "validation_size": ["48x16"],
+             "validation_inference_steps": 3}
+    runs = [make_args(small_model, image_folder, tmp_path / name, **{**flags, **more})
             for name, more in (("whole", {}), ("divided", epoch))]
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": flags}
-    result = subprocess.run([sys.executable, "-c", RUN_SEVERAL, json.dumps(runs)], env=environment, cwd=ROOT,
-                            capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    settings = {name: value for name, value in os.environ.items() if name.startswith("JAX_")}
+    with Run(flax, [], tmp_path / "log", target=functools.partial(run_and_measure_shares, runs), **settings,
+             XLA_FLAGS=devices) as run:
+        assert run.end() == 0, run.log.read_text()
     for name, count in (("whole", 4), ("divided", 3)):
         losses = read_scalars(tmp_path / name, "train_loss")
         np.testing.assert_allclose(list(losses.values()), list(plain_run.losses.values())[:count], rtol=1e-5)
-    whole, divided = (json.loads(line.removeprefix("FACTS "))
-                      for line in result.stdout.splitlines() if line.startswith("FACTS "))
+    whole, divided = json.loads((tmp_path / "log.json").read_text())
     for name in ("weights", "moments", "averages"):
         assert whole[name] == 1 and 0.25 <= divided[name] < 0.3
     for facts in (whole, divided):
         assert facts["batch"] == 0.25 and facts["donated"] > 0.99
-    assert_drawn_by_torch(tmp_path / "divided", "step-3", ["a cat", "a dog"], 32, 3, 7.5)
+    assert_drawn_by_torch(tmp_path / "divided", "step-3", ["a cat", "a dog"], (48, 16), 3, 7.5)
 
 
 def test_when_one_process_hangs_the_other_ends(flax, tiny_model, image_folder, tmp_path):
-    """JAX ends it as soon as the first has not been heard of for so long: by default 100 seconds, here 10."""
+    """JAX ends it as soon as the first has not been heard of for so long: by default 100 seconds, here 4."""
     log, argv = tmp_path / "log", make_args(tiny_model, image_folder, tmp_path / "out", multi_host=True)
     slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
     first, second = (
@@ -857,11 +822,11 @@ def started(argv: list[str], log: Path):
         process.wait()
 
 
-def test_without_torch_a_stopped_run_saves_and_goes_on(full_run, tiny_model, odd_folder, tmp_path):
+def test_without_torch_a_stopped_run_saves_and_goes_on(plain_run, small_model, image_folder, tmp_path):
     """SIGTERM ends it with 128 + 15 and a checkpoint; the run that goes on ends as one that was never stopped."""
     out, log = tmp_path / "out", tmp_path / "log"
-    argv = make_args(tiny_model, odd_folder, out, **{**COMMON, "report_to": "tensorboard",
-                                                       "max_train_steps": 100_000, "checkpointing_steps": 1})
+    argv = make_args(small_model, image_folder, out, **{**PLAIN, "report_to": "tensorboard",
+                                                          "max_train_steps": 100_000, "checkpointing_steps": 1})
     with started(argv, log) as process:
         end = time.monotonic() + 120
         while not list_names(out):
@@ -875,8 +840,8 @@ def test_without_torch_a_stopped_run_saves_and_goes_on(full_run, tiny_model, odd
     assert f"after update {latest}" in text
     losses = read_scalars(out, "train_loss")
     assert list(losses) == list(range(1, latest + 1))
-    common = [step for step in losses if step in full_run.losses]
-    assert [losses[step] for step in common] == [full_run.losses[step] for step in common]
+    common = [step for step in losses if step in plain_run.losses]
+    assert [losses[step] for step in common] == [plain_run.losses[step] for step in common]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
@@ -925,11 +890,19 @@ def read_readme_command() -> list[str]:
     return [str(ROOT / word) if word.startswith("quickstart/") else word for word in words]
 
 
+def test_the_base_of_the_readme_is_read(flax, tmp_path):
+    """The files fit the networks that the script makes of its configurations."""
+    args = flax.parse_args([*read_readme_command(), "--output_dir", str(tmp_path / "out")])
+    models = flax.load_models(args, SimpleNamespace(mixed_precision="no"), flax.load_model_configs(args))
+    assert models.initial.keys() == {f"unet.{name}" for name in flax.list_shapes("unet", models.configs["unet"])}
+
+
 @pytest.fixture(scope="module")
-def quickstart_run(flax, tmp_path_factory):
-    """The README's command, shorter, and with W&B."""
+def quickstart_run(flax, small_model, tmp_path_factory):
+    """The README's command, shorter, on the smallest network, and with W&B."""
     out = tmp_path_factory.mktemp("quickstart") / "out"
-    changes = {"max_train_steps": 12, "max_train_samples": 48, "lr_warmup_steps": 2, "validation_steps": 6,
+    changes = {"pretrained_model_name_or_path": small_model, "resolution": 32, "max_train_steps": 12,
+               "max_train_samples": 48, "lr_warmup_steps": 2, "validation_steps": 6,
                "validation_inference_steps": 10, "output_dir": out, "encoded_dir": out.parent / "encoded",
                "report_to": "tensorboard,wandb"}
     with pytest.MonkeyPatch.context() as patch:
@@ -941,11 +914,11 @@ def quickstart_run(flax, tmp_path_factory):
     return SimpleNamespace(out=out)
 
 
-def test_a_whole_cycle_ends_in_a_pipeline_of_torch(quickstart_run):
+def test_a_whole_cycle_ends_in_a_pipeline_of_torch(quickstart_run, small_model):
     """It lowers the held-out loss, and leaves what the other scripts leave."""
     out = quickstart_run.out
     losses = read_scalars(out, "validation_loss")
-    assert list(losses) == [6, 12] and losses[12] < losses[6] < 0.35
+    assert list(losses) == [6, 12] and losses[12] < losses[6]
     for tag in ("images_per_second", "data_wait"):
         assert read_scalars(out, tag)
     assert list_names(out, "*") == {
@@ -956,35 +929,40 @@ def test_a_whole_cycle_ends_in_a_pipeline_of_torch(quickstart_run):
     media = sorted(path.name.rpartition("_")[0] for path in record.parent.rglob("media/**/*.png"))
     assert media == sorted(["validation_6", "test_12"] * 2)
     assert "diffusers-training" in (out / "README.md").read_text()
-    base = ROOT / "quickstart" / "base"
     for part in ("vae", "text_encoder"):
-        assert_same_files(out / part, base / part)
-    assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "DDIMScheduler"
+        assert_same_files(out / part, small_model / part)
+    assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "PNDMScheduler"
 
 
-def assert_drawn_by_torch(out: Path, folder: str, prompts: list[str], side: int, steps: int, scale: float) -> None:
-    """Fail unless the exported pipeline draws by DDIM the validation pictures in a folder, from the same noise."""
+def assert_drawn_by_torch(out: Path, folder: str, prompts: list[str], size: tuple[int, int], steps: int,
+                          scale: float) -> None:
+    """Fail unless the exported pipeline draws by DDIM the validation pictures in a folder, from the same noise.
+
+    `size` is their width and height.
+    """
     pipeline, script = StableDiffusionPipeline.from_pretrained(out), load_script(NAME)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.set_progress_bar_config(disable=True)
     for index, prompt in enumerate(prompts):
         drawn = Image.open(out / "validation" / folder / f"{index:02d}.png")
-        shape = (1, 4, side // pipeline.vae_scale_factor, side // pipeline.vae_scale_factor)
+        width, height = drawn.size
+        assert (width, height) == size
+        shape = (1, 4, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
         noise = script.make_rng(0, "validation", index).standard_normal(shape, np.float32)
-        expected = pipeline(prompt, height=side, width=side, latents=torch.tensor(noise), num_inference_steps=steps,
+        expected = pipeline(prompt, height=height, width=width, latents=torch.tensor(noise), num_inference_steps=steps,
                             guidance_scale=scale).images[0]
         assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 2
 
 
 def test_pictures_are_those_that_torch_draws(quickstart_run):
     """The exported pipeline draws the last validation pictures from the same noise."""
-    assert_drawn_by_torch(quickstart_run.out, "step-12", ["a red apple", "a frog"], 64, 10, 3)
+    assert_drawn_by_torch(quickstart_run.out, "step-12", ["a red apple", "a frog"], (32, 32), 10, 3)
 
 
 def test_held_out_loss_is_the_one_that_torch_measures(sd, quickstart_run, tmp_path):
     """Unweighted, of the averaged weights, which are what was exported."""
     out = tmp_path / "out"
-    sd.main(make_args(quickstart_run.out, ROOT / "quickstart" / "images", out, resolution=64, train_batch_size=16,
+    sd.main(make_args(quickstart_run.out, ROOT / "quickstart" / "images", out, resolution=32, train_batch_size=16,
                       max_train_steps=1, max_train_samples=1, learning_rate=1e-30, report_to="tensorboard",
                       validation_data_dir=ROOT / "quickstart" / "validation_images", **{
                           **SAME_IMAGES, "image_interpolation_mode": "bilinear"}))

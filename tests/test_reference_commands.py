@@ -3,7 +3,8 @@
 They are those of examples/text_to_image in huggingface/diffusers in August 2026. Only what a test cannot have is
 replaced: the model, the VAE and the data set by tiny local ones, the resolution, and the lengths of the runs. Left out
 are --push_to_hub, --enable_xformers_memory_efficient_attention (not installed), DeepSpeed's configuration (needs a
-GPU), and on machines without a GPU fp16 in the torch scripts.
+GPU), and on machines without a GPU fp16 in the torch scripts. One command for each way to start a script is started
+that way. The others differ in what stands behind the script's name, which it is given in a process of its own.
 """
 
 import os
@@ -13,11 +14,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, make_image_folder
-from runs import LORA_FILE, load_pipeline, read_record, read_trained
+from conftest import ROOT, load_script, make_image_folder
+from runs import LORA_FILE, Run, load_pipeline, read_record, read_trained, set_up_child
 from safetensors.torch import load_file
 
 FULL = """--use_ema --resolution=512 --center_crop --random_flip --train_batch_size=1 --gradient_accumulation_steps=4
@@ -60,6 +62,7 @@ COMMANDS = {
         --output_dir="sd-naruto-model-lora-sdxl-txt" --train_text_encoder
         --validation_prompt="cute dragon creature" --report_to="wandb" """,
 }
+STARTED = ("full", "full, several GPUs", "JAX")  # as a user starts them
 SHORTER = {"--resolution": 32, "--max_train_steps": 2, "--num_train_epochs": 1}
 
 
@@ -69,19 +72,45 @@ def data(tmp_path_factory):
     return make_image_folder(tmp_path_factory.mktemp("few") / "images", count=4)
 
 
-def make_command(text: str, model: Path, data: Path, on_cpu: bool) -> list[str]:
+def make_words(text: str, model: Path, data: Path, on_cpu: bool) -> list[str]:
     """Return a command of the README with local and smaller things in it."""
     local = {"MODEL_NAME": model, "VAE_NAME": model / "vae", "DATASET_NAME": data, "TRAIN_DIR": data}
     for name, value in local.items():
         text = text.replace(f"${name}", str(value))
     for flag, value in SHORTER.items():
         text = re.sub(rf"{flag}=\d+", f"{flag}={value}", text)
+    if "--validation_prompt" in text:
+        text += " --validation_inference_steps=2"
     if on_cpu:
         text = text.replace("--multi_gpu", "--multi_gpu --num_processes=2")
         text = text if "flax" in text else text.replace('--mixed_precision="fp16"', "")
-    words = [str(ROOT / word) if word.startswith("train_") else word for word in shlex.split(text)]
+    return shlex.split(text)
+
+
+def start(words: list[str], environment: dict[str, str], log: Path) -> int:
+    """Run a command as it is; return its exit status."""
     program = {"accelerate": ["-m", "accelerate.commands.accelerate_cli"], "python": []}[words[0]]
-    return [sys.executable, *program, *words[1:]]
+    words = [str(ROOT / word) if word.startswith("train_") else word for word in words]
+    with log.open("w") as stream:
+        return subprocess.run([sys.executable, *program, *words[1:]], cwd=log.parent, env=os.environ | environment,
+                              stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def run_main(name: str, argv: list[str], log: str, *others) -> None:
+    """Run a script in a process and a folder of its own."""
+    set_up_child(log, *others)
+    os.chdir(Path(log).parent)
+    load_script(name).main(argv)
+
+
+def start_without_launcher(words: list[str], environment: dict[str, str], log: Path) -> int:
+    """Run a command without its launcher, in the environment that this would make; return its exit status."""
+    place = next(index for index, word in enumerate(words) if word.startswith("train_"))
+    launcher = dict(word.split("=") for word in words[:place] if "=" in word)
+    precision = launcher.get("--mixed_precision", "no")
+    with Run(SimpleNamespace(__file__=words[place]), words[place + 1 :], log, target=run_main, **environment,
+             ACCELERATE_MIXED_PRECISION=precision) as run:
+        return run.end()
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -92,14 +121,14 @@ def test_command_of_the_reference_runs(name, tiny_models, data, tmp_path):
         pytest.importorskip("jax")
         model = shutil.copytree(ROOT / "tests" / "fixtures" / "flax_model", tmp_path / "model")
         shutil.copytree(tiny_models["sd"] / "tokenizer", model / "tokenizer")
-    environment = {**os.environ, "ACCELERATE_USE_CPU": str(on_cpu).lower(), "WANDB_MODE": "offline",
-                   "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=1",
+    environment = {"ACCELERATE_USE_CPU": str(on_cpu).lower(), "WANDB_MODE": "offline", "JAX_PLATFORMS": "cpu",
+                   "XLA_FLAGS": "--xla_backend_optimization_level=1",
                    "JAX_COMPILATION_CACHE_DIR": str(data.parent / "jax-cache")}
-    done = subprocess.run(make_command(text, model, data, on_cpu), cwd=tmp_path, env=environment, text=True,
-                          capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    out, log = tmp_path / re.search(r'--output_dir="(.*?)"', text)[1], tmp_path / "log"
+    words = make_words(text, model, data, on_cpu)
+    run_command = start if name in STARTED else start_without_launcher
+    assert run_command(words, environment, log) == 0, log.read_text()[-3000:]
 
-    out = tmp_path / re.search(r'--output_dir="(.*?)"', text)[1]
     trained = read_trained(out)
     if "lora" in text:
         assert any(tensor.abs().max() > 0 for key, tensor in trained.items() if "lora_B" in key or "lora.up" in key)

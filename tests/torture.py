@@ -231,6 +231,8 @@ def torture(victim: Victim, rng: random.Random, until) -> collections.Counter:
     while not until(kills.total()):
         out = victim.folder / f"out-{rounds}"
         for _ in range(rng.randint(1, 6)):
+            if until(kills.total()):
+                break
             moment, number, delay = rng.choice(MOMENTS), rng.choice(SIGNALS), rng.choice((0, rng.random() * 0.3))
             if moment == "start":
                 delay = rng.random()
