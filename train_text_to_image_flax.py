@@ -240,8 +240,7 @@ def list_extra_noises(args: Namespace, latent_shape: tuple[int, int, int]) -> di
     return shapes
 
 
-def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
-                   prediction_type: str) -> Tensor:
+def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
     """Return what the UNet should predict [b, h, w, c]; v as in Salimans & Ho 2022, arXiv:2202.00512."""
     if prediction_type == "epsilon":
         return noise
@@ -271,7 +270,6 @@ def compute_timestep_cdf(args: Namespace, num_timesteps: int) -> np.ndarray:
 
 
 def make_objective(args: Namespace, scheduler_config: dict) -> Objective:
-    """Return the objective that the flags ask for."""
     alphas_cumprod = jnp.asarray(compute_alphas_cumprod(scheduler_config))
     return Objective(jnp.sqrt(alphas_cumprod), jnp.sqrt(1 - alphas_cumprod), scheduler_config["prediction_type"], args)
 
@@ -1600,7 +1598,6 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, seed: int,
                    checkpoint: Path | None) -> None:
-    """Log what is trained, on what, for how long, and from where it starts."""
     trained = sum(array.size for array in models.state.weights.values())
     last_step = compute_last_step(args, samples, accelerator.num_devices)
     logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {len(samples):,} samples at "
@@ -2105,7 +2102,6 @@ class EncodedRows:
 
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
-    """Return the rows of a file as a memory map."""
     return np.load(path, mmap_mode="c")  # copy on write, as torch warns of read-only arrays
 
 
@@ -2159,7 +2155,6 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
 
 
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
-    """Return the number of samples in a full update."""
     return args.train_batch_size * args.gradient_accumulation_steps * num_processes
 
 
@@ -2634,7 +2629,6 @@ def write_json(path: Path, settings: dict) -> None:
 
 
 def make_example(args: Namespace, prompt: str) -> str:
-    """Return code for the model card that draws `prompt`."""
     clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
     return ("from diffusers import StableDiffusionPipeline\n\n"
             f"pipeline = StableDiffusionPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
@@ -2660,7 +2654,6 @@ def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
 
 
 def push_to_hub(args: Namespace) -> None:
-    """Upload --output_dir without checkpoints and logs."""
     ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{Path(args.logging_dir)}/**"]
     try:
         huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
@@ -2807,7 +2800,6 @@ class TensorBoardRun:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, from the command line or from `argv`."""
     args = parse_args(argv)
     accelerator = make_accelerator(args)
     configs = load_model_configs(args)

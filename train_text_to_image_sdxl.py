@@ -76,6 +76,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow.parquet
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -85,10 +86,11 @@ from filelock import FileLock
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 from tqdm.auto import tqdm
@@ -151,10 +153,10 @@ class Models:
 
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
-    text_encoder: torch.nn.Module  # both frozen, weight_dtype; or like the UNet with --train_text_encoder
-    text_encoder_2: torch.nn.Module
+    text_encoder: nn.Module  # both frozen, weight_dtype; or like the UNet with --train_text_encoder
+    text_encoder_2: nn.Module
     vae: AutoencoderKL  # frozen, float32 or weight_dtype
-    unet: torch.nn.Module  # trainable, float32; wrapped by accelerate after `prepare`
+    unet: nn.Module  # trainable, float32; wrapped by accelerate after `prepare`
     scheduler_config: dict  # of the noise schedule, with the flags applied
     force_zeros_for_empty_prompt: bool  # of the pipeline: an empty prompt means zeros instead of text states
     trained: tuple[str, ...]  # names of the trainable networks: unet, perhaps both text encoders
@@ -230,8 +232,7 @@ def list_extra_noises(args: Namespace, latent_shape: tuple[int, int, int]) -> di
     return shapes
 
 
-def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor,
-                   prediction_type: str) -> Tensor:
+def compute_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
     """Return what the UNet should predict [b, c, h, w]; v as in Salimans & Ho 2022, arXiv:2202.00512."""
     if prediction_type == "epsilon":
         return noise
@@ -261,7 +262,6 @@ def compute_timestep_cdf(args: Namespace, num_timesteps: int) -> np.ndarray:
 
 
 def make_objective(args: Namespace, scheduler_config: dict, device: torch.device) -> Objective:
-    """Return the objective that the flags ask for."""
     alphas_cumprod = DDPMScheduler.from_config(scheduler_config).alphas_cumprod.to(device, torch.float32)
     return Objective(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), scheduler_config["prediction_type"], args)
 
@@ -651,7 +651,7 @@ def share_samples(steps, rank: int, num_processes: int):
 def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, Tensor]:
     """Return samples as one batch; for captions that are not cached `input_ids` [b, s], for a second tokenizer _2."""
     captions = [sample.pop("caption") for sample in samples if "caption" in sample]
-    batch = torch.utils.data.default_collate(samples)
+    batch = default_collate(samples)
     if captions:
         for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
             batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -664,7 +664,7 @@ def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, a
     steps, planned = itertools.tee(steps)
     shares = share_samples(planned, accelerator.process_index, accelerator.num_processes)
     tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
-    loader = iter(torch.utils.data.DataLoader(
+    loader = iter(DataLoader(
         samples, batch_sampler=shares, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
         pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_stop_signals,
         generator=torch.Generator()))  # its own, to leave the global one alone
@@ -718,16 +718,15 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
                step: MicroStep) -> dict:
     """Add the gradients of one micro step and return its share of the update's numbers: `train_loss`.
 
-    Every sample of an update counts the same, however micro steps and processes divide it. Accelerate divides by the
-    accumulation steps and averages over the processes; `scale` undoes both.
+    Every sample of an update counts the same, however micro steps and processes divide it. Gradients are averaged over
+    the processes, which the factor `num_processes` undoes.
     """
     accelerator.sync_gradients = step.ends_update
-    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes
     for network in list_trained(models):
         network.require_backward_grad_sync = step.ends_update  # DDP averages once per update; no_sync() does just this
     losses = compute_loss(models.unet, objective, *encode_batch(models, batch), batch)
     loss = (losses * batch["weights"]).sum() / step.window_size
-    accelerator.backward(loss * scale)
+    accelerator.backward(loss * accelerator.num_processes)
     return {"train_loss": loss.detach()}
 
 
@@ -1111,7 +1110,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
 
 LONGEST_WAIT = timedelta(hours=2)  # of one process for another, for example while it downloads the data
 LONGEST_PAUSE = timedelta(minutes=30)  # the same while training, for example while it writes a checkpoint
-set_timeout = getattr(torch.distributed, "set_timeout", lambda timeout: None)  # which older releases of torch lack
+set_timeout = getattr(dist, "set_timeout", lambda timeout: None)  # which older releases of torch lack
 # SLURM sends SIGUSR1 if told so by --signal=USR1@SECONDS; Windows has none
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
 
@@ -1121,7 +1120,6 @@ def make_accelerator(args: Namespace) -> Accelerator:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger(__name__).setLevel(logging.INFO)
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to.split(","),
         project_dir=os.path.join(args.output_dir, args.logging_dir),
@@ -1183,7 +1181,6 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, seed: int,
                    checkpoint: Path | None) -> None:
-    """Log what is trained, on what, for how long, and from where it starts."""
     logger.info(f"training {' and '.join(models.trained)} on {len(samples):,} samples at {args.resolution} px for "
                 f"{compute_last_step(args, samples, accelerator.num_processes):,} updates of "
                 f"{compute_total_batch_size(args, accelerator.num_processes)}: "
@@ -1199,7 +1196,7 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal_number, self.previous, self.group = 0, {}, None
         if accelerator.num_processes > 1:  # not NCCL, which would wait for the GPU
-            self.group = torch.distributed.new_group(timeout=LONGEST_PAUSE, backend="gloo")
+            self.group = dist.new_group(timeout=LONGEST_PAUSE, backend="gloo")
             set_timeout(LONGEST_PAUSE)  # of the default group
 
     def __enter__(self) -> StopRequest:
@@ -1229,7 +1226,7 @@ class StopRequest:
         """Return the signal that some process has received, or 0; the same on every process. Call once per update."""
         number = torch.tensor(self.signal_number)
         if self.group:
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.group)
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
         return int(number)
 
 
@@ -1385,7 +1382,7 @@ def explained_load(args: Namespace, part: str):
                         "name on the hub (`hf auth login` for a gated one).") from error
 
 
-def load_network(args: Namespace, part: str, dtype: torch.dtype) -> torch.nn.Module:
+def load_network(args: Namespace, part: str, dtype: torch.dtype) -> nn.Module:
     """Load a network, frozen; refuse files that lack weights, in whose place libraries put random values.
 
     A part without files of --variant is loaded from those without a variant, or else of fp16.
@@ -1413,8 +1410,8 @@ def load_parts(args: Namespace, accelerator: Accelerator, configs: dict[str, dic
     parts = {part: configs[part] for part in TOKENIZERS}
     for part in NETWORK_CLASSES:
         parts[part] = load_network(args, part, torch.float32 if part in in_float32 else weight_dtype)
+    vae = parts["vae"].to(memory_format=torch.channels_last)  # convolutions are faster so, on a CPU by 10%
     if args.vae_tiling:
-        vae = parts["vae"]
         vae.enable_tiling()
         vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
         vae.tile_latent_min_size = vae.tile_sample_min_size // compute_vae_factor(vae.config)
@@ -1460,7 +1457,7 @@ def shard_networks(args: Namespace, accelerator: Accelerator, models: Models) ->
     """
     if not args.fsdp:
         return
-    mesh = DeviceMesh.from_group(torch.distributed.group.WORLD, accelerator.device.type)  # a new group waits for all
+    mesh = DeviceMesh.from_group(dist.group.WORLD, accelerator.device.type)  # a new group waits for all
     policy = MixedPrecisionPolicy(param_dtype=HALF_DTYPES.get(accelerator.mixed_precision), cast_forward_inputs=False,
                                   reduce_dtype=torch.float32)
     if args.torch_compile:
@@ -1525,7 +1522,7 @@ def get_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def freeze_unused_layers(text_encoder: torch.nn.Module, num_unused: int, *others: str) -> None:
+def freeze_unused_layers(text_encoder: nn.Module, num_unused: int, *others: str) -> None:
     """Freeze the last layers and `others`, whose output is not used and which get no gradient."""
     num_layers = text_encoder.config.num_hidden_layers
     unused = [f".layers.{number}" for number in range(num_layers - num_unused, num_layers)]
@@ -1538,6 +1535,9 @@ def set_up_networks(args: Namespace, models: Models) -> None:
     """Apply the flags for memory and speed to the trainable networks, in place."""
     for network in list_trained(models):
         network.train()
+        for module in network.modules():
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                module.forward = partial(normalize, module)
         if args.gradient_checkpointing and isinstance(network, UNet2DConditionModel):
             network.enable_gradient_checkpointing()
         elif args.gradient_checkpointing:
@@ -1552,15 +1552,24 @@ def set_up_networks(args: Namespace, models: Models) -> None:
         models.unet.compile()  # in place, so that names and files stay those of the plain network
 
 
+def normalize(norm, values):
+    """Return a group or layer norm in its input's format, where CUDA's autocast would go to float32 and stay there."""
+    weights = norm.weight.to(values), norm.bias.to(values)
+    with torch.autocast("cuda", enabled=False):  # its kernels take the statistics in float32 anyway
+        if isinstance(norm, nn.GroupNorm):
+            return F.group_norm(values, norm.num_groups, *weights, norm.eps)
+        return F.layer_norm(values, norm.normalized_shape, *weights, norm.eps)
+
+
 def list_tokenizers(models: Models) -> list[CLIPTokenizer]:
     return [getattr(models, name) for name in TOKENIZERS]
 
 
-def list_trained(models: Models) -> list[torch.nn.Module]:
+def list_trained(models: Models) -> list[nn.Module]:
     return [getattr(models, part) for part in models.trained]
 
 
-def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[str, torch.nn.Parameter]:
+def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by names such as unet.conv_in.weight.
 
     Names in text encoders have no `text_model.` in front, which not every version of transformers has.
@@ -1702,7 +1711,6 @@ class EncodedRows:
 
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
-    """Return the rows of a file as a memory map."""
     return np.load(path, mmap_mode="c")  # copy on write, as torch warns of read-only arrays
 
 
@@ -1730,7 +1738,7 @@ def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     return gather_object([key])[0]
 
 
-def digest_network(network: torch.nn.Module) -> str:
+def digest_network(network: nn.Module) -> str:
     """Hash a network's layers and weights, wherever they were loaded from."""
     digest = hashlib.blake2b(repr(network).encode(), digest_size=12)
     for tensor in network.state_dict().values():
@@ -1757,14 +1765,12 @@ def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, 
 
 
 def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Models) -> list[dict]:
-    """Return the parameters of each trainable network, with their learning rate and weight decay."""
     return [{"params": [parameter for parameter in getattr(models, part).parameters() if parameter.requires_grad],
              "weight_decay": args.adam_weight_decay,
              "lr": compute_learning_rate(args, part, accelerator.num_processes)} for part in models.trained]
 
 
 def make_optimizer(args: Namespace, groups: list[dict]):
-    """Return fused AdamW over groups of parameters, or AdamW with 8-bit moments, or Adafactor."""
     lr = groups[0]["lr"]  # of the UNet: polynomial schedules read it
     if args.use_adafactor:  # with plain learning rates: scaled by the size of the weights, adapters would stay at 0
         return transformers.optimization.Adafactor(groups, lr, scale_parameter=False, relative_step=False)
@@ -1784,7 +1790,7 @@ def update_in_backward(args: Namespace, models: Models) -> None:
         return
     optimizer = models.optimizer.optimizer
 
-    def update(group: dict, parameter: torch.nn.Parameter) -> None:
+    def update(group: dict, parameter: nn.Parameter) -> None:
         groups = optimizer.param_groups
         optimizer.param_groups = [group | {"params": [parameter]}]
         optimizer.step()
@@ -1797,7 +1803,6 @@ def update_in_backward(args: Namespace, models: Models) -> None:
 
 
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
-    """Return the number of samples in a full update."""
     return args.train_batch_size * args.gradient_accumulation_steps * num_processes
 
 
@@ -1810,7 +1815,6 @@ def compute_learning_rate(args: Namespace, part: str, num_processes: int) -> flo
 
 
 def make_lr_scheduler(args: Namespace, optimizer, last_step: int):
-    """Return the schedule of the learning rate, counted in optimizer updates."""
     return get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_cycles=args.lr_num_cycles,
         num_training_steps=max(last_step, args.lr_warmup_steps + 1), power=args.lr_power)  # a decay needs a length
@@ -1831,7 +1835,7 @@ class EmaWeights:
     memory and go to the device one tensor at a time.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float, offload: bool = False) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, offload: bool = False) -> None:
         self.parameters, self.decay, self.offload = parameters, decay, offload
         self.min_decay, self.num_updates = 0.0, 0
         options = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if offload else {}
@@ -1990,7 +1994,6 @@ def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, aver
 
 @torch.no_grad()
 def load_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
-    """Load what `save_trained` has written into the trainable networks."""
     weights = {f"{part}.{name.removeprefix('text_model.')}": tensor for part in models.trained
                for file in (folder / f"{part}{'_ema' * averaged}").glob("*.safetensors")
                for name, tensor in load_file(file).items()}
@@ -2209,7 +2212,6 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
 
 
 def make_example(args: Namespace, prompt: str) -> str:
-    """Return code for the model card that draws `prompt`."""
     clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
     return ("from diffusers import StableDiffusionXLPipeline\n\n"
             f"pipeline = StableDiffusionXLPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
@@ -2235,7 +2237,6 @@ def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
 
 
 def push_to_hub(args: Namespace) -> None:
-    """Upload --output_dir without checkpoints and logs."""
     ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{Path(args.logging_dir)}/**"]
     try:
         huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
@@ -2336,7 +2337,6 @@ def log_failure(what: str, is_fatal: bool = False):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, from the command line or from `argv`."""
     args = parse_args(argv)
     accelerator = make_accelerator(args)
     with accelerator.local_main_process_first():

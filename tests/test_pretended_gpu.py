@@ -55,6 +55,12 @@ def test_training_launches_hardly_more_than_the_least_loop(found, name):
     assert found[name]["least"] < found[name]["launches_per_update"] <= found[name]["least"] + SPARE_LAUNCHES
 
 
+@pytest.mark.parametrize("name", TORCH_SCRIPTS)
+def test_norms_stay_in_half_precision(found, name):
+    """CUDA's autocast would run them, and what follows, in float32."""
+    assert found[name]["norm_dtypes"] == ["torch.bfloat16"]
+
+
 def test_memory_and_work_of_each_phase_are_reported(found):
     for name in TORCH_SCRIPTS:
         peaks = found[name]["peak_gib"]
@@ -110,10 +116,13 @@ def estimate_with_least_loop(script, argv: list[str]) -> dict:
         return train(args, *others)
 
     script.send_to_device, script.train = send_and_keep, train_and_keep
-    found, device = estimate.estimate(script, argv), estimate.Device(script.__file__)
+    found, device, dtypes = estimate.estimate(script, argv), estimate.Device(script.__file__), set()
+    for module in script.unwrap_models(*run[:2]).unet.modules():
+        if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            module.register_forward_hook(lambda module, inputs, output: dtypes.add(str(output.dtype)))
     with device.counted():
         run_least_loop(script, *run, batches[-1])
-    return found | {"least": device.num_launches}
+    return found | {"least": device.num_launches, "norm_dtypes": sorted(dtypes)}
 
 
 def main(folder: str, sd: str, sdxl: str, images: str, *scripts: str) -> None:
