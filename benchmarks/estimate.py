@@ -268,8 +268,8 @@ def main(argv: list[str]) -> int:
     print(format_report([record]))
     if args.out:
         path = args.out.with_suffix(".json")
-        records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        records = [other for other in records if other["command"] != command] + [record]
+        before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        records = list(({other["command"]: other for other in before} | {command: record}).values())
         path.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
         args.out.with_suffix(".md").write_text(format_report(records) + "\n", encoding="utf-8")
     return 0
