@@ -541,9 +541,11 @@ class Samples:
         The image is `images` uint8 [3, height, width] or, cached, the `moments` [2c, h, w] of one of its crops; either
         way with `time_ids` [6], and `sources`, the index of the image found in its place.
         """
+        def rng(purpose):
+            return make_rng(self.seed, purpose, use.epoch, use.index)
+
         bucket = self.buckets[use.index]
-        rng, where = partial(make_rng, self.seed), (use.epoch, use.index)
-        corner, flip = rng("crop", *where).random(2), self.args.random_flip and rng("flip", *where).random() < 0.5
+        corner, flip = rng("crop").random(2), self.args.random_flip and rng("flip").random() < 0.5
         if self.latents is None:
             picture, source = self.read(use.index)
             image = transform_image(picture, self.args, self.sizes[bucket], corner, flip)
@@ -554,13 +556,13 @@ class Samples:
             channels, height, width = self.latent_shapes[bucket]
             image["moments"] = image["moments"][: 2 * channels * height * width].reshape(-1, height, width)
         captions = self.data.captions[self.rows[image["sources"]]]
-        caption = captions[rng("caption", *where).integers(len(captions))]
-        if rng("caption dropout", *where).random() < self.args.proportion_empty_prompts:
+        caption = captions[rng("caption").integers(len(captions))]
+        if rng("caption dropout").random() < self.args.proportion_empty_prompts:
             caption = ""
         text = {"caption": caption} if self.text_states is None else self.text_states.read(self.caption_rows[caption])
-        noises = {purpose: rng(purpose, *where).standard_normal(shape, dtype=np.float32)
+        noises = {purpose: rng(purpose).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes[bucket].items()}
-        timestep = np.searchsorted(self.timestep_cdf, rng("timestep", *where).random(), side="right")
+        timestep = np.searchsorted(self.timestep_cdf, rng("timestep").random(), side="right")
         return image | text | noises | {"timesteps": timestep, "weights": np.float32(use.weight)}
 
     def make_variants(self, index: int) -> list[dict]:
@@ -819,8 +821,6 @@ OPTIONAL_PACKAGES = {"use_8bit_adam": "bitsandbytes", "enable_xformers_memory_ef
 
 
 def in_range(kind: type, low: float, high: float = 1e15):
-    """Return an argparse type for numbers from `low` to `high`."""
-
     def read(text: str):
         value = kind(text)
         if not low <= value <= high:
@@ -1317,7 +1317,6 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
 
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
-    """Refuse a model that this script cannot train with these flags."""
     where, factor = args.pretrained_model_name_or_path, compute_vae_factor(configs["vae"])
     unet, vae, scheduler = configs["unet"], configs["vae"], configs["scheduler"]
     in_channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
@@ -1357,7 +1356,6 @@ def compute_vae_factor(vae_config: dict) -> int:
 
 
 def make_scheduler_config(args: Namespace, config: dict) -> dict:
-    """Return the scheduler configuration to train with and to export."""
     config = config | {"prediction_type": args.prediction_type or config.get("prediction_type", "epsilon")}
     if args.rescale_betas_zero_snr:  # sampling must then begin at the last timestep
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -1411,7 +1409,9 @@ def load_parts(args: Namespace, accelerator: Accelerator, configs: dict[str, dic
     parts = {part: configs[part] for part in TOKENIZERS}
     for part in NETWORK_CLASSES:
         parts[part] = load_network(args, part, torch.float32 if part in in_float32 else weight_dtype)
-    vae = parts["vae"].to(memory_format=torch.channels_last)  # convolutions are faster so, on a CPU by 10%
+    vae = parts["vae"]
+    if accelerator.device.type == "cpu":
+        vae.to(memory_format=torch.channels_last)  # encodes 10% faster; GPUs would only take more memory
     if args.vae_tiling:
         vae.enable_tiling()
         vae.tile_sample_min_size = min(VAE_TILE, vae.tile_sample_min_size)
@@ -1519,7 +1519,6 @@ def compute_lora_scale(alpha: float, rank: int, use_rslora: bool) -> float:
 
 
 def set_up_networks(args: Namespace, models: Models) -> None:
-    """Apply the flags for memory and speed to the trainable networks, in place."""
     for network in list_trained(models):
         network.train()
         for module in network.modules():
