@@ -641,10 +641,15 @@ def plain_run(flax, small_model, image_folder, tmp_path_factory):
 
 
 def test_caches_belong_to_their_network_and_must_be_finite(flax, tiny_model, image_folder, tmp_path):
-    """Another VAE's latents are made anew, and those that are not finite end the run."""
+    """Each caption has its own states. Another VAE's latents are made anew; those that are not finite end the run."""
     base, encoded = shutil.copytree(tiny_model, tmp_path / "base"), tmp_path / "encoded"
     flags = {"cache_latents": True, "cache_text_embeddings": True, "encoded_dir": encoded}
-    prepare(flax, make_args(base, image_folder, tmp_path / "out", **flags))
+    _, models, samples = prepare(flax, make_args(base, image_folder, tmp_path / "out", **flags))
+    captions = ["", "picture number 3", "picture number 8"]
+    batch = flax.collate([{"caption": caption} for caption in captions], flax.list_tokenizers(models))
+    states = flax.encode_captions(flax.with_weights(models, models.frozen), batch)["encoder_hidden_states"]
+    rows = [samples.text_states.read(samples.caption_rows[caption]) for caption in captions]
+    assert_near([row["encoder_hidden_states"] for row in rows], states, 2e-3)
     before = read_folder(encoded)
     prepare(flax, make_args(base, image_folder, tmp_path / "out", **flags))
     assert read_folder(encoded) == before
