@@ -92,7 +92,7 @@ MODEL_KIND = "Stable Diffusion 1.x or 2.x"
 
 
 class UserError(ValueError):
-    """What the user can put right: shown in one line, without a traceback."""
+    """What the user can put right: shown without a traceback."""
 
 
 @dataclass
@@ -1243,8 +1243,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(
         description="Fine-tune the whole UNet of Stable Diffusion 1.x or 2.x on captioned images with JAX.",
         usage="python %(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER [flags]",
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+        formatter_class=ArgumentDefaultsHelpFormatter)
     add_flags(parser)
     parser.set_defaults(output_dir="sd-model-finetuned", resolution=512, validation_epochs=5, seed=0,
                         image_interpolation_mode="bilinear")
@@ -1811,8 +1810,8 @@ def explained_load(args: Namespace, part: str):
         vae = args.pretrained_vae_model_name_or_path
         raise UserError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                         f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                        f"{part and f'its {part}: '}{error} Give a folder in diffusers format (unet/, vae/ ...) or a "
-                        "name on the hub (`hf auth login` for a gated one).") from error
+                        f"{part and f'its {part}: '}{str(error) or repr(error)} Give a folder in diffusers format "
+                        "(unet/, vae/ ...) or a name on the hub (`hf auth login` for a gated one).") from error
 
 
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
@@ -2066,7 +2065,7 @@ class EncodedRows:
     def read(self, row: int) -> dict[str, np.ndarray]:
         file, place = divmod(row, self.rows_per_file)
         values = open_rows(self.files[file][0])[place]
-        return {name: values[name] for name in self.dtype.names}
+        return {name: values[name].copy() for name in self.dtype.names}
 
     def fill(self, accelerator: Accelerator, read, encode) -> None:
         """Write this process's share of the missing files: the values by name that `encode(read(items))` returns.
@@ -2100,7 +2099,7 @@ class EncodedRows:
 
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="c")  # copy on write, as torch warns of read-only arrays
+    return np.load(path, mmap_mode="r")
 
 
 def make_key(*facts) -> str:
@@ -2425,7 +2424,8 @@ def resume(models: Models, checkpoint: Path) -> Progress:
     try:
         models.state = load_state(models.state, checkpoint.resolve())
     except Exception as error:  # of several libraries, whose words go on for pages
-        raise UserError(f"{checkpoint} is damaged or of another model: name another checkpoint.") from error
+        raise ValueError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
+                         "it was.") from error
     return Progress(**load_run_record(checkpoint)["progress"])
 
 

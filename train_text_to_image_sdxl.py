@@ -108,7 +108,7 @@ MODEL_KIND = "Stable Diffusion XL"
 
 
 class UserError(ValueError):
-    """What the user can put right: shown in one line, without a traceback."""
+    """What the user can put right: shown without a traceback."""
 
 
 @dataclass
@@ -720,15 +720,15 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
                step: MicroStep) -> dict:
     """Add the gradients of one micro step and return its share of the update's numbers: `train_loss`.
 
-    Every sample of an update counts the same, however micro steps and processes divide it. Gradients are averaged over
-    the processes, which the factor `num_processes` undoes.
+    Every sample of an update counts the same, however micro steps and processes divide it: the loss is multiplied by
+    what accelerate and DDP divide by.
     """
     accelerator.sync_gradients = step.ends_update
     for network in list_trained(models):
         network.require_backward_grad_sync = step.ends_update  # DDP averages once per update; no_sync() does just this
     losses = compute_loss(models.unet, objective, *encode_batch(models, batch), batch)
     loss = (losses * batch["weights"]).sum() / step.window_size
-    accelerator.backward(loss * accelerator.num_processes)
+    accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
     return {"train_loss": loss.detach()}
 
 
@@ -868,8 +868,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = ArgumentParser(
         description="Fine-tune the whole UNet of Stable Diffusion XL on captioned images.",
         usage="accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --train_data_dir FOLDER [flags]",
-        formatter_class=ArgumentDefaultsHelpFormatter,
-    )
+        formatter_class=ArgumentDefaultsHelpFormatter)
     add_flags(parser)
     parser.set_defaults(output_dir="sdxl-model-finetuned", resolution=1024, validation_epochs=1, cache_latents=True,
                         cache_text_embeddings=True, validation_inference_steps=25, validation_guidance_scale=5.0,
@@ -1376,8 +1375,8 @@ def explained_load(args: Namespace, part: str):
         vae = args.pretrained_vae_model_name_or_path
         raise UserError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} "
                         f"{f'or --pretrained_vae_model_name_or_path {vae} ' if vae else ''}cannot be loaded: "
-                        f"{part and f'its {part}: '}{error} Give a folder in diffusers format (unet/, vae/ ...) or a "
-                        "name on the hub (`hf auth login` for a gated one).") from error
+                        f"{part and f'its {part}: '}{str(error) or repr(error)} Give a folder in diffusers format "
+                        "(unet/, vae/ ...) or a name on the hub (`hf auth login` for a gated one).") from error
 
 
 def load_network(args: Namespace, part: str, dtype: torch.dtype) -> nn.Module:
@@ -1404,10 +1403,10 @@ def load_network(args: Namespace, part: str, dtype: torch.dtype) -> nn.Module:
 
 def load_parts(args: Namespace, accelerator: Accelerator, configs: dict[str, dict], in_float32: tuple = ()) -> dict:
     """Return tokenizers and frozen networks, these in the run's precision or, if named, in float32."""
-    weight_dtype = HALF_DTYPES.get(accelerator.mixed_precision, torch.float32)
     parts = {part: configs[part] for part in TOKENIZERS}
     for part in NETWORK_CLASSES:
-        parts[part] = load_network(args, part, torch.float32 if part in in_float32 else weight_dtype)
+        precision = "no" if part in in_float32 else accelerator.mixed_precision
+        parts[part] = load_network(args, part, HALF_DTYPES.get(precision, torch.float32))
     vae = parts["vae"]
     if accelerator.device.type == "cpu":
         vae.to(memory_format=torch.channels_last)  # encodes 10% faster; GPUs would only take more memory
@@ -1554,7 +1553,7 @@ def set_up_networks(args: Namespace, models: Models) -> None:
 def normalize(norm, values):
     """Return a group or layer norm in its input's format, where CUDA's autocast would go to float32 and stay there."""
     weights = norm.weight.to(values), norm.bias.to(values)
-    with torch.autocast("cuda", enabled=False):  # its kernels take the statistics in float32 anyway
+    with torch.autocast(values.device.type, enabled=False):  # its kernels take the statistics in float32 anyway
         if isinstance(norm, nn.GroupNorm):
             return F.group_norm(values, norm.num_groups, *weights, norm.eps)
         return F.layer_norm(values, norm.normalized_shape, *weights, norm.eps)
@@ -1676,7 +1675,7 @@ class EncodedRows:
     def read(self, row: int) -> dict[str, np.ndarray]:
         file, place = divmod(row, self.rows_per_file)
         values = open_rows(self.files[file][0])[place]
-        return {name: values[name] for name in self.dtype.names}
+        return {name: values[name].copy() for name in self.dtype.names}
 
     def fill(self, accelerator: Accelerator, read, encode) -> None:
         """Write this process's share of the missing files: the values by name that `encode(read(items))` returns.
@@ -1710,7 +1709,7 @@ class EncodedRows:
 
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="c")  # copy on write, as torch warns of read-only arrays
+    return np.load(path, mmap_mode="r")
 
 
 def make_key(*facts) -> str:
@@ -2076,8 +2075,8 @@ def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progre
             with averaged_weights(models):
                 load_trained(accelerator, models, checkpoint, averaged=True)
     except Exception as error:  # of several libraries, about files that are cut short
-        raise UserError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
-                        "it was.") from error
+        raise ValueError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
+                         "it was.") from error
     # also moves the step counts to the device, which the reference leaves on the CPU
     optimizer.load_state_dict(optimizer.state_dict() | {"param_groups": settings})
     schedule.base_lrs, schedule.last_epoch = base_lrs, num_updates - 1
