@@ -1714,6 +1714,8 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
     check_model_configs(args, configs)
     configs |= {part: check_settings(part, configs[part]) for part in SETTINGS}
     configs["text_encoder"]["num_hidden_layers"] -= args.clip_skip or 0  # later layers are not loaded
+    if configs["text_encoder"]["num_hidden_layers"] < 0:
+        raise UserError(f"--clip_skip {args.clip_skip} is more than the layers of the text encoder: lower it.")
     scheduler = configs["scheduler"]
     compute_alphas_cumprod(scheduler)  # refuses an unknown noise schedule
     scheduler["_class_name"] = scheduler.get("_class_name", "PNDMScheduler").removeprefix("Flax")
@@ -2835,4 +2837,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {str(error).rpartition('UserError: ')[2]}")  # of a loader process's: its last line

@@ -2457,4 +2457,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {str(error).rpartition('UserError: ')[2]}")  # of a loader process's: its last line

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import SCRIPTS, TORCH_SCRIPTS, load_script, make_args, make_image_folder
+from conftest import ROOT, SCRIPTS, TORCH_SCRIPTS, load_script, make_args, make_image_folder
 from runs import keep_configs_only
 from safetensors.torch import load_file, save_file
 
@@ -438,6 +438,17 @@ def test_data_is_checked_before_weights_are_read(script, tiny_model, image_folde
         runpy.run_path(script.__file__, run_name="__main__")
     told = "error: --caption_column story is not in .*l: its columns are image, text."
     assert re.fullmatch(told, exits.value.code)  # which Python prints
+
+
+def test_a_mistake_that_a_loader_process_finds_is_told_without_its_traceback(tiny_models, tmp_path, monkeypatch):
+    data = make_image_folder(tmp_path / "data", 2)
+    (data / "001.png").write_bytes(b"no image")
+    path = ROOT / TORCH_SCRIPTS[0]
+    argv = make_args(tiny_models["sd"], data, tmp_path / "out", dataloader_num_workers=1, max_train_steps=1)
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, argv)])
+    with pytest.raises(SystemExit) as exits:
+        runpy.run_path(str(path), run_name="__main__")
+    assert re.match("error: row 1 of the data .* cannot be read as an image.*--skip_broken_images", exits.value.code)
 
 
 def test_token_is_written_nowhere(script, tiny_model, tmp_path, caplog, capfd):

@@ -423,6 +423,11 @@ def test_clip_skip_takes_earlier_text_states(flax, models_of, image_folder, tmp_
     assert f"clip_skip={skip}" in flax.make_example(args, "a cat")
 
 
+def test_more_skipped_layers_than_there_are_are_refused(flax, tiny_model, image_folder, tmp_path):
+    with pytest.raises(flax.UserError, match="--clip_skip 9 is more than the layers"):
+        flax.main(make_args(tiny_model, image_folder, tmp_path / "out", clip_skip=9))
+
+
 def test_a_tokenizer_without_a_length_gets_the_text_encoders(flax, tiny_model, image_folder, tmp_path):
     base = shutil.copytree(tiny_model, tmp_path / "base")
     path = base / "tokenizer" / "tokenizer_config.json"
