@@ -9,7 +9,7 @@ For an image x with caption c, its latents z = scaling_factor * VAE(x), Gaussian
     loss = mean over samples of  w_t ||UNet(z_t, t, text(c)) - target||^2 / number of latent values
     target = e (epsilon), alpha_t e - sigma_t z (v_prediction) or z (sample);  w_t = 1, or Min-SNR
 
-UNet weights stay float32; --mixed_precision sets the forward pass and the frozen networks.
+UNet weights are float32, or --weight_dtype bf16; --mixed_precision sets the forward pass and the frozen networks.
 
     accelerate launch --mixed_precision bf16 train_text_to_image.py --pretrained_model_name_or_path MODEL \\
         --train_data_dir FOLDER --use_ema --validation_prompts "a red apple" --output_dir out
@@ -124,14 +124,12 @@ class SampleUse(NamedTuple):
 
 
 class MicroStep(NamedTuple):
-    """One forward and backward pass on all processes: samples first to last (exclusive) in the order of an epoch."""
+    """One forward and backward pass on all processes."""
 
     epoch: int
-    first: int
-    last: int
+    last: int  # samples of the epoch used after it
     window_size: int  # samples in the update that this micro step is part of
     ends_update: bool
-    ends_epoch: bool
     indices: list[int]  # of its samples in the data set
 
 
@@ -149,12 +147,14 @@ class Models:
     tokenizer: CLIPTokenizer
     text_encoder: nn.Module  # frozen, weight_dtype; or like the UNet with --train_text_encoder
     vae: AutoencoderKL  # frozen, weight_dtype
-    unet: nn.Module  # trainable, float32; wrapped by accelerate after `prepare`
+    unet: nn.Module  # trainable, float32
     scheduler_config: dict  # of the noise schedule, with the flags applied
     trained: tuple[str, ...]  # names of the trainable networks: unet, perhaps text_encoder
     clip_skip: int | None = None  # layers before the last whose text states are used, with --clip_skip
+    prompts: list[dict] | None = None  # the states of those to draw, with --cache_text_embeddings
     ema: EmaWeights | None = None
-    optimizer: torch.optim.Optimizer | None = None  # this and the next: set by `prepare_training`
+    wrapped: Models | None = None  # as accelerate wraps them for training; it and the next: of `prepare_training`
+    optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
 
@@ -205,7 +205,7 @@ def compute_loss(unet, objective: Objective, latents: Tensor, conditions: dict, 
     # loss = w_t ||UNet(z_t, t, text) - target||^2 / number of latent values
     model_pred = unet(noisy_latents, timesteps, **conditions, return_dict=False)[0]
     loss = F.mse_loss(model_pred.float(), target, reduction="none").mean(dim=(1, 2, 3))
-    if args.snr_gamma is not None:
+    if args.snr_gamma:
         loss = loss * compute_snr_weights(alpha.flatten(), sigma.flatten(), args.snr_gamma, objective.prediction_type)
     return loss
 
@@ -628,8 +628,7 @@ def plan_micro_steps(samples: Samples, progress: Progress, num_updates: int, mic
         end = first + (int(differs.argmax()) or len(indices))  # argmax is 0 if none differs
         for start in range(first, end, micro_batch_size):
             last = min(start + micro_batch_size, end)
-            yield MicroStep(epoch, start, last, end - first, ends_update=last == end,
-                            ends_epoch=last == len(samples), indices=order[start:last].tolist())
+            yield MicroStep(epoch, last, end - first, ends_update=last == end, indices=order[start:last].tolist())
         first = end
 
 
@@ -677,8 +676,7 @@ def ignore_stop_signals(worker_id: int) -> None:
 def iterate_ahead(batches):
     """Yield what the generator `batches` yields, with the next one being made in a thread while this one is used.
 
-    The first is made in this thread, where loader processes can be started. Close it when leaving early: they end
-    with it, and would otherwise outlive an error.
+    The first is made in this thread, where loaders can start. Close it when leaving early, or they outlive an error.
     """
     with contextlib.closing(batches), ThreadPoolExecutor(max_workers=1) as reader:
         batch = next(batches, None)
@@ -709,16 +707,12 @@ def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples) ->
 
 def train_step(accelerator: Accelerator, models: Models, objective: Objective, batch: dict[str, Tensor],
                step: MicroStep) -> dict:
-    """Add the gradients of one micro step and return its share of the update's numbers: `train_loss`.
-
-    Every sample of an update counts the same, however micro steps and processes divide it: the loss is multiplied by
-    what accelerate and DDP divide by.
-    """
-    accelerator.sync_gradients = step.ends_update
+    """Add the gradients of a micro step, each sample of the update counting the same; return its share of numbers."""
     for network in list_trained(models):
         network.require_backward_grad_sync = step.ends_update  # DDP averages once per update; no_sync() does just this
     losses = compute_loss(models.unet, objective, *encode_batch(models, batch), batch)
     loss = (losses * batch["weights"]).sum() / step.window_size
+    # DDP divides by the first, accelerate by the second
     accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
     return {"train_loss": loss.detach()}
 
@@ -733,7 +727,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     steps = plan_micro_steps(data.train, progress, last_step - progress.global_step,
                              args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, steps, models, args.dataloader_num_workers, accelerator)
-    parameters = list(name_trained_parameters(accelerator, models).values())
+    parameters = list(name_trained_parameters(models).values())
     meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
 
     ahead = contextlib.closing(iterate_ahead(loader))
@@ -741,7 +735,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
         for step, batch in meter.time_waits(batches):
             # `sources`, the numbers of the images, stay in host memory: reading them would wait for the device
             batch = send_to_device(batch, accelerator.device, non_blocking=True, skip_keys="sources")
-            meter.add(step, batch, train_step(accelerator, models, objective, batch, step))
+            meter.add(step, batch, train_step(accelerator, models.wrapped, objective, batch, step))
             if not step.ends_update:
                 continue
             numbers = {"epoch": step.epoch, "lr": models.lr_scheduler.get_last_lr()[0],
@@ -765,7 +759,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
                 save_checkpoint(args, accelerator, models, progress, record)
             if ends_run:
                 break
-            ends_nth_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
+            ends_nth_epoch = step.last == len(data.train) and (step.epoch + 1) % args.validation_epochs == 0
             is_due = ends_nth_epoch or args.validation_steps and progress.global_step % args.validation_steps == 0
             if is_due and (args.validation_prompts or data.held_out):
                 meter.flush()
@@ -796,13 +790,10 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
-    """Return the text encoder's last states [b, s, d], or with --clip_skip earlier ones after the final norm.
-
-    Gradients come only where the encoder is trained.
-    """
+    """Return the text encoder's last states [b, s, d], or with --clip_skip earlier ones after the final norm."""
     with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
         output = models.text_encoder(batch["input_ids"], output_hidden_states=True)  # for --clip_skip
-        if models.clip_skip is None:
+        if not models.clip_skip:
             return {"encoder_hidden_states": output.last_hidden_state}
         (norm,) = (module for name, module in models.text_encoder.named_modules() if name.endswith("final_layer_norm"))
         return {"encoder_hidden_states": norm(output.hidden_states[-models.clip_skip - 1])}
@@ -862,12 +853,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         (precision == "fp16" and not torch.accelerator.is_available(),
          "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
         (args.optimizer_in_backward
-         and (args.gradient_accumulation_steps > 1 or args.max_grad_norm or args.torch_compile),
-         "--optimizer_in_backward frees each gradient at once, so it cannot sum or clip them: it needs "
-         "--gradient_accumulation_steps 1, --max_grad_norm 0 and no --torch_compile."),
-        (args.optimizer_in_backward and (precision == "fp16" or num_processes > 1 and not args.fsdp),
-         "--optimizer_in_backward updates before gradients are averaged and unscaled: it needs one process or --fsdp, "
-         "and --mixed_precision bf16 or no."),
+         and (args.gradient_accumulation_steps > 1 or args.max_grad_norm or args.torch_compile or precision == "fp16"
+              or num_processes > 1 and not args.fsdp),
+         "--optimizer_in_backward uses each gradient at once, before it is summed, averaged, unscaled or clipped: it "
+         "needs one process or --fsdp, and --mixed_precision bf16 or no, with --gradient_accumulation_steps 1, "
+         "--max_grad_norm 0 and no --torch_compile."),
+        (args.weight_dtype == "bf16"
+         and (not args.optimizer_in_backward or precision != "bf16" or args.use_ema or args.fsdp),
+         "--weight_dtype bf16 needs --optimizer_in_backward and --mixed_precision bf16, and no --use_ema or --fsdp."),
         (args.fsdp and num_processes == 1,
          "--fsdp divides the model among several processes, and here is one: launch with `accelerate launch "
          "--multi_gpu`, or drop it."),
@@ -878,145 +871,146 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Base model: a folder, .safetensors file or hub name.")
-    add("--pretrained_vae_model_name_or_path", help="VAE to use: a folder or hub name, without revision and variant.")
-    add("--revision", help="Branch, tag or commit of the model on the hub.")
-    add("--non_ema_revision", help="Revision of the UNet, if not --revision; EMA weights then start from --revision.")
-    add("--variant", help="Weight files to load: fp16 loads *.fp16.safetensors.")
-    add("--cache_dir", help="Folder for downloaded models and data sets.")
-    add("--single_file_config",
-        help="Folder or hub name of a model whose configurations and tokenizers go with a model in one .safetensors "
-        "file. If not given: diffusers' own choice.")
-    add("--clip_skip", type=positive_int, help="Use text states this many layers earlier, counted as diffusers does.")
-    add("--train_text_encoder", action="store_true", help="Train the text encoder (SDXL: both) with the UNet.")
+    def add(flag: str, text: str, **settings) -> None:
+        group.add_argument(flag, help=text, **settings)
+    switch = partial(add, action="store_true")
+    group = parser.add_argument_group("model")
+    add("--pretrained_model_name_or_path", "Base model: a folder, .safetensors file or hub name.", required=True)
+    add("--pretrained_vae_model_name_or_path", "VAE to use: a folder or hub name, without revision and variant.")
+    add("--revision", "Branch, tag or commit of the model on the hub.")
+    add("--non_ema_revision", "Revision of the UNet, if not --revision; EMA weights then start from --revision.")
+    add("--variant", "Weight files to load: fp16 loads *.fp16.safetensors.")
+    add("--cache_dir", "Folder for downloaded models and data sets.")
+    add("--single_file_config", "Folder or hub name of a model whose configurations and tokenizers go with a model in "
+        "one .safetensors file. If not given: diffusers' own choice.")
+    add("--clip_skip", "Use text states this many layers earlier, counted as diffusers does.", type=positive_int)
+    switch("--train_text_encoder", "Train the text encoder (SDXL: both) with the UNet.")
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="Data set: a name on the hub, or a local folder that `datasets` loads or has saved.")
-    add("--dataset_config_name", help="Configuration of --dataset_name.")
-    add("--train_data_dir",
-        help="Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name and "
-        "--caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
-    add("--image_column", default="image", help="Column of the images.")
-    add("--caption_column", default="text", help="Column of the captions: a string, or a list of which one is drawn.")
-    add("--max_train_samples", type=positive_int, help="Train on at most this many samples, drawn by --seed.")
-    add("--resolution", type=image_size,
-        help="Pixels, as 512 or 768x512 (width x height): images are resized to cover it, then cropped.")
-    add("--aspect_ratio_buckets", action="store_true",
-        help="Train each image near its own shape, at the size nearest in aspect ratio of about --resolution's area.")
-    add("--bucket_step", type=positive_int, default=64, help="Sides of those sizes are multiples of this.")
-    add("--preview_data", type=positive_int,
-        help="Write preview.png with this many training samples, as cropped and captioned, then stop.")
-    add("--image_interpolation_mode", default="lanczos", choices=tuple(INTERPOLATION_MODES), help="Resizing filter.")
-    add("--center_crop", action="store_true", help="Crop at the center, not at random.")
-    add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
-    add("--proportion_empty_prompts", type=fraction, default=0,
-        help="Probability of dropping the caption; 0.1 keeps classifier-free guidance working (arXiv:2207.12598).")
-    add("--skip_broken_images", action="store_true", help="Replace images that cannot be read; the log names them.")
-    add("--dataloader_num_workers", type=nonnegative_int, default=0,
-        help="Processes that load data; 0: threads. Raise it if `data_wait` in the logs exceeds a few percent.")
+    group = parser.add_argument_group("data")
+    add("--dataset_name", "Data set: a name on the hub, or a local folder that `datasets` loads or has saved.")
+    add("--dataset_config_name", "Configuration of --dataset_name.")
+    add("--train_data_dir", "Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name "
+        "and --caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
+    add("--image_column", "Column of the images.", default="image")
+    add("--caption_column", "Column of the captions: a string, or a list of which one is drawn.", default="text")
+    add("--max_train_samples", "Train on at most this many samples, drawn by --seed.", type=positive_int)
+    add("--resolution", "Pixels, as 512 or 768x512 (width x height): images are resized to cover it, then cropped.",
+        type=image_size)
+    switch("--aspect_ratio_buckets",
+        "Train each image near its own shape, at the size nearest in aspect ratio of about --resolution's area.")
+    add("--bucket_step", "Sides of those sizes are multiples of this.", type=positive_int, default=64)
+    add("--preview_data", "Write preview.png with this many training samples, as cropped and captioned, then stop.",
+        type=positive_int)
+    add("--image_interpolation_mode", "Resizing filter.", default="lanczos", choices=tuple(INTERPOLATION_MODES))
+    switch("--center_crop", "Crop at the center, not at random.")
+    switch("--random_flip", "Flip half of the images left to right, at random.")
+    add("--proportion_empty_prompts", "Probability of dropping the caption; "
+        "0.1 keeps classifier-free guidance working (arXiv:2207.12598).", type=fraction, default=0)
+    switch("--skip_broken_images", "Replace images that cannot be read; the log names them.")
+    add("--dataloader_num_workers", "Processes that load data; 0: threads. "
+        "Raise it if `data_wait` in the logs exceeds a few percent.", type=nonnegative_int, default=0)
 
-    add = parser.add_argument_group("cache").add_argument
-    add("--cache_latents", action="store_true", help="Encode all images once and keep them on disk.")
-    add("--no_cache_latents", dest="cache_latents", action="store_false", help="Encode each time.")
-    add("--cache_text_embeddings", action="store_true", help="Encode all captions once and keep them on disk.")
-    add("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false", help="Encode each time.")
-    add("--cache_crops", type=positive_int, help="Random crops to cache per image. If not given: 4; centered, 1.")
-    add("--cache_dtype", default="fp16", choices=("fp16", "fp32"), help="Format on disk: fp32 if fp16 overflows.")
-    add("--encoded_dir", help="Folder of the cache, shared between runs. If not given: in --cache_dir or the hub's.")
+    group = parser.add_argument_group("cache")
+    switch("--cache_latents", "Encode all images once and keep them on disk.")
+    add("--no_cache_latents", "Encode each time.", dest="cache_latents", action="store_false")
+    switch("--cache_text_embeddings", "Encode all captions once and keep them on disk.")
+    add("--no_cache_text_embeddings", "Encode each time.", dest="cache_text_embeddings", action="store_false")
+    add("--cache_crops", "Random crops to cache per image. If not given: 4; centered, 1.", type=positive_int)
+    add("--cache_dtype", "Format on disk: fp32 if fp16 overflows.", default="fp16", choices=("fp16", "fp32"))
+    add("--encoded_dir", "Folder of the cache, shared between runs. If not given: in --cache_dir or the hub's.")
 
-    add = parser.add_argument_group("objective").add_argument
-    add("--prediction_type", help=f"What the UNet predicts: {', '.join(PREDICTION_TYPES)}. If not given: the model's.")
-    add("--snr_gamma", type=positive_float, help="Min-SNR weights with this gamma; 5.0 is common (arXiv:2303.09556).")
-    add("--noise_offset", type=nonnegative_float, default=0,
-        help="Strength of noise constant over a latent channel; 0.1 helps with very dark and bright images.")
-    add("--input_perturbation", type=nonnegative_float, default=0,
-        help="Strength of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
-    add("--dream_training", action="store_true", help="Use DREAM (arXiv:2312.00210): fewer but slower updates.")
-    add("--dream_detail_preservation", type=nonnegative_float, default=1.0, help="Larger keeps more detail (DREAM).")
-    add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
-        help="Draw some timesteps more often: earlier (less noisy) ones, later ones, or a range.")
-    add("--timestep_bias_multiplier", type=positive_float, default=1.0, help="How many times as often they are drawn.")
-    add("--timestep_bias_portion", type=fraction, default=0.25, help="Fraction that `earlier` and `later` choose.")
-    add("--timestep_bias_begin", type=nonnegative_int, default=0, help="First timestep of `range`.")
-    add("--timestep_bias_end", type=int, default=1000, help="End of `range`, not included.")
-    add("--rescale_betas_zero_snr", action="store_true",
-        help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction or sample.")
+    group = parser.add_argument_group("objective")
+    add("--prediction_type", f"What the UNet predicts: {', '.join(PREDICTION_TYPES)}. If not given: the model's.")
+    add("--snr_gamma", "Min-SNR weights with this gamma; 5.0 is common (arXiv:2303.09556).", type=positive_float)
+    add("--noise_offset", "Strength of noise constant over a latent channel; "
+        "0.1 helps with very dark and bright images.", type=nonnegative_float, default=0)
+    add("--input_perturbation", "Strength of extra noise in the UNet's input but not its target; "
+        "0.1 in arXiv:2301.11706.", type=nonnegative_float, default=0)
+    switch("--dream_training", "Use DREAM (arXiv:2312.00210): fewer but slower updates.")
+    add("--dream_detail_preservation", "Larger keeps more detail (DREAM).", type=nonnegative_float, default=1.0)
+    add("--timestep_bias_strategy", "Draw some timesteps more often: earlier (less noisy) ones, later ones, "
+        "or a range.", default="none", choices=("earlier", "later", "range", "none"))
+    add("--timestep_bias_multiplier", "How many times as often they are drawn.", type=positive_float, default=1.0)
+    add("--timestep_bias_portion", "Fraction that `earlier` and `later` choose.", type=fraction, default=0.25)
+    add("--timestep_bias_begin", "First timestep of `range`.", type=nonnegative_int, default=0)
+    add("--timestep_bias_end", "End of `range`, not included.", type=int, default=1000)
+    switch("--rescale_betas_zero_snr",
+        "Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction or sample.")
 
-    add = parser.add_argument_group("length and batch").add_argument
-    add("--train_batch_size", type=positive_int, default=16, help="Images per device and forward pass.")
-    add("--gradient_accumulation_steps", type=positive_int, default=1,
-        help="Forward and backward passes per update, for batches that do not fit into memory.")
-    add("--num_train_epochs", type=positive_int, default=100, help="Passes over the data.")
-    add("--max_train_steps", type=positive_int, help="Optimizer updates in total; overrides --num_train_epochs.")
-    add("--seed", type=nonnegative_int, help="Seed of all random draws. If not given, one is drawn and logged.")
+    group = parser.add_argument_group("length and batch")
+    add("--train_batch_size", "Images per device and forward pass.", type=positive_int, default=16)
+    add("--gradient_accumulation_steps", "Forward and backward passes per update, "
+        "for batches that do not fit into memory.", type=positive_int, default=1)
+    add("--num_train_epochs", "Passes over the data.", type=positive_int, default=100)
+    add("--max_train_steps", "Optimizer updates in total; overrides --num_train_epochs.", type=positive_int)
+    add("--seed", "Seed of all random draws. If not given, one is drawn and logged.", type=nonnegative_int)
 
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--learning_rate", type=nonnegative_float, default=1e-4, help="Peak learning rate.")
-    add("--text_encoder_lr", type=nonnegative_float, help="Peak learning rate of the text encoder, if not the UNet's.")
-    add("--scale_lr", action="store_true", help="Multiply learning rates by the total batch size.")
-    add("--lr_scheduler", default="constant", help=f"One of {', '.join(LR_SCHEDULERS)}.")
-    add("--lr_warmup_steps", type=nonnegative_int, default=500, help="Updates of rising rate, not of `constant`.")
-    add("--lr_num_cycles", type=positive_int, default=1, help="Cycles of cosine_with_restarts.")
-    add("--lr_power", type=positive_float, default=1.0, help="Exponent of polynomial.")
-    add("--adam_beta1", type=fraction, default=0.9, help="Decay of Adam's first moment.")
-    add("--adam_beta2", type=fraction, default=0.999, help="Decay of Adam's second moment.")
-    add("--adam_weight_decay", type=nonnegative_float, default=1e-2, help="Decoupled weight decay.")
-    add("--adam_epsilon", type=positive_float, default=1e-08, help="Added to the denominator of Adam's update.")
-    add("--max_grad_norm", type=nonnegative_float, default=1.0, help="Clip gradients to this norm; 0 turns it off.")
+    group = parser.add_argument_group("optimizer")
+    add("--learning_rate", "Peak learning rate.", type=nonnegative_float, default=1e-4)
+    add("--text_encoder_lr", "Peak learning rate of the text encoder, if not the UNet's.", type=nonnegative_float)
+    switch("--scale_lr", "Multiply learning rates by the total batch size.")
+    add("--lr_scheduler", f"One of {', '.join(LR_SCHEDULERS)}.", default="constant")
+    add("--lr_warmup_steps", "Updates of rising rate, not of `constant`.", type=nonnegative_int, default=500)
+    add("--lr_num_cycles", "Cycles of cosine_with_restarts.", type=positive_int, default=1)
+    add("--lr_power", "Exponent of polynomial.", type=positive_float, default=1.0)
+    add("--adam_beta1", "Decay of Adam's first moment.", type=fraction, default=0.9)
+    add("--adam_beta2", "Decay of Adam's second moment.", type=fraction, default=0.999)
+    add("--adam_weight_decay", "Decoupled weight decay.", type=nonnegative_float, default=1e-2)
+    add("--adam_epsilon", "Added to the denominator of Adam's update.", type=positive_float, default=1e-08)
+    add("--max_grad_norm", "Clip gradients to this norm; 0 turns it off.", type=nonnegative_float, default=1.0)
 
-    add = parser.add_argument_group("EMA").add_argument
-    add("--use_ema", action="store_true", help="Average the weights exponentially, for validation and export.")
-    add("--ema_decay", type=fraction, default=0.9999, help="Decay of the average; at update n at most n / (9 + n).")
+    group = parser.add_argument_group("EMA")
+    switch("--use_ema", "Average the weights exponentially, for validation and export.")
+    add("--ema_decay", "Decay of the average; at update n at most n / (9 + n).", type=fraction, default=0.9999)
 
-    add = parser.add_argument_group("precision and memory").add_argument
-    add("--mixed_precision", choices=("no", "fp16", "bf16"),
-        help="Number format of the forward pass and the frozen networks. If not given: accelerate's setting.")
-    add("--allow_tf32", action="store_true", help="Multiply float32 matrices in TF32: faster, slightly less exact.")
-    add("--gradient_checkpointing", action="store_true", help="Recompute activations to save memory, slower.")
-    add("--use_8bit_adam", action="store_true", help="Use AdamW with 8-bit moments (bitsandbytes).")
-    add("--use_adafactor", action="store_true", help="Use Adafactor (arXiv:1804.04235): less memory than AdamW.")
-    add("--optimizer_in_backward", action="store_true", help="Update in the backward pass, without keeping gradients.")
-    add("--fsdp", action="store_true",
-        help="Shard weights, EMA weights and Adam's moments over the devices: less memory on each.")
-    add("--offload_ema", action="store_true", help="Keep the EMA weights in host memory.")
-    add("--foreach_ema", action="store_true", help="For old commands: EMA weights are always updated in one call.")
-    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
-    add("--enable_npu_flash_attention", action="store_true", help="Use flash attention of Ascend NPUs (torch_npu).")
-    add("--vae_tiling", action="store_true", help=f"VAE in tiles above {VAE_TILE} pixels: less memory, faint seams.")
-    add("--torch_compile", action="store_true", help="Compile the UNet: minutes at the start, faster steps after.")
-    add("--channels_last", action="store_true", help="Channels-last UNet weights: faster in half precision.")
-    add("--local_rank", type=int, default=-1, help="Accepted for old launchers; not needed.")
+    group = parser.add_argument_group("precision and memory")
+    add("--mixed_precision", "Number format of the forward pass and the frozen networks. If not given: "
+        "accelerate's setting.", choices=("no", "fp16", "bf16"))
+    switch("--allow_tf32", "Multiply float32 matrices in TF32: faster, slightly less exact.")
+    switch("--gradient_checkpointing", "Recompute activations to save memory, slower.")
+    switch("--use_8bit_adam", "Use AdamW with 8-bit moments (bitsandbytes).")
+    switch("--use_adafactor", "Use Adafactor (arXiv:1804.04235): less memory than AdamW.")
+    switch("--optimizer_in_backward", "Update in the backward pass, without keeping gradients.")
+    add("--weight_dtype", "Format of the trained weights; bf16, with updates rounded up or down at random, "
+        "halves their memory.", default="fp32", choices=("fp32", "bf16"))
+    switch("--fsdp", "Shard weights, EMA weights and Adam's moments over the devices: less memory on each.")
+    switch("--offload_ema", "Keep the EMA weights in host memory.")
+    switch("--foreach_ema", "For old commands: EMA weights are always updated in one call.")
+    switch("--enable_xformers_memory_efficient_attention", "Use xformers' attention.")
+    switch("--enable_npu_flash_attention", "Use flash attention of Ascend NPUs (torch_npu).")
+    switch("--vae_tiling", f"VAE in tiles above {VAE_TILE} pixels: less memory, faint seams.")
+    switch("--torch_compile", "Compile the UNet: minutes at the start, faster steps after.")
+    switch("--channels_last", "Channels-last UNet weights: faster in half precision.")
+    add("--local_rank", "Accepted for old launchers; not needed.", type=int, default=-1)
 
-    add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="+", help="Prompts to draw, one image each.")
-    add("--validation_prompt", help="Prompt to draw --num_validation_images images of.")
-    add("--validation_size", type=image_size, nargs="+",
-        help="Size of the images to draw, as 512 or 768x512; several: one each. If not given: --resolution.")
-    add("--num_validation_images", type=nonnegative_int, default=4, help="Images to draw of --validation_prompt.")
-    add("--validation_epochs", type=positive_int, help="Validate every this many epochs.")
-    add("--validation_steps", type=positive_int, help="Also validate every this many updates.")
-    add("--validation_data_dir",
-        help="Folder of held-out images, laid out as --train_data_dir. Their unweighted loss at fixed noise and "
-        "timesteps is logged as validation_loss, which is comparable between runs.")
-    add("--validation_inference_steps", type=positive_int, default=20, help="Denoising steps per validation image.")
-    add("--validation_guidance_scale", type=nonnegative_float, default=7.5, help="Scale of classifier-free guidance.")
+    group = parser.add_argument_group("validation")
+    add("--validation_prompts", "Prompts to draw, one image each.", nargs="+")
+    add("--validation_prompt", "Prompt to draw --num_validation_images images of.")
+    add("--validation_size", "Size of the images to draw, as 512 or 768x512; several: one each. If not given: "
+        "--resolution.", type=image_size, nargs="+")
+    add("--num_validation_images", "Images to draw of --validation_prompt.", type=nonnegative_int, default=4)
+    add("--validation_epochs", "Validate every this many epochs.", type=positive_int)
+    add("--validation_steps", "Also validate every this many updates.", type=positive_int)
+    add("--validation_data_dir", "Folder of held-out images, laid out as --train_data_dir. Their unweighted loss at "
+        "fixed noise and timesteps is logged as validation_loss, which is comparable between runs.")
+    add("--validation_inference_steps", "Denoising steps per validation image.", type=positive_int, default=20)
+    add("--validation_guidance_scale", "Scale of classifier-free guidance.", type=nonnegative_float, default=7.5)
 
-    add = parser.add_argument_group("checkpoints and output").add_argument
-    add("--output_dir", help="Folder for everything that is saved.")
-    add("--checkpointing_steps", type=positive_int, default=500, help="Save every this many updates, and at the end.")
-    add("--checkpoints_total_limit", type=positive_int, help="Checkpoints to keep; the oldest goes after a newer one.")
-    add("--resume_from_checkpoint", help="Checkpoint to resume: `latest`, a name in --output_dir, or a path.")
+    group = parser.add_argument_group("checkpoints and output")
+    add("--output_dir", "Folder for everything that is saved.")
+    add("--checkpointing_steps", "Save every this many updates, and at the end.", type=positive_int, default=500)
+    add("--checkpoints_total_limit", "Checkpoints to keep; the oldest goes after a newer one.", type=positive_int)
+    add("--resume_from_checkpoint", "Checkpoint to resume: `latest`, a name in --output_dir, or a path.")
 
-    add = parser.add_argument_group("tracking and hub").add_argument
-    add("--report_to", default="tensorboard", help=f"Where to log: {', '.join(TRACKERS)} (comma-separated), or none.")
-    add("--logging_dir", default="logs", help="Folder for logs, inside --output_dir.")
-    add("--logging_steps", type=positive_int, default=10, help="Updates between readings of numbers; each is logged.")
-    add("--tracker_project_name", default="text2image-fine-tune", help="Name of the project in trackers.")
-    add("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
-    add("--hub_model_id", help="Repository to upload to. If not given: --output_dir's name.")
-    add("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    add("--hub_token", help="Token for the upload; `hf auth login` or HF_TOKEN keeps it off the screen.")
+    group = parser.add_argument_group("tracking and hub")
+    add("--report_to", f"Where to log: {', '.join(TRACKERS)} (comma-separated), or none.", default="tensorboard")
+    add("--logging_dir", "Folder for logs, inside --output_dir.", default="logs")
+    add("--logging_steps", "Updates between readings of numbers; each is logged.", type=positive_int, default=10)
+    add("--tracker_project_name", "Name of the project in trackers.", default="text2image-fine-tune")
+    switch("--push_to_hub", "Upload the result and its model card at the end.")
+    add("--hub_model_id", "Repository to upload to. If not given: --output_dir's name.")
+    switch("--hub_private_repo", "Create that repository as a private one.")
+    add("--hub_token", "Token for the upload; `hf auth login` or HF_TOKEN keeps it off the screen.")
 
 
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
@@ -1040,7 +1034,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
     cases = [
         *own_cases,
-        (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
+        (not args.dataset_name and not os.path.isdir(args.train_data_dir or ""),
          f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
          "or --dataset_name NAME."),
         (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
@@ -1136,17 +1130,12 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
 
 
 def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages, checkpoint: Path | None) -> dict:
-    """Create the repository on the hub, seed and start the trackers; return what checkpoints record about the run.
-
-    The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
-    """
+    """Create the repository on the hub, seed and start the trackers; return what checkpoints record about the run."""
     if accelerator.is_main_process and args.push_to_hub:
         args.hub_model_id = huggingface_hub.create_repo(
             args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None,
             exist_ok=True, token=args.hub_token).repo_id
-    seed = args.seed
-    if seed is None:
-        seed = load_run_record(checkpoint).get("seed", secrets.randbits(32))
+    seed = load_run_record(checkpoint).get("seed", secrets.randbits(32)) if args.seed is None else args.seed
     seed = gather_object([seed])[0]  # the main process's, for all
     set_seed(seed % 2**31, device_specific=True)  # adapters start from the global generators, and dropout uses them
     flags = dict(vars(args))
@@ -1287,7 +1276,7 @@ def locate_model(args: Namespace) -> str:
 
 def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
     """Return the folder, or name on the hub, that a part of the model is loaded from, and where in it."""
-    if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
+    if part == "vae" and args.pretrained_vae_model_name_or_path:
         return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
     revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
     return locate_model(args), {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
@@ -1359,14 +1348,11 @@ def explained_load(args: Namespace, part: str):
 
 
 def load_network(args: Namespace, part: str, dtype: torch.dtype) -> nn.Module:
-    """Load a network, frozen; refuse files that lack weights, in whose place libraries put random values.
-
-    A part without files of --variant is loaded from those without a variant, or else of fp16.
-    """
+    """Load a network, frozen; refuse files that lack weights, in whose place libraries put random values."""
     (where, files), failures = locate_part(args, part), []
     own = args.variant if "subfolder" in files else None  # --variant is not for a VAE named separately
     with explained_load(args, part):
-        for variant in (own, None, "fp16"):
+        for variant in (own, None, "fp16"):  # not every part has files of --variant
             try:
                 network, report = NETWORK_CLASSES[part].from_pretrained(
                     where, **files, variant=variant, dtype=dtype, output_loading_info=True)
@@ -1376,7 +1362,7 @@ def load_network(args: Namespace, part: str, dtype: torch.dtype) -> nn.Module:
             missing = report["missing_keys"]
             if missing:
                 raise OSError(f"the weights lack {min(missing)} ({len(missing)} tensors in all).")
-            return network.requires_grad_(False).eval()
+            return network.requires_grad_(False)
         raise failures[0]
 
 
@@ -1399,7 +1385,8 @@ def load_parts(args: Namespace, accelerator: Accelerator, configs: dict[str, dic
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
     """Load the networks: trainable ones in float32, frozen ones in the run's precision."""
     trained = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
-    models = Models(**load_parts(args, accelerator, configs, trained), trained=trained, clip_skip=args.clip_skip,
+    parts = load_parts(args, accelerator, configs, trained * (args.weight_dtype == "fp32"))
+    models = Models(**parts, trained=trained, clip_skip=args.clip_skip,
                     scheduler_config=make_scheduler_config(args, configs["scheduler"]))
     for network in list_trained(models):
         network.requires_grad_(True)
@@ -1458,14 +1445,14 @@ def shard_networks(args: Namespace, accelerator: Accelerator, models: Models) ->
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # gives back the memory of whole weights, which glibc would keep
 
 
-def shard_optimizer(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+def shard_optimizer(args: Namespace, models: Models) -> None:
     """With --fsdp, have checkpoints hold whole moments, so that they resume on any number of processes."""
     optimizer = models.optimizer.optimizer
-    parameters = list(name_trained_parameters(accelerator, models).values())
+    parameters = list(name_trained_parameters(models).values())
 
     def state_dict() -> dict:
         state = optimizer.state_dict()
-        return state | {"state": {key: gather(accelerator, moments) for key, moments in state["state"].items()}}
+        return state | {"state": {key: gather(moments) for key, moments in state["state"].items()}}
 
     def load_state_dict(state: dict) -> None:
         for key, moments in state["state"].items():
@@ -1477,19 +1464,19 @@ def shard_optimizer(args: Namespace, accelerator: Accelerator, models: Models) -
         models.optimizer.state_dict, models.optimizer.load_state_dict = state_dict, load_state_dict
 
 
-def gather(accelerator: Accelerator, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return whole tensors, in host memory of the main process, elsewhere empty; all processes have to call this."""
-    place = "cpu" if accelerator.is_main_process else "meta"
+    place = "meta" if dist.get_rank() else "cpu"
     return {name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to(place)
             for name, tensor in tensors.items()}
 
 
 @contextlib.contextmanager
-def whole_weights(accelerator: Accelerator, models: Models):
+def whole_weights(models: Models):
     """Let the main process save sharded networks whole; all processes have to call this."""
     sharded = [network for network in list_trained(models) if isinstance(network, FSDPModule)]
     for network in sharded:
-        network.state_dict = partial(dict, gather(accelerator, network.state_dict()))
+        network.state_dict = partial(dict, gather(network.state_dict()))
     yield
     for network in sharded:
         del network.state_dict
@@ -1501,12 +1488,6 @@ def shard_like(parameter: Tensor, whole: Tensor) -> Tensor:
         return whole
     return distribute_tensor(whole.to(parameter.device), parameter.device_mesh, parameter.placements,
                              src_data_rank=None)  # without communication
-
-
-def get_shard(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, in the same memory: all of it, if it is not sharded."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def freeze_unused_layers(text_encoder: nn.Module, num_unused: int, *others: str) -> None:
@@ -1526,26 +1507,17 @@ def list_trained(models: Models) -> list[nn.Module]:
     return [getattr(models, part) for part in models.trained]
 
 
-def name_trained_parameters(accelerator: Accelerator, models: Models) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by names such as unet.conv_in.weight.
-
-    Names in text encoders have no `text_model.` in front, which not every version of transformers has.
-    """
-    plain = unwrap_models(accelerator, models)
+def name_trained_parameters(models: Models) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters by names such as unet.conv_in.weight, in any transformers without text_model."""
     return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
-            for name, parameter in getattr(plain, part).named_parameters() if parameter.requires_grad}
-
-
-def unwrap_models(accelerator: Accelerator, models: Models) -> Models:
-    """Return the models with their networks as they were before accelerate and torch.compile wrapped them."""
-    return dataclasses.replace(models, **{
-        part: accelerator.unwrap_model(getattr(models, part), keep_torch_compile=False) for part in models.trained})
+            for name, parameter in getattr(models, part).named_parameters() if parameter.requires_grad}
 
 
 @contextlib.contextmanager
 def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
     """Move the frozen encoders to the device, and afterwards those whose outputs are cached to host memory."""
-    text_encoders = [getattr(models, part) for part in TEXT_ENCODERS if part not in models.trained]
+    needs_texts = models.prompts is None or args.validation_data_dir  # else the prompts are encoded already
+    text_encoders = [getattr(models, part) for part in TEXT_ENCODERS if needs_texts and part not in models.trained]
     for network in (models.vae, *text_encoders):
         network.to(accelerator.device)
     yield
@@ -1558,7 +1530,7 @@ def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models
 
 FILE_SIZE, LEAST_FILES = 16 * 2**20, 16  # of a cache: bytes in a file, whose images are in memory at once
 ENCODED_PIXELS = 2**20  # in a batch of the VAE: one image of 1024 px, four of 512
-CACHE_DTYPES = {"fp16": np.float16, "fp32": np.float32}
+CACHE_DTYPES = {"fp16": "f2", "fp32": "f4"}  # for numpy
 
 
 def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
@@ -1568,6 +1540,7 @@ def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, s
             samples.latents = cache_latents(args, accelerator, models.vae, samples)
         if args.cache_text_embeddings:
             samples.text_states = cache_text_states(args, accelerator, models, samples)
+            models.prompts = encode_prompts(args, accelerator, make_pipeline(models))
 
 
 def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, samples: Samples) -> EncodedRows:
@@ -1619,6 +1592,15 @@ def encode_texts(models: Models, captions: list[str]) -> dict[str, np.ndarray]:
     states = encode_captions(models, send_to_device(batch, models.text_encoder.device))
     return {name: values.float().cpu().numpy() for name, values in states.items()} | {
         "num_long": batch["num_long"].numpy()}
+
+
+@torch.no_grad()
+def encode_prompts(args: Namespace, accelerator: Accelerator, pipeline) -> list[dict[str, Tensor]]:
+    """Return what a pipeline makes of each prompt to draw."""
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return [dict(zip(names, pipeline.encode_prompt(
+        prompt, device=accelerator.device, num_images_per_prompt=1, do_classifier_free_guidance=True,
+        clip_skip=args.clip_skip), strict=False)) for prompt in args.validation_prompts]
 
 
 class EncodedRows:
@@ -1709,16 +1691,14 @@ def digest_network(network: nn.Module) -> str:
 def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
     """Make optimizer, learning-rate schedule and EMA weights, and wrap the trainable networks for the devices."""
     set_up_networks(args, models)
-    for part in models.trained:
-        setattr(models, part, accelerator.prepare(getattr(models, part)))
+    models.wrapped = dataclasses.replace(models, **{
+        part: accelerator.prepare(getattr(models, part)) for part in models.trained})
+    accelerator.free_memory()  # forgets the networks, whose files `save_state` and `resume` take care of
     optimizer = make_optimizer(args, make_parameter_groups(args, accelerator, models))
     lr_scheduler = make_lr_scheduler(args, optimizer, compute_last_step(args, samples, accelerator.num_processes))
     models.optimizer, models.lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
     if args.use_ema:  # only now: wrapping has made the weights the same on all processes
-        models.ema = make_ema(args, accelerator, models)
-    # `save_state` and `resume` take care of the networks, accelerate of all else
-    accelerator.register_save_state_pre_hook(lambda networks, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda networks, folder: networks.clear())
+        models.ema = make_ema(args, models)
 
 
 def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Models) -> list[dict]:
@@ -1727,10 +1707,23 @@ def make_parameter_groups(args: Namespace, accelerator: Accelerator, models: Mod
              "lr": compute_learning_rate(args, part, accelerator.num_processes)} for part in models.trained]
 
 
+class Adafactor(transformers.optimization.Adafactor):
+    """Adafactor that factors a convolution as a matrix [out, in x 3 x 3]; on its own it factors each 3 x 3."""
+
+    def step(self, closure=None):
+        kernels = [(parameter, parameter.data) for group in self.param_groups for parameter in group["params"]
+                   if parameter.ndim == 4 and parameter.grad is not None]
+        for kernel, _ in kernels:
+            kernel.data, kernel.grad = kernel.data.flatten(1), kernel.grad.flatten(1)
+        super().step(closure)
+        for kernel, whole in kernels:
+            kernel.data = whole.copy_(kernel.data.view_as(whole))  # flattened in place, or copied if channels last
+
+
 def make_optimizer(args: Namespace, groups: list[dict]):
     lr = groups[0]["lr"]  # of the UNet: polynomial schedules read it
     if args.use_adafactor:  # with plain learning rates: scaled by the size of the weights, adapters would stay at 0
-        return transformers.optimization.Adafactor(groups, lr, scale_parameter=False, relative_step=False)
+        return Adafactor(groups, lr, scale_parameter=False, relative_step=False)
     settings = groups, lr, (args.adam_beta1, args.adam_beta2), args.adam_epsilon
     if args.use_8bit_adam:
         import bitsandbytes
@@ -1747,16 +1740,29 @@ def update_in_backward(args: Namespace, models: Models) -> None:
         return
     optimizer = models.optimizer.optimizer
 
-    def update(group: dict, parameter: nn.Parameter) -> None:
+    def update(number: int, master: nn.Parameter, parameter: nn.Parameter) -> None:
         groups = optimizer.param_groups
-        optimizer.param_groups = [group | {"params": [parameter]}]
+        optimizer.param_groups = [groups[number] | {"params": [master]}]
+        if master is not parameter:
+            master.data, master.grad = parameter.float(), parameter.grad.float()
         optimizer.step()
         optimizer.param_groups = groups
+        if master is not parameter:
+            parameter.copy_(round_to_bf16(master))
+            master.data, master.grad = master.new_empty(0), None
         parameter.grad = None
 
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.register_post_accumulate_grad_hook(partial(update, group))
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if parameter.dtype == torch.bfloat16:  # the optimizer sees another: float32 in its update, else empty
+                group["params"][place] = nn.Parameter(parameter.new_empty(0, dtype=torch.float32))
+            parameter.register_post_accumulate_grad_hook(partial(update, number, group["params"][place]))
+
+
+def round_to_bf16(values: Tensor) -> Tensor:
+    """Round float32 up or down at random, right on average: to nearest, small updates are lost (arXiv:2010.06192)."""
+    noise = torch.randint_like(values, 2**16, dtype=torch.int32)  # in the bits that bf16 lacks
+    return (values.view(torch.int32) + noise).bitwise_and(-(2**16)).view(torch.float32).bfloat16()
 
 
 def compute_total_batch_size(args: Namespace, num_processes: int) -> int:
@@ -1788,16 +1794,14 @@ class EmaWeights:
     """Exponential moving average of the trainable weights, in float32: ema += (1 - decay_n) (weights - ema).
 
     decay_n is 0 at the first update, then n / (9 + n), at most `decay`: the ramp of diffusers' EMAModel, which reads
-    these files. `min_decay` is a floor, for EMA weights that come with a model. With `offload` they stay in host
-    memory and go to the device one tensor at a time.
+    these files. `min_decay` is a floor, for EMA weights that come with a model; `offload` keeps them in host memory.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float, offload: bool = False) -> None:
+    def __init__(self, parameters: list[Tensor], decay: float, offload: bool = False) -> None:
         self.parameters, self.decay, self.offload = parameters, decay, offload
         self.min_decay, self.num_updates = 0.0, 0
         options = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if offload else {}
-        self.averages = {name: torch.empty_like(parameter, **options).copy_(parameter.detach())
-                         for name, parameter in parameters.items()}
+        self.averages = [torch.empty_like(parameter, **options).copy_(parameter.detach()) for parameter in parameters]
 
     @torch.no_grad()
     def step(self) -> float:
@@ -1806,19 +1810,19 @@ class EmaWeights:
         ramp = 0.0 if self.num_updates == 1 else self.num_updates / (9 + self.num_updates)
         decay = max(self.min_decay, min(self.decay, ramp))
         if self.offload:
-            for name, parameter in self.parameters.items():
-                average = self.averages[name].to(parameter.device, non_blocking=True)
-                self.averages[name].copy_(average.lerp_(parameter, 1 - decay), non_blocking=True)
+            for parameter, average in zip(self.parameters, self.averages, strict=True):
+                on_device = average.to(parameter.device, non_blocking=True)
+                average.copy_(on_device.lerp_(parameter, 1 - decay), non_blocking=True)
         else:
-            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
+            torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         return decay
 
     @torch.no_grad()
     def swap(self) -> None:
-        for name, parameter in self.parameters.items():
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
             weights = parameter.clone()
-            parameter.copy_(self.averages[name])
-            self.averages[name].copy_(weights)
+            parameter.copy_(average)
+            average.copy_(weights)
 
     def save_state(self, config: Path) -> None:
         """Add the number of updates and the settings to a config.json, as diffusers' EMAModel does."""
@@ -1839,15 +1843,19 @@ def averaged_weights(models: Models):
         swap()
 
 
-def make_ema(args: Namespace, accelerator: Accelerator, models: Models) -> EmaWeights:
+@torch.no_grad()
+def make_ema(args: Namespace, models: Models) -> EmaWeights:
     """Return EMA weights: the trainable weights or, with --non_ema_revision, those at --revision."""
-    parameters = name_trained_parameters(accelerator, models)
-    shards = {name: get_shard(parameter) for name, parameter in parameters.items()}
+    parameters = name_trained_parameters(models)
+    shards = [parameter.to_local() if isinstance(parameter, DTensor) else parameter
+              for parameter in parameters.values()]
     ema = EmaWeights(shards, args.ema_decay, args.offload_ema)
     if args.non_ema_revision != args.revision:
         source_args = Namespace(**vars(args) | {"non_ema_revision": args.revision})
+        ema.swap()
         for name, tensor in load_network(source_args, "unet", torch.float32).state_dict().items():
-            ema.averages[f"unet.{name}"].copy_(get_shard(shard_like(parameters[f"unet.{name}"], tensor)))
+            parameters[f"unet.{name}"].copy_(shard_like(parameters[f"unet.{name}"], tensor))
+        ema.swap()
         ema.min_decay = ema.decay  # the ramp would forget them
     return ema
 
@@ -1858,15 +1866,14 @@ RUN_RECORD = "run_record.json"  # in a checkpoint: progress, seed, flags, and di
 PROBE = ".partial-probe"  # in --output_dir during a run: if it is missing, the disk was unmounted
 EMA_FOLDER = "unet_ema"  # in a checkpoint: the EMA weights and, in config.json, the state of the average
 # Flags that must not change on resume: they decide which tensors a checkpoint holds, and how they lie in memory.
-FIXED_FLAGS = {"use_ema", "use_8bit_adam", "use_adafactor", "train_text_encoder", "channels_last"}
+FIXED_FLAGS = {"use_ema", "use_8bit_adam", "use_adafactor", "train_text_encoder", "channels_last", "weight_dtype"}
 # Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
-    "output_dir cache_dir encoded_dir resume_from_checkpoint preview_data checkpointing_steps "
-    "checkpoints_total_limit logging_dir logging_steps report_to tracker_project_name push_to_hub hub_model_id "
-    "hub_private_repo local_rank debug_loss offload_ema foreach_ema optimizer_in_backward dataloader_num_workers "
-    "validation_prompts validation_prompt num_validation_images validation_size validation_steps validation_epochs "
-    "validation_data_dir validation_guidance_scale validation_inference_steps save_kohya_format "
-    "pretrained_lora_model_name_or_path".split()
+    "output_dir cache_dir encoded_dir resume_from_checkpoint preview_data checkpointing_steps checkpoints_total_limit "
+    "logging_dir logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo local_rank "
+    "debug_loss offload_ema foreach_ema optimizer_in_backward dataloader_num_workers validation_prompts "
+    "validation_prompt num_validation_images validation_size validation_steps validation_epochs validation_data_dir "
+    "validation_guidance_scale validation_inference_steps save_kohya_format pretrained_lora_model_name_or_path".split()
 )
 
 
@@ -1914,14 +1921,14 @@ def digest_files(folder: Path) -> dict[str, str]:
 
 def load_run_record(checkpoint: Path | None) -> dict:
     """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
-    if checkpoint is None or not (checkpoint / RUN_RECORD).is_file():
+    if not checkpoint or not (checkpoint / RUN_RECORD).is_file():
         return {}
     return json.loads((checkpoint / RUN_RECORD).read_text())
 
 
 def check_changes(checkpoint: Path | None, record: dict) -> None:
     """Warn of what differs from the run that made a checkpoint; UserError for flags that must not."""
-    if checkpoint is None:
+    if not checkpoint:
         return
     saved = load_run_record(checkpoint)
     flags = saved.get("flags", {"channels_last": False})  # of the reference, which keeps no record
@@ -1942,19 +1949,18 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
 
 def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
     """Write the trainable networks as model folders that diffusers loads: unet/, or unet_ema/ with EMA weights."""
-    plain = unwrap_models(accelerator, models)
-    with whole_weights(accelerator, models):
+    with whole_weights(models):
         if accelerator.is_main_process:
             for part in models.trained:
-                getattr(plain, part).save_pretrained(folder / f"{part}{'_ema' * averaged}")
+                getattr(models, part).save_pretrained(folder / f"{part}{'_ema' * averaged}")
 
 
 @torch.no_grad()
-def load_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
+def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> None:
     weights = {f"{part}.{name.removeprefix('text_model.')}": tensor for part in models.trained
                for file in (folder / f"{part}{'_ema' * averaged}").glob("*.safetensors")
                for name, tensor in load_file(file).items()}
-    for name, parameter in name_trained_parameters(accelerator, models).items():
+    for name, parameter in name_trained_parameters(models).items():
         parameter.copy_(shard_like(parameter, weights[name]))
 
 
@@ -2028,11 +2034,11 @@ def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progre
         accelerator.scaler = scaler
         # without those that fp16 skipped; the reference's schedules count otherwise
         num_updates = schedule.last_epoch if record else get_checkpoint_step(checkpoint)
-        load_trained(accelerator, models, checkpoint)
+        load_trained(models, checkpoint)
         if models.ema:
             models.ema.num_updates = num_updates
             with averaged_weights(models):
-                load_trained(accelerator, models, checkpoint, averaged=True)
+                load_trained(models, checkpoint, averaged=True)
     except Exception as error:  # of several libraries, about files that are cut short
         raise ValueError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
                          "it was.") from error
@@ -2063,14 +2069,13 @@ def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int,
     accelerator.wait_for_everyone()
 
 
-def make_pipeline(accelerator: Accelerator, models: Models, safety_checker=None,
-                  feature_extractor=None) -> StableDiffusionPipeline:
-    config, plain = models.scheduler_config, unwrap_models(accelerator, models)
-    if models.clip_skip is not None and not hasattr(plain.text_encoder, "text_model"):
+def make_pipeline(models: Models, safety_checker=None, feature_extractor=None) -> StableDiffusionPipeline:
+    config = models.scheduler_config
+    if models.clip_skip and not hasattr(models.text_encoder, "text_model"):
         # where the pipeline looks for the final norm, which transformers 5.6 has moved; vars(), as it is no submodule
-        vars(plain.text_encoder)["text_model"] = plain.text_encoder
+        vars(models.text_encoder)["text_model"] = models.text_encoder
     noise_scheduler = getattr(diffusers, config.get("_class_name", "PNDMScheduler")).from_config(config)
-    parts = {part: getattr(plain, part) for part in ("vae", "unet", *TEXT_ENCODERS, *TOKENIZERS)}
+    parts = {part: getattr(models, part) for part in ("vae", "unet", *TEXT_ENCODERS, *TOKENIZERS)}
     return StableDiffusionPipeline(**parts, scheduler=noise_scheduler, safety_checker=safety_checker,
                                    feature_extractor=feature_extractor,
                                    requires_safety_checker=safety_checker is not None)
@@ -2078,16 +2083,14 @@ def make_pipeline(accelerator: Accelerator, models: Models, safety_checker=None,
 
 def validate(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
              progress: Progress, tag: str = "validation") -> None:
-    """Draw the prompts and measure the held-out loss, with the EMA weights if there are any; the processes share both.
-
-    `tag` is the name of the pictures in trackers.
-    """
+    """Draw the prompts and measure the held-out loss, with the EMA weights if any; the processes share both."""
     drawn, loss = [], math.nan
-    if not args.validation_prompts and data.held_out is None:
+    if not args.validation_prompts and not data.held_out:
         return
     for network in list_trained(models):
         network.eval()
-    with (averaged_weights(models), log_failure("validation", is_fatal=getattr(args, "fsdp", False)),
+    with (averaged_weights(models),
+          contextlib.nullcontext() if getattr(args, "fsdp", False) else log_failure("validation"),  # others wait
           encoders_on_device(args, accelerator, models)):
         loss = compute_held_out_loss(args, accelerator, models, objective, data.held_out)
         drawn = draw_images(args, accelerator, models, data.train.seed)
@@ -2095,7 +2098,7 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
         network.train()
     images, loss = dict(sorted(dict(gather_object(drawn)).items())), sum(gather_object([loss]))
     with log_failure("saving what validation found"):
-        if data.held_out is not None:
+        if data.held_out:
             logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
             accelerator.log({"validation_loss": loss}, step=progress.global_step)
         if images and accelerator.is_main_process:
@@ -2105,16 +2108,18 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
 @torch.no_grad()
 def draw_images(args: Namespace, accelerator: Accelerator, models: Models, seed: int) -> list[tuple[int, Image.Image]]:
     """Return this process's share of the pictures, each with its index, from the same noise at every call."""
-    prompts, pipeline, drawn = args.validation_prompts, make_pipeline(accelerator, models), []
+    prompts, pipeline, drawn = args.validation_prompts, make_pipeline(models), []
     pipeline.set_progress_bar_config(disable=True)
+    states = models.prompts or encode_prompts(args, accelerator, pipeline)
+    pipeline.register_modules(**dict.fromkeys(TEXT_ENCODERS))  # which may be in host memory
     for first in range(0, len(prompts), accelerator.num_processes):  # idle processes draw one more, unused
         index = (first + accelerator.process_index) % len(prompts)
         height, width = parse_size(args.validation_size[index % len(args.validation_size)])
         generator = torch.Generator().manual_seed(int(make_rng(seed, "validation", index).integers(2**31)))
         with accelerator.autocast():
-            latents = pipeline(prompts[index], height=height, width=width, generator=generator,
+            latents = pipeline(**states[index], height=height, width=width, generator=generator,
                                num_inference_steps=args.validation_inference_steps, output_type="latent",
-                               guidance_scale=args.validation_guidance_scale, clip_skip=args.clip_skip).images
+                               guidance_scale=args.validation_guidance_scale).images
         latents = latents.float() / models.vae.config.scaling_factor
         pixel_values = models.vae.decode(latents.to(models.vae.dtype)).sample  # in its own dtype: fp16 may overflow
         drawn.append((index, pipeline.image_processor.postprocess(pixel_values.float())[0]))
@@ -2125,15 +2130,15 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, seed:
 def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
                           held_out: Samples | None) -> float:
     """Return this process's share of the mean unweighted loss of held-out samples, at the same noise in every run."""
-    if held_out is None:
+    if not held_out:
         return 0.0
     plain = dataclasses.replace(objective, args=Namespace(dream_training=False, snr_gamma=None))
-    networks, count, losses = unwrap_models(accelerator, models), len(held_out), []
+    count, losses = len(held_out), []
     steps = plan_micro_steps(held_out, Progress(), len(set(held_out.buckets)),
                              args.train_batch_size * accelerator.num_processes, count)
     for _, batch in make_dataloader(held_out, steps, models, 0, accelerator):
         batch = send_to_device(batch, accelerator.device)
-        losses.append(compute_loss(networks.unet, plain, *encode_batch(networks, batch), batch) * batch["weights"])
+        losses.append(compute_loss(models.unet, plain, *encode_batch(models, batch), batch) * batch["weights"])
     return torch.cat(losses).sum().item() / count
 
 
@@ -2172,10 +2177,10 @@ def load_safety_checker(args: Namespace) -> tuple:
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
     """Write the pipeline to --output_dir, to a temporary folder first, so that a failure keeps the previous export."""
     aside = Path(args.output_dir, ".partial-export")
-    with averaged_weights(models), whole_weights(accelerator, models):
+    with averaged_weights(models), whole_weights(models):
         if not accelerator.is_main_process:
             return
-        make_pipeline(accelerator, models, *load_safety_checker(args)).save_pretrained(aside)
+        make_pipeline(models, *load_safety_checker(args)).save_pretrained(aside)
     for part in sorted(aside.iterdir()):
         replace_folder(part, Path(args.output_dir, part.name))
     aside.rmdir()
@@ -2183,7 +2188,7 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
 
 
 def make_example(args: Namespace, prompt: str) -> str:
-    clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
+    clip_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
     return ("from diffusers import StableDiffusionPipeline\n\n"
             f"pipeline = StableDiffusionPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
             f"image = pipeline({prompt!r}{clip_skip}).images[0]")
@@ -2225,9 +2230,8 @@ FP16_OVERFLOWS = 30  # in a row: from the first scale, 65,536, that is more than
 class Meter:
     """Measures a run and logs it; losses and gradient norms are read from the device every --logging_steps updates.
 
-    Logs the numbers that `train` gives of every update, with its own step; SUMMED ones are added up over its micro
-    steps and the processes. With every reading come `images_per_second`, `data_wait` (share of the time spent waiting
-    for data) and `peak_memory_gib` of the GPU.
+    SUMMED numbers are added up over the micro steps and processes of an update. Each reading also has
+    `images_per_second`, `data_wait` (share of the time spent waiting for data) and the GPU's `peak_memory_gib`.
     """
 
     SUMMED = ("train_loss", "long_captions")
@@ -2252,7 +2256,7 @@ class Meter:
             began = time.perf_counter()
 
     def add(self, step: MicroStep, batch: dict[str, Tensor], numbers: dict) -> None:
-        self.num_images += step.last - step.first
+        self.num_images += len(step.indices)
         numbers["long_captions"] = (batch["num_long"] * batch["weights"]).sum()
         for name in self.SUMMED:
             numbers[name] += self.numbers.get(name, 0)
@@ -2294,13 +2298,11 @@ class Meter:
 
 
 @contextlib.contextmanager
-def log_failure(what: str, is_fatal: bool = False):
-    """Log an exception: a failing picture or tracker must not end the run. Raise it where other processes wait."""
+def log_failure(what: str):
+    """Log an exception: a failing picture or tracker must not end the run."""
     try:
         yield
     except Exception:  # anything from out of memory to a full disk
-        if is_fatal:
-            raise
         logging.getLogger(__name__).exception(f"{what} failed; the run goes on")  # on any process
 
 
@@ -2328,9 +2330,9 @@ def main(argv: list[str] | None = None) -> None:
     cache_encodings(args, accelerator, models, data.train)
     objective = make_objective(args, models.scheduler_config, accelerator.device)
     prepare_training(args, accelerator, models, data.train)
-    shard_optimizer(args, accelerator, models)
-    progress = resume(accelerator, models, checkpoint) if checkpoint else Progress()
+    shard_optimizer(args, models)
     update_in_backward(args, models)
+    progress = resume(accelerator, models, checkpoint) if checkpoint else Progress()
 
     log_run_header(args, accelerator, models, data.train, record["seed"], checkpoint)
     signal_number = train(args, accelerator, models, objective, data, progress, record)

@@ -113,14 +113,12 @@ class SampleUse(NamedTuple):
 
 
 class MicroStep(NamedTuple):
-    """One forward and backward pass on all processes: samples first to last (exclusive) in the order of an epoch."""
+    """One forward and backward pass on all processes."""
 
     epoch: int
-    first: int
-    last: int
+    last: int  # samples of the epoch used after it
     window_size: int  # samples in the update that this micro step is part of
     ends_update: bool
-    ends_epoch: bool
     indices: list[int]  # of its samples in the data set
 
 
@@ -667,8 +665,7 @@ def plan_micro_steps(samples: Samples, progress: Progress, num_updates: int, mic
         end = first + (int(differs.argmax()) or len(indices))  # argmax is 0 if none differs
         for start in range(first, end, micro_batch_size):
             last = min(start + micro_batch_size, end)
-            yield MicroStep(epoch, start, last, end - first, ends_update=last == end,
-                            ends_epoch=last == len(samples), indices=order[start:last].tolist())
+            yield MicroStep(epoch, last, end - first, ends_update=last == end, indices=order[start:last].tolist())
         first = end
 
 
@@ -735,8 +732,7 @@ def make_updates(args: Namespace, accelerator: Accelerator, batches, stop_reques
 def iterate_ahead(batches):
     """Yield what the generator `batches` yields, with the next one being made in a thread while this one is used.
 
-    The first is made in this thread, where loader processes can be started. Close it when leaving early: they end
-    with it, and would otherwise outlive an error.
+    The first is made in this thread, where loaders can start. Close it when leaving early, or they outlive an error.
     """
     with contextlib.closing(batches), ThreadPoolExecutor(max_workers=1) as reader:
         batch = next(batches, None)
@@ -878,7 +874,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, data: Data,
                 save_checkpoint(args, accelerator, models, progress, record)
             if ends_run:
                 break
-            ends_nth_epoch = step.ends_epoch and (step.epoch + 1) % args.validation_epochs == 0
+            ends_nth_epoch = step.last == len(data.train) and (step.epoch + 1) % args.validation_epochs == 0
             is_due = ends_nth_epoch or args.validation_steps and progress.global_step % args.validation_steps == 0
             if is_due and (args.validation_prompts or data.held_out):
                 meter.flush()
@@ -1257,139 +1253,136 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Base model: a folder, .safetensors file or hub name.")
-    add("--pretrained_vae_model_name_or_path", help="VAE to use: a folder or hub name, without revision and variant.")
-    add("--revision", help="Branch, tag or commit of the model on the hub.")
-    add("--variant", help="Weight files to load: fp16 loads *.fp16.safetensors.")
-    add("--cache_dir", help="Folder for downloaded models and data sets.")
-    add("--train_text_encoder", action="store_true", help="Train the text encoder (SDXL: both) with the UNet.")
-    add("--clip_skip", type=positive_int, help="Use text states this many layers earlier, counted as diffusers does.")
+    def add(flag: str, text: str, **settings) -> None:
+        group.add_argument(flag, help=text, **settings)
+    switch = partial(add, action="store_true")
+    group = parser.add_argument_group("model")
+    add("--pretrained_model_name_or_path", "Base model: a folder, .safetensors file or hub name.", required=True)
+    add("--pretrained_vae_model_name_or_path", "VAE to use: a folder or hub name, without revision and variant.")
+    add("--revision", "Branch, tag or commit of the model on the hub.")
+    add("--variant", "Weight files to load: fp16 loads *.fp16.safetensors.")
+    add("--cache_dir", "Folder for downloaded models and data sets.")
+    switch("--train_text_encoder", "Train the text encoder (SDXL: both) with the UNet.")
+    add("--clip_skip", "Use text states this many layers earlier, counted as diffusers does.", type=positive_int)
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="Data set: a name on the hub, or a local folder that `datasets` loads or has saved.")
-    add("--dataset_config_name", help="Configuration of --dataset_name.")
-    add("--train_data_dir",
-        help="Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name and "
-        "--caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
-    add("--image_column", default="image", help="Column of the images.")
-    add("--caption_column", default="text", help="Column of the captions: a string, or a list of which one is drawn.")
-    add("--max_train_samples", type=positive_int, help="Train on at most this many samples, drawn by --seed.")
-    add("--resolution", type=image_size,
-        help="Pixels, as 512 or 768x512 (width x height): images are resized to cover it, then cropped.")
-    add("--aspect_ratio_buckets", action="store_true",
-        help="Train each image near its own shape, at the size nearest in aspect ratio of about --resolution's area.")
-    add("--bucket_step", type=positive_int, default=64, help="Sides of those sizes are multiples of this.")
-    add("--preview_data", type=positive_int,
-        help="Write preview.png with this many training samples, as cropped and captioned, then stop.")
-    add("--image_interpolation_mode", default="lanczos", choices=tuple(INTERPOLATION_MODES), help="Resizing filter.")
-    add("--center_crop", action="store_true", help="Crop at the center, not at random.")
-    add("--random_flip", action="store_true", help="Flip half of the images left to right, at random.")
-    add("--proportion_empty_prompts", type=fraction, default=0,
-        help="Probability of dropping the caption; 0.1 keeps classifier-free guidance working (arXiv:2207.12598).")
-    add("--skip_broken_images", action="store_true", help="Replace images that cannot be read; the log names them.")
-    add("--dataloader_num_workers", type=nonnegative_int, default=0,
-        help="Threads that load data; 0: 8. Raise it if `data_wait` in the logs exceeds a few percent.")
+    group = parser.add_argument_group("data")
+    add("--dataset_name", "Data set: a name on the hub, or a local folder that `datasets` loads or has saved.")
+    add("--dataset_config_name", "Configuration of --dataset_name.")
+    add("--train_data_dir", "Folder of images. Captions: metadata.jsonl, .csv or .parquet with the columns file_name "
+        "and --caption_column, or a .txt file beside each image. With --dataset_name: its data_dir.")
+    add("--image_column", "Column of the images.", default="image")
+    add("--caption_column", "Column of the captions: a string, or a list of which one is drawn.", default="text")
+    add("--max_train_samples", "Train on at most this many samples, drawn by --seed.", type=positive_int)
+    add("--resolution", "Pixels, as 512 or 768x512 (width x height): images are resized to cover it, then cropped.",
+        type=image_size)
+    switch("--aspect_ratio_buckets",
+        "Train each image near its own shape, at the size nearest in aspect ratio of about --resolution's area.")
+    add("--bucket_step", "Sides of those sizes are multiples of this.", type=positive_int, default=64)
+    add("--preview_data", "Write preview.png with this many training samples, as cropped and captioned, then stop.",
+        type=positive_int)
+    add("--image_interpolation_mode", "Resizing filter.", default="lanczos", choices=tuple(INTERPOLATION_MODES))
+    switch("--center_crop", "Crop at the center, not at random.")
+    switch("--random_flip", "Flip half of the images left to right, at random.")
+    add("--proportion_empty_prompts", "Probability of dropping the caption; "
+        "0.1 keeps classifier-free guidance working (arXiv:2207.12598).", type=fraction, default=0)
+    switch("--skip_broken_images", "Replace images that cannot be read; the log names them.")
+    add("--dataloader_num_workers", "Threads that load data; 0: 8. "
+        "Raise it if `data_wait` in the logs exceeds a few percent.", type=nonnegative_int, default=0)
 
-    add = parser.add_argument_group("cache").add_argument
-    add("--cache_latents", action="store_true", help="Encode all images once and keep them on disk.")
-    add("--no_cache_latents", dest="cache_latents", action="store_false", help="Encode each time.")
-    add("--cache_text_embeddings", action="store_true", help="Encode all captions once and keep them on disk.")
-    add("--no_cache_text_embeddings", dest="cache_text_embeddings", action="store_false", help="Encode each time.")
-    add("--cache_crops", type=positive_int, help="Random crops to cache per image. If not given: 4; centered, 1.")
-    add("--cache_dtype", default="fp16", choices=("fp16", "fp32"), help="Format on disk: fp32 if fp16 overflows.")
-    add("--encoded_dir", help="Folder of the cache, shared between runs. If not given: in --cache_dir or the hub's.")
+    group = parser.add_argument_group("cache")
+    switch("--cache_latents", "Encode all images once and keep them on disk.")
+    add("--no_cache_latents", "Encode each time.", dest="cache_latents", action="store_false")
+    switch("--cache_text_embeddings", "Encode all captions once and keep them on disk.")
+    add("--no_cache_text_embeddings", "Encode each time.", dest="cache_text_embeddings", action="store_false")
+    add("--cache_crops", "Random crops to cache per image. If not given: 4; centered, 1.", type=positive_int)
+    add("--cache_dtype", "Format on disk: fp32 if fp16 overflows.", default="fp16", choices=("fp16", "fp32"))
+    add("--encoded_dir", "Folder of the cache, shared between runs. If not given: in --cache_dir or the hub's.")
 
-    add = parser.add_argument_group("objective").add_argument
-    add("--prediction_type", help=f"What the UNet predicts: {', '.join(PREDICTION_TYPES)}. If not given: the model's.")
-    add("--snr_gamma", type=positive_float, help="Min-SNR weights with this gamma; 5.0 is common (arXiv:2303.09556).")
-    add("--noise_offset", type=nonnegative_float, default=0,
-        help="Strength of noise constant over a latent channel; 0.1 helps with very dark and bright images.")
-    add("--input_perturbation", type=nonnegative_float, default=0,
-        help="Strength of extra noise in the UNet's input but not its target; 0.1 in arXiv:2301.11706.")
-    add("--dream_training", action="store_true", help="Use DREAM (arXiv:2312.00210): fewer but slower updates.")
-    add("--dream_detail_preservation", type=nonnegative_float, default=1.0, help="Larger keeps more detail (DREAM).")
-    add("--timestep_bias_strategy", default="none", choices=("earlier", "later", "range", "none"),
-        help="Draw some timesteps more often: earlier (less noisy) ones, later ones, or a range.")
-    add("--timestep_bias_multiplier", type=positive_float, default=1.0, help="How many times as often they are drawn.")
-    add("--timestep_bias_portion", type=fraction, default=0.25, help="Fraction that `earlier` and `later` choose.")
-    add("--timestep_bias_begin", type=nonnegative_int, default=0, help="First timestep of `range`.")
-    add("--timestep_bias_end", type=int, default=1000, help="End of `range`, not included.")
-    add("--rescale_betas_zero_snr", action="store_true",
-        help="Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction or sample.")
+    group = parser.add_argument_group("objective")
+    add("--prediction_type", f"What the UNet predicts: {', '.join(PREDICTION_TYPES)}. If not given: the model's.")
+    add("--snr_gamma", "Min-SNR weights with this gamma; 5.0 is common (arXiv:2303.09556).", type=positive_float)
+    add("--noise_offset", "Strength of noise constant over a latent channel; "
+        "0.1 helps with very dark and bright images.", type=nonnegative_float, default=0)
+    add("--input_perturbation", "Strength of extra noise in the UNet's input but not its target; "
+        "0.1 in arXiv:2301.11706.", type=nonnegative_float, default=0)
+    switch("--dream_training", "Use DREAM (arXiv:2312.00210): fewer but slower updates.")
+    add("--dream_detail_preservation", "Larger keeps more detail (DREAM).", type=nonnegative_float, default=1.0)
+    add("--timestep_bias_strategy", "Draw some timesteps more often: earlier (less noisy) ones, later ones, "
+        "or a range.", default="none", choices=("earlier", "later", "range", "none"))
+    add("--timestep_bias_multiplier", "How many times as often they are drawn.", type=positive_float, default=1.0)
+    add("--timestep_bias_portion", "Fraction that `earlier` and `later` choose.", type=fraction, default=0.25)
+    add("--timestep_bias_begin", "First timestep of `range`.", type=nonnegative_int, default=0)
+    add("--timestep_bias_end", "End of `range`, not included.", type=int, default=1000)
+    switch("--rescale_betas_zero_snr",
+        "Rescale the noise schedule to end in pure noise (arXiv:2305.08891); needs v_prediction or sample.")
 
-    add = parser.add_argument_group("length and batch").add_argument
-    add("--train_batch_size", type=positive_int, default=16, help="Images per device and forward pass.")
-    add("--gradient_accumulation_steps", type=positive_int, default=1,
-        help="Forward and backward passes per update, for batches that do not fit into memory.")
-    add("--num_train_epochs", type=positive_int, default=100, help="Passes over the data.")
-    add("--max_train_steps", type=positive_int, help="Optimizer updates in total; overrides --num_train_epochs.")
-    add("--seed", type=nonnegative_int, help="Seed of all random draws. If not given, one is drawn and logged.")
+    group = parser.add_argument_group("length and batch")
+    add("--train_batch_size", "Images per device and forward pass.", type=positive_int, default=16)
+    add("--gradient_accumulation_steps", "Forward and backward passes per update, "
+        "for batches that do not fit into memory.", type=positive_int, default=1)
+    add("--num_train_epochs", "Passes over the data.", type=positive_int, default=100)
+    add("--max_train_steps", "Optimizer updates in total; overrides --num_train_epochs.", type=positive_int)
+    add("--seed", "Seed of all random draws. If not given, one is drawn and logged.", type=nonnegative_int)
 
-    add = parser.add_argument_group("optimizer").add_argument
-    add("--learning_rate", type=nonnegative_float, default=1e-4, help="Peak learning rate.")
-    add("--text_encoder_lr", type=nonnegative_float, help="Peak learning rate of the text encoder, if not the UNet's.")
-    add("--scale_lr", action="store_true", help="Multiply learning rates by the total batch size.")
-    add("--lr_scheduler", default="constant", help=f"One of {', '.join(LR_SCHEDULERS)}.")
-    add("--lr_warmup_steps", type=nonnegative_int, default=500, help="Updates of rising rate, not of `constant`.")
-    add("--lr_num_cycles", type=positive_int, default=1, help="Cycles of cosine_with_restarts.")
-    add("--lr_power", type=positive_float, default=1.0, help="Exponent of polynomial.")
-    add("--adam_beta1", type=fraction, default=0.9, help="Decay of Adam's first moment.")
-    add("--adam_beta2", type=fraction, default=0.999, help="Decay of Adam's second moment.")
-    add("--adam_weight_decay", type=nonnegative_float, default=1e-2, help="Decoupled weight decay.")
-    add("--adam_epsilon", type=positive_float, default=1e-08, help="Added to the denominator of Adam's update.")
-    add("--max_grad_norm", type=nonnegative_float, default=1.0, help="Clip gradients to this norm; 0 turns it off.")
+    group = parser.add_argument_group("optimizer")
+    add("--learning_rate", "Peak learning rate.", type=nonnegative_float, default=1e-4)
+    add("--text_encoder_lr", "Peak learning rate of the text encoder, if not the UNet's.", type=nonnegative_float)
+    switch("--scale_lr", "Multiply learning rates by the total batch size.")
+    add("--lr_scheduler", f"One of {', '.join(LR_SCHEDULERS)}.", default="constant")
+    add("--lr_warmup_steps", "Updates of rising rate, not of `constant`.", type=nonnegative_int, default=500)
+    add("--lr_num_cycles", "Cycles of cosine_with_restarts.", type=positive_int, default=1)
+    add("--lr_power", "Exponent of polynomial.", type=positive_float, default=1.0)
+    add("--adam_beta1", "Decay of Adam's first moment.", type=fraction, default=0.9)
+    add("--adam_beta2", "Decay of Adam's second moment.", type=fraction, default=0.999)
+    add("--adam_weight_decay", "Decoupled weight decay.", type=nonnegative_float, default=1e-2)
+    add("--adam_epsilon", "Added to the denominator of Adam's update.", type=positive_float, default=1e-08)
+    add("--max_grad_norm", "Clip gradients to this norm; 0 turns it off.", type=nonnegative_float, default=1.0)
 
-    add = parser.add_argument_group("EMA").add_argument
-    add("--use_ema", action="store_true", help="Average the weights exponentially, for validation and export.")
-    add("--ema_decay", type=fraction, default=0.9999, help="Decay of the average; at update n at most n / (9 + n).")
+    group = parser.add_argument_group("EMA")
+    switch("--use_ema", "Average the weights exponentially, for validation and export.")
+    add("--ema_decay", "Decay of the average; at update n at most n / (9 + n).", type=fraction, default=0.9999)
 
-    add = parser.add_argument_group("precision, memory and devices").add_argument
-    add("--mixed_precision", default="no", choices=("no", "fp16", "bf16"),
-        help="Number format of the forward and backward pass and of the frozen networks: bf16 and fp16 halve memory "
-        "and time. fp16, for GPUs without bf16, scales the loss and skips an update whose gradients overflow.")
-    add("--allow_tf32", action="store_true",
-        help="Multiply float32 matrices as fast as the device can: in TF32 on GPUs, in bf16 on TPUs.")
-    add("--gradient_checkpointing", action="store_true", help="Recompute activations to save memory, slower.")
-    add("--fsdp", action="store_true",
-        help="Shard weights, EMA weights and Adam's moments over the devices: less memory on each.")
-    add("--attention", default="plain", choices=ATTENTIONS,
-        help="`plain`: two matrix products and a softmax. `cudnn`: one fused kernel with far less memory, on NVIDIA "
-        "GPUs with bf16 or fp16.")
-    add("--multi_host", action="store_true",
-        help="Train together with the other machines of a TPU slice or a Slurm, MPI or Kubernetes job.")
-    add("--from_pt", action="store_true", help="Accepted for old commands: PyTorch weights are read without it.")
-    add("--local_rank", type=int, default=-1, help="Accepted for old launchers; not needed.")
+    group = parser.add_argument_group("precision, memory and devices")
+    add("--mixed_precision", "Number format of the forward and backward pass and of the frozen networks: bf16 and "
+        "fp16 halve memory and time. fp16, for GPUs without bf16, scales the loss and skips an update whose gradients "
+        "overflow.", default="no", choices=("no", "fp16", "bf16"))
+    switch("--allow_tf32", "Multiply float32 matrices as fast as the device can: in TF32 on GPUs, in bf16 on TPUs.")
+    switch("--gradient_checkpointing", "Recompute activations to save memory, slower.")
+    switch("--fsdp", "Shard weights, EMA weights and Adam's moments over the devices: less memory on each.")
+    add("--attention", "`plain`: two matrix products and a softmax. `cudnn`: one fused kernel with far less memory, "
+        "on NVIDIA GPUs with bf16 or fp16.", default="plain", choices=ATTENTIONS)
+    switch("--multi_host", "Train together with the other machines of a TPU slice or a Slurm, MPI or Kubernetes job.")
+    switch("--from_pt", "Accepted for old commands: PyTorch weights are read without it.")
+    add("--local_rank", "Accepted for old launchers; not needed.", type=int, default=-1)
 
-    add = parser.add_argument_group("validation").add_argument
-    add("--validation_prompts", nargs="+", help="Prompts to draw, one image each.")
-    add("--validation_prompt", help="Prompt to draw --num_validation_images images of.")
-    add("--validation_size", type=image_size, nargs="+",
-        help="Size of the images to draw, as 512 or 768x512; several: one each. If not given: --resolution.")
-    add("--num_validation_images", type=nonnegative_int, default=4, help="Images to draw of --validation_prompt.")
-    add("--validation_epochs", type=positive_int, help="Validate every this many epochs.")
-    add("--validation_steps", type=positive_int, help="Also validate every this many updates.")
-    add("--validation_data_dir",
-        help="Folder of held-out images, laid out as --train_data_dir. Their unweighted loss at fixed noise and "
-        "timesteps is logged as validation_loss, which is comparable between runs.")
-    add("--validation_inference_steps", type=positive_int, default=20, help="Denoising steps per validation image.")
-    add("--validation_guidance_scale", type=nonnegative_float, default=7.5, help="Scale of classifier-free guidance.")
+    group = parser.add_argument_group("validation")
+    add("--validation_prompts", "Prompts to draw, one image each.", nargs="+")
+    add("--validation_prompt", "Prompt to draw --num_validation_images images of.")
+    add("--validation_size", "Size of the images to draw, as 512 or 768x512; several: one each. If not given: "
+        "--resolution.", type=image_size, nargs="+")
+    add("--num_validation_images", "Images to draw of --validation_prompt.", type=nonnegative_int, default=4)
+    add("--validation_epochs", "Validate every this many epochs.", type=positive_int)
+    add("--validation_steps", "Also validate every this many updates.", type=positive_int)
+    add("--validation_data_dir", "Folder of held-out images, laid out as --train_data_dir. Their unweighted loss at "
+        "fixed noise and timesteps is logged as validation_loss, which is comparable between runs.")
+    add("--validation_inference_steps", "Denoising steps per validation image.", type=positive_int, default=20)
+    add("--validation_guidance_scale", "Scale of classifier-free guidance.", type=nonnegative_float, default=7.5)
 
-    add = parser.add_argument_group("checkpoints and output").add_argument
-    add("--output_dir", help="Folder for everything that is saved.")
-    add("--checkpointing_steps", type=positive_int, default=500, help="Save every this many updates, and at the end.")
-    add("--checkpoints_total_limit", type=positive_int, help="Checkpoints to keep; the oldest goes after a newer one.")
-    add("--resume_from_checkpoint", help="Checkpoint to resume: `latest`, a name in --output_dir, or a path.")
+    group = parser.add_argument_group("checkpoints and output")
+    add("--output_dir", "Folder for everything that is saved.")
+    add("--checkpointing_steps", "Save every this many updates, and at the end.", type=positive_int, default=500)
+    add("--checkpoints_total_limit", "Checkpoints to keep; the oldest goes after a newer one.", type=positive_int)
+    add("--resume_from_checkpoint", "Checkpoint to resume: `latest`, a name in --output_dir, or a path.")
 
-    add = parser.add_argument_group("tracking and hub").add_argument
-    add("--report_to", default="tensorboard", help=f"Where to log: {', '.join(TRACKERS)} (comma-separated), or none.")
-    add("--logging_dir", default="logs", help="Folder for logs, inside --output_dir.")
-    add("--logging_steps", type=positive_int, default=10, help="Updates between readings of numbers; each is logged.")
-    add("--tracker_project_name", default="text2image-fine-tune", help="Name of the project in trackers.")
-    add("--push_to_hub", action="store_true", help="Upload the result and its model card at the end.")
-    add("--hub_model_id", help="Repository to upload to. If not given: --output_dir's name.")
-    add("--hub_private_repo", action="store_true", help="Create that repository as a private one.")
-    add("--hub_token", help="Token for the upload; `hf auth login` or HF_TOKEN keeps it off the screen.")
+    group = parser.add_argument_group("tracking and hub")
+    add("--report_to", f"Where to log: {', '.join(TRACKERS)} (comma-separated), or none.", default="tensorboard")
+    add("--logging_dir", "Folder for logs, inside --output_dir.", default="logs")
+    add("--logging_steps", "Updates between readings of numbers; each is logged.", type=positive_int, default=10)
+    add("--tracker_project_name", "Name of the project in trackers.", default="text2image-fine-tune")
+    switch("--push_to_hub", "Upload the result and its model card at the end.")
+    add("--hub_model_id", "Repository to upload to. If not given: --output_dir's name.")
+    switch("--hub_private_repo", "Create that repository as a private one.")
+    add("--hub_token", "Token for the upload; `hf auth login` or HF_TOKEN keeps it off the screen.")
 
 
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
@@ -1413,7 +1406,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
     cases = [
         *own_cases,
-        (args.dataset_name is None and not os.path.isdir(args.train_data_dir or ""),
+        (not args.dataset_name and not os.path.isdir(args.train_data_dir or ""),
          f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
          "or --dataset_name NAME."),
         (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
@@ -1576,17 +1569,12 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
 
 
 def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages, checkpoint: Path | None) -> dict:
-    """Create the repository on the hub, seed and start the trackers; return what checkpoints record about the run.
-
-    The seed is `--seed`, else the one recorded in the checkpoint, else a new one.
-    """
+    """Create the repository on the hub, seed and start the trackers; return what checkpoints record about the run."""
     if accelerator.is_main_process and args.push_to_hub:
         args.hub_model_id = huggingface_hub.create_repo(
             args.hub_model_id or Path(args.output_dir).resolve().name, private=args.hub_private_repo or None,
             exist_ok=True, token=args.hub_token).repo_id
-    seed = args.seed
-    if seed is None:
-        seed = load_run_record(checkpoint).get("seed", secrets.randbits(32))
+    seed = load_run_record(checkpoint).get("seed", secrets.randbits(32)) if args.seed is None else args.seed
     seed = gather_object([seed])[0]  # the main process's, for all
     if accelerator.is_main_process:
         accelerator.trackers = [start_tracker(name, args) for name in args.report_to.split(",") if name != "none"]
@@ -1745,7 +1733,7 @@ def locate_model(args: Namespace) -> str:
 
 def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
     """Return the folder, or name on the hub, that a part of the model is loaded from, and where in it."""
-    if part == "vae" and args.pretrained_vae_model_name_or_path is not None:
+    if part == "vae" and args.pretrained_vae_model_name_or_path:
         return args.pretrained_vae_model_name_or_path, {"cache_dir": args.cache_dir}
     revision = getattr(args, "non_ema_revision", args.revision) if part == "unet" else args.revision
     return locate_model(args), {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
@@ -1995,7 +1983,7 @@ class LocalEncoder:
 
 FILE_SIZE, LEAST_FILES = 16 * 2**20, 16  # of a cache: bytes in a file, whose images are in memory at once
 ENCODED_PIXELS = 2**20  # in a batch of the VAE: one image of 1024 px, four of 512
-CACHE_DTYPES = {"fp16": np.float16, "fp32": np.float32}
+CACHE_DTYPES = {"fp16": "f2", "fp32": "f4"}  # for numpy
 
 
 def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
@@ -2261,12 +2249,11 @@ LOSS_SCALE_FOLDER = "loss_scale"
 FIXED_FLAGS = {"use_ema", "train_text_encoder"}
 # Flags that may change on resume without changing the results.
 INCONSEQUENTIAL_FLAGS = frozenset(
-    "output_dir cache_dir encoded_dir resume_from_checkpoint preview_data checkpointing_steps "
-    "checkpoints_total_limit logging_dir logging_steps report_to tracker_project_name push_to_hub hub_model_id "
-    "hub_private_repo local_rank debug_loss offload_ema foreach_ema optimizer_in_backward dataloader_num_workers "
-    "validation_prompts validation_prompt num_validation_images validation_size validation_steps validation_epochs "
-    "validation_data_dir validation_guidance_scale validation_inference_steps save_kohya_format "
-    "pretrained_lora_model_name_or_path".split()
+    "output_dir cache_dir encoded_dir resume_from_checkpoint preview_data checkpointing_steps checkpoints_total_limit "
+    "logging_dir logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo local_rank "
+    "debug_loss offload_ema foreach_ema optimizer_in_backward dataloader_num_workers validation_prompts "
+    "validation_prompt num_validation_images validation_size validation_steps validation_epochs validation_data_dir "
+    "validation_guidance_scale validation_inference_steps save_kohya_format pretrained_lora_model_name_or_path".split()
 )
 
 
@@ -2314,14 +2301,14 @@ def digest_files(folder: Path) -> dict[str, str]:
 
 def load_run_record(checkpoint: Path | None) -> dict:
     """Return what a checkpoint recorded about its run; empty for None and for the reference's checkpoints."""
-    if checkpoint is None or not (checkpoint / RUN_RECORD).is_file():
+    if not checkpoint or not (checkpoint / RUN_RECORD).is_file():
         return {}
     return json.loads((checkpoint / RUN_RECORD).read_text())
 
 
 def check_changes(checkpoint: Path | None, record: dict) -> None:
     """Warn of what differs from the run that made a checkpoint; UserError for flags that must not."""
-    if checkpoint is None:
+    if not checkpoint:
         return
     saved = load_run_record(checkpoint)
     flags = saved.get("flags", {"channels_last": False})  # of the reference, which keeps no record
@@ -2736,13 +2723,11 @@ class Meter:
 
 
 @contextlib.contextmanager
-def log_failure(what: str, is_fatal: bool = False):
-    """Log an exception: a failing picture or tracker must not end the run. Raise it where other processes wait."""
+def log_failure(what: str):
+    """Log an exception: a failing picture or tracker must not end the run."""
     try:
         yield
     except Exception:  # anything from out of memory to a full disk
-        if is_fatal:
-            raise
         logging.getLogger(__name__).exception(f"{what} failed; the run goes on")  # on any process
 
 

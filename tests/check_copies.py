@@ -84,7 +84,7 @@ def get_name(node: ast.stmt) -> str | None:
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return node.name
     call = getattr(node, "value", None)
-    if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "add":
+    if isinstance(call, ast.Call) and getattr(call.func, "id", None) in ("add", "switch"):
         return call.args[0].value
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else None

@@ -186,7 +186,7 @@ def test_updates_have_one_size_and_use_each_image_once(script, batch, accumulati
     for place, update in enumerate(updates):
         assert len({samples.buckets[index] for step in update for index in step.indices}) == 1
         assert {step.window_size for step in update} == {sum(len(step.indices) for step in update)}
-        assert all(len(step.indices) == step.last - step.first <= batch for step in update)
+        assert all(len(step.indices) <= batch for step in update)
         assert list(script.plan_micro_steps(samples, seen, count - place, batch, accumulation)) == sum(
             updates[place:], [])  # the same from anywhere
         for step in update:

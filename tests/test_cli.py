@@ -93,6 +93,11 @@ IMPOSSIBLE_PAIRS = {
     "an update in backward with compilation": (
         {"optimizer_in_backward": True, "max_grad_norm": 0, "torch_compile": True}, "--optimizer_in_backward",
         "--torch_compile"),
+    "bf16 weights after the backward pass": (
+        {"weight_dtype": "bf16", "mixed_precision": "bf16"}, "--weight_dtype bf16", "--optimizer_in_backward"),
+    "bf16 weights with averages": (
+        {"weight_dtype": "bf16", "mixed_precision": "bf16", "optimizer_in_backward": True, "max_grad_norm": 0,
+         "use_ema": True}, "--weight_dtype bf16", "no --use_ema"),
     "rate of a frozen text encoder": ({"text_encoder_lr": 1e-4}, "--text_encoder_lr", "--train_text_encoder"),
     **{f"token and {trackers}": ({"hub_token": "hf_secret", "report_to": trackers}, "--hub_token",
                                  f"--report_to {trackers}", "HF_TOKEN")

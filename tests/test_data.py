@@ -741,13 +741,12 @@ def test_each_epoch_visits_each_sample_once(script, num_samples, batch, accumula
     for update in updates:
         assert len({step.epoch for step in update}) == 1
         assert len(update) <= accumulation
-        assert {step.window_size for step in update} == {sum(step.last - step.first for step in update)}
+        assert {step.window_size for step in update} == {sum(len(step.indices) for step in update)}
         assert [step.ends_update for step in update] == [False] * (len(update) - 1) + [True]
         for step in update:
-            assert 0 < step.last - step.first <= batch
-            assert step.ends_epoch == (step.last == num_samples)
-            visited[step.epoch] += range(step.first, step.last)
-        assert update[-1].ends_epoch or update[-1].window_size == batch * accumulation
+            assert 0 < len(step.indices) <= batch
+            visited[step.epoch] += range(step.last - len(step.indices), step.last)
+        assert update[-1].last == num_samples or update[-1].window_size == batch * accumulation
     assert visited == {epoch: list(range(num_samples)) for epoch in range(3)}
 
 
@@ -768,7 +767,7 @@ def test_another_batch_size_finishes_the_epoch(script, seen, batch, accumulation
     updates = list_updates(script, 17, batch, accumulation, 40, script.Progress(5, 3, seen))
     visited = collections.defaultdict(list)
     for step in itertools.chain(*updates):
-        visited[step.epoch] += range(step.first, step.last)
+        visited[step.epoch] += range(step.last - len(step.indices), step.last)
     assert visited[3] == list(range(seen, 17))
     assert visited[4] == list(range(17))[: len(visited[4])] != []
 
@@ -785,7 +784,7 @@ def test_processes_share_one_large_batch(script, num_samples, batch, num_process
         assert all(1 <= len(part) <= batch for part in share)  # each takes part in each collective
         visits = [visit for part in share for visit in part]
         assert [visit for visit in visits if visit.weight] == expected
-        assert sum(visit.weight for visit in visits) == step.last - step.first
+        assert sum(visit.weight for visit in visits) == len(step.indices)
         sizes = [sum(visit.weight for visit in part) for part in share]
         assert max(sizes) - min(sizes) <= 1
 

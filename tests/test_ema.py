@@ -25,7 +25,7 @@ def make_network(seed: int = 0) -> torch.nn.Module:
 
 def make_averages(script, network: torch.nn.Module, decay: float, offload: bool = False):
     """Return a script's averages of all weights of a network."""
-    return script.EmaWeights(dict(network.named_parameters()), decay, offload)
+    return script.EmaWeights(list(network.parameters()), decay, offload)
 
 
 def walk(network: torch.nn.Module, *steps) -> None:
@@ -64,8 +64,8 @@ def test_averages_follow_the_recursion(script, decay):
         share = 0 if number == 1 else min(decay, number / (9 + number))
         expected = [share * average + (1 - share) * weight.double()
                     for average, weight in zip(expected, copy_of(network.parameters()), strict=True)]
-    assert {average.dtype for average in averages.averages.values()} == {torch.float32}
-    found = [average.double() for average in averages.averages.values()]
+    assert {average.dtype for average in averages.averages} == {torch.float32}
+    found = [average.double() for average in averages.averages]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -78,7 +78,7 @@ def test_averages_are_those_of_diffusers(script, decay):
         walk(network, lambda: reference.step(network.parameters()))
         assert averages.step() == reference.cur_decay_value
     assert averages.num_updates == reference.optimization_step == 50
-    torch.testing.assert_close(list(averages.averages.values()), reference.shadow_params, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(averages.averages, reference.shadow_params, rtol=1e-5, atol=1e-6)
 
 
 def test_offloaded_averages_are_the_same(full_script):
@@ -87,11 +87,11 @@ def test_offloaded_averages_are_the_same(full_script):
     plain, offloaded = (make_averages(full_script, network, 0.99, offload) for offload in (False, True))
     for _ in range(20):
         walk(network, plain.step, offloaded.step)
-    assert {average.device.type for average in offloaded.averages.values()} == {"cpu"}
-    assert_equal(plain.averages.values(), offloaded.averages.values())
-    pointers = [average.data_ptr() for average in offloaded.averages.values()]
+    assert {average.device.type for average in offloaded.averages} == {"cpu"}
+    assert_equal(plain.averages, offloaded.averages)
+    pointers = [average.data_ptr() for average in offloaded.averages]
     walk(network, offloaded.step)
-    assert [average.data_ptr() for average in offloaded.averages.values()] == pointers  # no new buffers
+    assert [average.data_ptr() for average in offloaded.averages] == pointers  # no new buffers
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -102,7 +102,7 @@ def test_swapping_in_restores_everything(full_script, offload, fails):
     averages = make_averages(full_script, network, 0.9, offload)
     for _ in range(5):
         walk(network, averages.step)
-    kept = copy_of(averages.averages.values())
+    kept = copy_of(averages.averages)
     weights, buffers = copy_of(network.parameters()), [parameter.data_ptr() for parameter in network.parameters()]
     try:
         with full_script.averaged_weights(SimpleNamespace(ema=averages)):
@@ -112,7 +112,7 @@ def test_swapping_in_restores_everything(full_script, offload, fails):
     except KeyError:
         assert fails
     assert_equal(network.parameters(), weights)
-    assert_equal(averages.averages.values(), kept)
+    assert_equal(averages.averages, kept)
     assert [parameter.data_ptr() for parameter in network.parameters()] == buffers  # the optimizer's
 
 
@@ -121,7 +121,7 @@ def average_unet(script, tiny_model: Path):
     unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
     fields = dict.fromkeys(field.name for field in dataclasses.fields(script.Models))
     accelerator, models = Accelerator(cpu=True), script.Models(**{**fields, "unet": unet, "trained": ("unet",)})
-    models.ema = script.EmaWeights(script.name_trained_parameters(accelerator, models), 0.99)
+    models.ema = script.EmaWeights(list(script.name_trained_parameters(models).values()), 0.99)
     optimizer = torch.optim.AdamW(unet.parameters())
     models.optimizer, models.lr_scheduler = accelerator.prepare(
         optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
@@ -139,9 +139,9 @@ def test_files_are_read_by_diffusers(full_script, tiny_model, tmp_path):
     assert_equal(unet.parameters(), weights)
     reference = EMAModel.from_pretrained(tmp_path / "unet_ema", UNet2DConditionModel)
     assert (reference.optimization_step, reference.decay, reference.min_decay) == (3, 0.99, 0)
-    assert_equal(reference.shadow_params, averages.averages.values())
+    assert_equal(reference.shadow_params, averages.averages)
     walk(unet, averages.step, lambda: reference.step(unet.parameters()))
-    torch.testing.assert_close(list(averages.averages.values()), reference.shadow_params, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(averages.averages, reference.shadow_params, rtol=1e-5, atol=1e-6)
     plain = UNet2DConditionModel.from_pretrained(tmp_path / "unet_ema")  # a model folder as any other
     assert plain.config.block_out_channels == unet.config.block_out_channels
 
@@ -160,9 +160,9 @@ def test_files_of_diffusers_are_read(full_script, tiny_model, tmp_path):
     reference.save_pretrained(checkpoint / "unet_ema")
     full_script.resume(accelerator, models, checkpoint)
     assert averages.num_updates == 3
-    assert_equal(averages.averages.values(), reference.shadow_params)
+    assert_equal(averages.averages, reference.shadow_params)
     walk(unet, averages.step, lambda: reference.step(unet.parameters()))
-    torch.testing.assert_close(list(averages.averages.values()), reference.shadow_params, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(averages.averages, reference.shadow_params, rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_exports_averages_and_keeps_both(script, tiny_model, image_folder, tmp_path):

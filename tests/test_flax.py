@@ -732,7 +732,7 @@ def test_numbers_are_read_late_and_one_that_is_not_finite_ends_the_run(flax, tin
     args = flax.parse_args(make_args(tiny_model, image_folder, tmp_path / "out", logging_steps=2))
     accelerator = SimpleNamespace(is_main_process=False, log=lambda numbers, step: None, mixed_precision="no")
     meter = flax.Meter(args, accelerator, 0, 9)
-    step = flax.MicroStep(0, 0, 2, 2, ends_update=True, ends_epoch=False, indices=[])
+    step = flax.MicroStep(0, 2, 2, ends_update=True, indices=[])
     for update, loss in enumerate((1.0, 2.0, 3.0, np.nan), start=1):
         meter.end_update(update, step, make_metrics(loss, 1.0))
         assert len(meter.updates) == (update if update < 3 else update - 2)
@@ -884,7 +884,7 @@ def test_loader_has_as_many_threads_as_asked_for(flax, tiny_model, image_folder,
     counts = []
     monkeypatch.setattr(flax, "ThreadPoolExecutor", lambda count: counts.append(count) or ThreadPoolExecutor(count))
     for workers in (0, 3):
-        steps = [flax.MicroStep(0, 0, 2, 2, ends_update=True, ends_epoch=False, indices=[0, 1])]
+        steps = [flax.MicroStep(0, 2, 2, ends_update=True, indices=[0, 1])]
         ((_, batch),) = flax.make_dataloader(data.train, steps, models, workers, accelerator, 2)
         assert len(batch["weights"]) == 2 * jax.local_device_count()
     assert counts == [8, 3]

@@ -82,9 +82,9 @@ def measure_in_child(name: str, argv: list[str], log: str, limit: int | None, en
         Path(f"{log}.{environment['RANK']}.turn").write_text(json.dumps([*turn, time.monotonic()]))
 
     def finish(args, accelerator, models, *given):
-        weights = list(script.name_trained_parameters(accelerator, models).values())
+        weights = list(script.name_trained_parameters(models).values())
         moments = [state[name] for state in models.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-        tensors = map(script.get_shard, [*weights, *moments, *models.ema.averages.values()])
+        tensors = [getattr(tensor, "_local_tensor", tensor) for tensor in (*weights, *moments, *models.ema.averages)]
         count = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         Path(f"{log}.{environment['RANK']}.bytes").write_text(str(count))
         original(args, accelerator, models, *given)

@@ -168,7 +168,7 @@ def test_the_base_never_changes_and_every_adapter_does(script, train, tiny_model
     """After a run the frozen weights are those of the file, bit for bit, and no adapter is what it was."""
     seen = get_models(script, monkeypatch)
     train(**flags)
-    unet = script.unwrap_models(script.Accelerator(), seen[0]).unet
+    unet = seen[0].unet
     base = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
     kept = {name.replace(".base_layer", ""): parameter for name, parameter in unet.named_parameters()
             if not parameter.requires_grad}
@@ -200,7 +200,7 @@ def test_precision_from_the_launcher_leaves_adapters_in_float32(script, train, m
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     seen = get_models(script, monkeypatch)
     out = train(mixed_precision=precision, train_text_encoder=True, use_dora=True, max_train_steps=1)
-    networks = script.unwrap_models(script.Accelerator(), seen[0])
+    networks = seen[0]
     for network in (networks.unet, networks.text_encoder):
         dtypes = {(parameter.requires_grad, parameter.dtype) for parameter in network.parameters()}
         assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}

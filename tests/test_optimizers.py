@@ -1,11 +1,14 @@
 """Other optimizers, updates within the backward pass, and no clipping."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
+import transformers
 from conftest import UNCACHED, in_two_scripts, make_args, read_scalars
 from runs import assert_same_checkpoint, read_trained, run
+from safetensors.torch import load_file
 
 NO_8_BIT = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 OPTIMIZERS = [pytest.param({}, id="AdamW"), pytest.param({"use_adafactor": True}, id="Adafactor"),
@@ -65,6 +68,38 @@ def test_gradients_are_freed_in_the_backward_pass(full_script, train_full, monke
     assert left[0] > 10 and left[1] == 0
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bf16_weights_train_and_resume_exactly(train_full, optimizer):
+    """--weight_dtype bf16 keeps and exports weights in bf16, their moments not, and resumes bit for bit."""
+    flags = {"weight_dtype": "bf16", "mixed_precision": "bf16", "optimizer_in_backward": True, "max_grad_norm": 0,
+             "learning_rate": 1e-5, **optimizer}
+    whole = train_full("whole", **flags, max_train_steps=4, checkpointing_steps=2)
+    part = train_full("part", **flags, max_train_steps=4, resume_from_checkpoint=whole / "checkpoint-2")
+    assert_same_checkpoint(part / "checkpoint-4", whole / "checkpoint-4")
+    first, last = read_trained(whole / "checkpoint-2"), read_trained(whole / "checkpoint-4")
+    assert {tensor.dtype for tensor in last.values()} == {torch.bfloat16}
+    assert sum(not torch.equal(first[name], last[name]) for name in first) > 0.8 * len(first)
+    states = torch.load(whole / "checkpoint-4" / "optimizer.bin", weights_only=True)["state"].values()
+    assert torch.bfloat16 not in {value.dtype for state in states for value in state.values()
+                                  if isinstance(value, torch.Tensor)}
+    assert {tensor.dtype for tensor in load_file(next((whole / "unet").glob("*.safetensors"))).values()} == {
+        torch.bfloat16}
+
+
+def test_rounding_to_bf16_keeps_the_mean(full_script):
+    """A value goes to one of its two neighbors, by chance in proportion; what bf16 has stays what it is."""
+    torch.manual_seed(0)
+    for sign in (1, -1):
+        values = torch.full((100_000,), sign * (1 + 2**-10))  # an eighth of the way from 1 to its neighbor
+        rounded = full_script.round_to_bf16(values)
+        assert rounded.dtype == torch.bfloat16
+        assert rounded.float().abs().unique().tolist() == [1, 1 + 2**-7]
+        assert abs((rounded.float() * sign - 1).mean().item() / 2**-10 - 1) < 0.05  # five standard errors
+    exact = torch.tensor([0.0, -1.5, 2.0**-130, math.inf, -math.inf])
+    assert torch.equal(full_script.round_to_bf16(exact).float(), exact)
+    assert full_script.round_to_bf16(torch.tensor([math.nan])).isnan().all()
+
+
 @pytest.mark.parametrize("setting", [("WORLD_SIZE", "2"), ("ACCELERATE_MIXED_PRECISION", "fp16")], ids="{0[0]}".format)
 def test_updates_in_the_backward_pass_are_refused_where_gradients_come_later(
         full_script, image_folder, tmp_path, monkeypatch, capsys, setting):
@@ -88,6 +123,25 @@ def test_adafactor_trains_and_resumes_exactly(script, train, tiny_model):
     assert {"exp_avg_sq_row", "exp_avg_sq_col"} <= entry.keys() and "exp_avg" not in entry
     first, last = read_trained(whole / "checkpoint-2"), read_trained(whole / "checkpoint-4")
     assert [name for name in first if torch.equal(first[name], last[name])] == []
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_adafactor_takes_a_convolution_as_a_matrix(script, memory_format):
+    """It moves as that matrix does by itself, in the memory where it lies, with moments of a row and a column."""
+    torch.manual_seed(0)
+    kernel = torch.nn.Parameter(torch.randn(4, 5, 3, 3).to(memory_format=memory_format))
+    matrix, place = torch.nn.Parameter(kernel.detach().flatten(1).clone()), kernel.data_ptr()
+    ours = script.Adafactor([kernel], 0.1, scale_parameter=False, relative_step=False)
+    library = transformers.optimization.Adafactor([matrix], 0.1, scale_parameter=False, relative_step=False)
+    for _ in range(3):
+        gradient = torch.randn_like(kernel)
+        kernel.grad, matrix.grad = gradient, gradient.flatten(1).clone()
+        ours.step()
+        library.step()
+    assert torch.allclose(kernel.flatten(1), matrix, rtol=1e-6, atol=1e-7)
+    assert kernel.data_ptr() == place and kernel.is_contiguous(memory_format=memory_format)
+    assert {name: tuple(ours.state[kernel][f"exp_avg_sq_{name}"].shape) for name in ("row", "col")} == {
+        "row": (4,), "col": (45,)}
 
 
 def test_moments_of_adafactor_fit_no_adamw(script, train):

@@ -61,6 +61,12 @@ def test_norms_stay_in_half_precision(found, name):
     assert found[name]["norm_dtypes"] == ["torch.bfloat16"]
 
 
+@pytest.mark.parametrize("name", TORCH_SCRIPTS)
+def test_text_encoders_leave_their_memory_to_the_vae(found, name):
+    """With their states cached, they are in host memory again when a picture is decoded."""
+    assert found[name]["text_encoder"] == ["cpu"]
+
+
 def test_memory_and_work_of_each_phase_are_reported(found):
     for name in TORCH_SCRIPTS:
         peaks = found[name]["peak_gib"]
@@ -85,7 +91,7 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(tmp_path, monkeypa
 
 def run_least_loop(script, accelerator, models, objective, batch: dict) -> None:
     """Make one update with as few kernels as torch allows, on a batch in pinned memory, with both caches."""
-    unet = script.unwrap_models(accelerator, models).unet
+    unet = models.unet
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     data = {name: tensor.to("cuda", non_blocking=True) for name, tensor in batch.items() if name != "sources"}
     mean, std = data["moments"].float().chunk(2, dim=1)
@@ -105,7 +111,7 @@ def run_least_loop(script, accelerator, models, objective, batch: dict) -> None:
 
 def estimate_with_least_loop(script, argv: list[str]) -> dict:
     """Return what a script takes of the device, and the launches of the least loop with the same networks."""
-    batches, run, send, train = [], [], script.send_to_device, script.train
+    batches, run, places, send, train = [], [], set(), script.send_to_device, script.train
 
     def send_and_keep(batch, *args, **kwargs):
         batches.append(dict(batch))
@@ -113,16 +119,18 @@ def estimate_with_least_loop(script, argv: list[str]) -> dict:
 
     def train_and_keep(args, *others):
         run.extend(others[:3])
+        vae, text_encoder = run[1].vae, run[1].text_encoder
+        vae.decoder.register_forward_pre_hook(lambda *_: places.add(text_encoder.device.type))
         return train(args, *others)
 
     script.send_to_device, script.train = send_and_keep, train_and_keep
     found, device, dtypes = estimate.estimate(script, argv), estimate.Device(script.__file__), set()
-    for module in script.unwrap_models(*run[:2]).unet.modules():
+    for module in run[1].unet.modules():
         if isinstance(module, torch.nn.GroupNorm | torch.nn.LayerNorm):
             module.register_forward_hook(lambda module, inputs, output: dtypes.add(str(output.dtype)))
     with device.counted():
         run_least_loop(script, *run, batches[-1])
-    return found | {"least": device.num_launches, "norm_dtypes": sorted(dtypes)}
+    return found | {"least": device.num_launches, "norm_dtypes": sorted(dtypes), "text_encoder": sorted(places)}
 
 
 def main(folder: str, sd: str, sdxl: str, images: str, *scripts: str) -> None:

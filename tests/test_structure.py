@@ -225,7 +225,7 @@ def find_functions(node):
 def find_flags(tree):
     """Return the calls that add a flag and the name under which `args` holds the value of each."""
     for call in ast.walk(tree):
-        if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "add":
+        if isinstance(call, ast.Call) and getattr(call.func, "id", None) in ("add", "switch"):
             dest = next((keyword.value.value for keyword in call.keywords if keyword.arg == "dest"), None)
             yield call, dest or call.args[0].value.removeprefix("--")
 

@@ -344,7 +344,7 @@ def test_an_image_seen_twice_in_an_update_has_its_last_loss(debug_script, tmp_pa
     meter = debug_script.Meter(namespace, accelerator, 0, 9)
     batch = {"weights": torch.ones(1), "num_long": torch.zeros(1)}
     for loss in (0.5, 0.25):
-        meter.add(SimpleNamespace(first=0, last=1), batch, {"train_loss": loss, "loss_for_a.png": 2 * loss})
+        meter.add(SimpleNamespace(indices=[0]), batch, {"train_loss": loss, "loss_for_a.png": 2 * loss})
     assert meter.numbers == {"train_loss": 0.75, "loss_for_a.png": 0.5, "long_captions": 0}
 
 
