@@ -30,6 +30,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+# No test cuts the power: what a killed process has written stays. Waiting for the disk takes a fifth of a short run.
+os.fsync = lambda file: None
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_text_to_image*.py"))
 TORCH_SCRIPTS = [name for name in SCRIPTS if "flax" not in name]
@@ -118,6 +121,18 @@ def make_tiny_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -
         vae=make_vae(), text_encoder=CLIPTextModel(make_text_config(tokenizer)), tokenizer=tokenizer, unet=unet,
         scheduler=noise_scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def make_small_stable_diffusion(folder: Path) -> Path:
+    """Write an even smaller one, whose UNet has one resolution and whose text encoder one layer."""
+    make_tiny_stable_diffusion(folder)
+    tokenizer = make_tokenizer(folder / "small-source")
+    UNet2DConditionModel(
+        sample_size=16, block_out_channels=(32,), norm_num_groups=8, layers_per_block=1, cross_attention_dim=32,
+        attention_head_dim=8, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    ).save_pretrained(folder / "unet")
+    CLIPTextModel(make_text_config(tokenizer, num_hidden_layers=1)).save_pretrained(folder / "text_encoder")
     return folder
 
 

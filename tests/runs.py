@@ -40,12 +40,18 @@ def run(script, argv: list) -> None:
     try:
         script.main([str(word) for word in argv])
     finally:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        forget_accelerate()
+
+
+def forget_accelerate() -> None:
+    """Leave accelerate as it is in a new process."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
 
 def prepare(script, argv: list):
     """Return flags, models and samples of a run, with the caches made, by the script's own functions."""
+    forget_accelerate()  # of what was prepared before
     args = script.parse_args(argv)
     accelerator, configs = script.make_accelerator(args), script.load_model_configs(args)
     images = script.make_captioned_images(args, args.train_data_dir)
@@ -79,6 +85,13 @@ def recorded(script, before=None):
         script.train_step = original
 
 
+def start_forkserver() -> None:
+    """Start the process that the others are forked from, unless it runs."""
+    os.environ["PYTHONPATH"] = str(ROOT / "tests")
+    forkserver.ensure_running()
+    del os.environ["PYTHONPATH"]
+
+
 class Run:
     """A run in a process of its own, or one of several that train together; killed at the end of the `with`."""
 
@@ -86,9 +99,7 @@ class Run:
                  **environment: object) -> None:
         environment = {key: str(value) for key, value in environment.items()}
         arguments = (Path(script.__file__).name, [str(word) for word in argv], str(log), limit, environment)
-        os.environ["PYTHONPATH"] = str(ROOT / "tests")  # for the process that the others are forked from
-        forkserver.ensure_running()
-        del os.environ["PYTHONPATH"]
+        start_forkserver()
         self.log, self.rank = Path(log), int(environment.get("RANK", 0))
         self.log.touch()  # a process killed at its start has not made it yet
         self.process = FORKS.Process(target=target or run_in_child, args=arguments)
@@ -134,14 +145,14 @@ def run_in_child(name: str, argv: list[str], log: str, limit: int | None, enviro
 def fail_at(moment: str, count: int, number: int, name: str, argv: list[str], *others) -> None:
     """Run a script where the process of rank 1 gets a signal as it enters a function for the `count`th time.
 
-    The other waits 10 seconds for it while it trains, else 20; of JAX 4. `others` are for `set_up_child`.
+    The other waits 6 seconds for it while it trains, else 10; of JAX 4. `others` are for `set_up_child`.
     """
     set_up_child(*others)
     script = load_script(name)
     if hasattr(script, "jax"):
         script.jax.distributed.initialize = partial(script.jax.distributed.initialize, heartbeat_timeout_seconds=4)
     else:
-        script.LONGEST_WAIT, script.LONGEST_PAUSE = timedelta(seconds=20), timedelta(seconds=10)
+        script.LONGEST_WAIT, script.LONGEST_PAUSE = timedelta(seconds=10), timedelta(seconds=6)
     original, calls = getattr(script, moment), itertools.count(1)
 
     def failing(*args, **kwargs):
@@ -195,13 +206,13 @@ def set_up_child(log: str, limit: int | None, environment: dict[str, str]) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
-def start_pair(script, argv: list, log: Path, target=None) -> list[Run]:
-    """Start two processes that train together on the CPU, set up as torchrun would."""
+def start_pair(script, argv: list, log: Path, target=None, **environment: object) -> list[Run]:
+    """Start two processes that train together, on the CPU unless the environment says else, as torchrun would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-              "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+              "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, **environment}
     return [Run(script, argv, log, target=target, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(2)]
 
 

@@ -1,15 +1,19 @@
 """The measuring itself, on a script whose updates take a known time, and the tables made from it."""
 
 import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
+from runs import start_forkserver
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import compare_runs  # noqa: E402
 import run  # noqa: E402
 
 SCRIPT = """
@@ -77,6 +81,7 @@ def measure(script, *flags):
 
 
 def test_window_is_the_updates_after_the_warmup_and_the_script_stops_there(script):
+    """With the updates go the wait for data and the memory."""
     done, report = measure(script, "--max_train_steps=100")
     assert done.returncode == 0, done.stderr
     assert len(report["seconds"]) == 5
@@ -84,16 +89,13 @@ def test_window_is_the_updates_after_the_warmup_and_the_script_stops_there(scrip
     assert all(least <= seconds < 0.3 for seconds in report["seconds"])
     assert report["mean_seconds"] == pytest.approx(sum(report["seconds"]) / 5, rel=0.1)
     assert not (script.parent / "the_end").exists()
-
-
-def test_data_wait_and_memory_are_reported(script):
-    _, report = measure(script, "--max_train_steps=100")
     # Updates 4 to 7 have logged when the eighth ends the run, and the first value of several is left out.
     assert report["data_wait"] == pytest.approx((0.05 + 0.06 + 0.07) / 3)
     assert report["peak_host_bytes"] > 50 * 2**20
     assert report["versions"][script.stem.removeprefix("train_")]
 
 
+@pytest.mark.parametrize("script", ["jax"], indirect=True)  # which starts sooner
 def test_a_script_that_ends_too_early_is_an_error(script):
     done, _ = measure(script, "--max_train_steps=4")
     assert done.returncode == 1
@@ -148,7 +150,7 @@ def test_command_in_the_report_names_no_folder_of_this_machine():
     assert command == "python benchmarks/run.py --batch 1 4 --against reference -- --use_ema"
 
 
-def test_runs_are_compared_bit_for_bit(tmp_path):
+def test_runs_are_compared_bit_for_bit(tmp_path, capsys):
     """The same script gives the same; a loss that is a little larger, or a flag that is unknown there, is found."""
     for path in BENCHMARKS.parent.glob("train_text_to_image*.py"):
         changes = {"train_text_to_image.py": "plain_loss = compute_loss\n\n\n"
@@ -156,12 +158,13 @@ def test_runs_are_compared_bit_for_bit(tmp_path):
                    "train_text_to_image_sdxl.py": "sys.argv.append('--no_such_flag')\n"}
         (tmp_path / path.name).write_text(
             path.read_text().replace("if __name__ ==", f"{changes.get(path.name, '')}if __name__ =="))
-    command = [sys.executable, BENCHMARKS / "compare_runs.py", "--against", tmp_path, "--runs", "lora/dora",
-               "sd/accumulation", "sdxl/plain"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    found = dict(re.findall(r"^(\S+/\S+) +(same|DIFFERENT)$", done.stdout, re.MULTILINE))
+    start_forkserver()  # in the environment of the tests
+    with mock.patch.dict(os.environ):
+        assert compare_runs.main(["--against", str(tmp_path), "--runs", "lora/dora", "sd/accumulation",
+                                  "sdxl/plain"]) == 1
+    printed = capsys.readouterr().out
+    found = dict(re.findall(r"^(\S+/\S+) +(same|DIFFERENT)$", printed, re.MULTILINE))
     assert found == {"lora/dora": "same", "sd/accumulation": "DIFFERENT", "sdxl/plain": "DIFFERENT"}
-    assert re.search(r"out/train_loss: 4 of 4 values differ, first 1: [\d.]+ there, [\d.]+ here", done.stdout)
-    assert re.search(r"out/checkpoint-2/unet/\S+: .* max abs difference \d", done.stdout)
-    assert re.search("there fails: .*unrecognized arguments: --no_such_flag", done.stdout)
+    assert re.search(r"out/train_loss: 4 of 4 values differ, first 1: [\d.]+ there, [\d.]+ here", printed)
+    assert re.search(r"out/checkpoint-2/unet/\S+: .* max abs difference \d", printed)
+    assert re.search("there fails: .*unrecognized arguments: --no_such_flag", printed)

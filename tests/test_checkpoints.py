@@ -94,7 +94,7 @@ def count_files(folder: Path, parent: str) -> int:
 # ---- What is kept --------------------------------------------------------------------------------------------------
 
 
-@in_two_scripts
+@in_first_script
 def test_names_are_those_that_the_reference_pins(script, args, saved, tmp_path):
     """Four updates, every two: 2 and 4. Six with limit 2: 4 and 6. On to eight with limit 2: 6 and 8."""
     assert list_names(saved(script, args), "*checkpoint*") == {"checkpoint-2", "checkpoint-4"}
@@ -106,6 +106,7 @@ def test_names_are_those_that_the_reference_pins(script, args, saved, tmp_path):
     assert list_names(tmp_path / "eight", "*checkpoint*") == {"checkpoint-6", "checkpoint-8"}
 
 
+@in_first_script
 def test_last_update_leaves_a_checkpoint(script, args, tmp_path):
     """Also when --checkpointing_steps is larger than the run, or does not divide it."""
     run(script, args(tmp_path / "out", max_train_steps=3, checkpointing_steps=2))
@@ -158,6 +159,7 @@ def test_output_loads_as_a_pipeline(script, tiny_model, args, saved):
 FOREIGN = ("checkpoint-old", "checkpoints", "checkpoint-3.bak", "my-checkpoint-5", "checkpoint-")
 
 
+@in_first_script
 def test_foreign_names_are_passed_over(script, args, copied):
     """Folders and files of other names are no checkpoints: neither resumed from, nor counted, nor removed."""
     for name in FOREIGN:
@@ -169,6 +171,7 @@ def test_foreign_names_are_passed_over(script, args, copied):
     assert read_record(copied / "checkpoint-5")["progress"]["global_step"] == 5
 
 
+@in_first_script
 def test_incomplete_folder_is_not_the_latest(script, args, copied):
     """What was copied or saved by halves is passed over by `latest` and by the limit, and refused by name."""
     partial = copied / "checkpoint-99"
@@ -181,11 +184,13 @@ def test_incomplete_folder_is_not_the_latest(script, args, copied):
     assert list_names(copied) == {"checkpoint-5", "checkpoint-99"}
 
 
+@in_first_script
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_refused(script, copied, damage):
     assert_damage_is_found(script, copied / "checkpoint-4", copied / "checkpoint-2", damage)
 
 
+@in_first_script
 def test_missing_checkpoint_is_refused_with_those_that_exist(script, args, copied):
     """Before any weights are loaded; the same for a folder that holds none."""
     for output_dir, hint in ((copied, "checkpoint-2, checkpoint-4"), (copied / "empty", "no checkpoint")):
@@ -193,6 +198,7 @@ def test_missing_checkpoint_is_refused_with_those_that_exist(script, args, copie
             script.main(args(output_dir, resume_from_checkpoint="checkpoint-900"))
 
 
+@in_first_script
 @pytest.mark.parametrize("ending", ["", "/"])
 def test_checkpoint_elsewhere_is_honoured(script, args, copied, ending, tmp_path, monkeypatch):
     """A path means that path, wherever it lies, with or without a slash at its end."""
@@ -205,12 +211,14 @@ def test_checkpoint_elsewhere_is_honoured(script, args, copied, ending, tmp_path
     assert_same_checkpoint(tmp_path / "new/checkpoint-4", copied / "checkpoint-4")
 
 
+@in_first_script
 def test_name_with_a_slash_means_the_one_in_the_output(script, args, copied):
     """`checkpoint-2/`, as a shell completes it, is checkpoint-2 in --output_dir."""
     run(script, args(copied, max_train_steps=3, resume_from_checkpoint="checkpoint-2/"))
     assert list_names(copied) == {"checkpoint-2", "checkpoint-3", "checkpoint-4"}
 
 
+@in_first_script
 def test_latest_without_any_starts_afresh(script, args, saved, tmp_path):
     """So a job that restarts itself can always say `latest`; and it is the newest by number, not by name."""
     run(script, args(tmp_path / "out", max_train_steps=2, resume_from_checkpoint="latest"))
@@ -240,7 +248,7 @@ def test_fresh_start_over_another_run_is_refused(script, args, copied, capsys, n
 # ---- Nothing is lost -----------------------------------------------------------------------------------------------
 
 
-@in_two_scripts
+@in_first_script
 def test_old_checkpoint_goes_only_when_the_new_one_is_complete(script, args, tmp_path, monkeypatch):
     """With limit 1, too, there is a complete checkpoint at every moment, and never fewer than the limit."""
     seen = []
@@ -262,12 +270,14 @@ def test_old_checkpoint_goes_only_when_the_new_one_is_complete(script, args, tmp
     assert list_names(tmp_path / "out") == {"checkpoint-3"}
 
 
+@in_first_script
 def test_limit_spares_the_checkpoint_just_saved(script, args, copied):
     """Resumed from an earlier checkpoint, a run keeps its own new one rather than those of the course it left."""
     run(script, args(copied, max_train_steps=3, checkpoints_total_limit=1, resume_from_checkpoint="checkpoint-2"))
     assert list_names(copied) == {"checkpoint-3"}
 
 
+@in_first_script
 def test_checkpoint_saved_again_replaces_the_old_one(script, args, copied, tmp_path):
     """A run that goes on from checkpoint-2 with another rate writes its own checkpoint-4, whole."""
     run(script, args(copied, max_train_steps=4, learning_rate=1e-5, resume_from_checkpoint="checkpoint-2"))
@@ -276,7 +286,7 @@ def test_checkpoint_saved_again_replaces_the_old_one(script, args, copied, tmp_p
     assert read_record(copied / "checkpoint-4")["flags"]["learning_rate"] == 1e-5
 
 
-@in_two_scripts
+@in_first_script
 def test_kill_in_the_middle_of_a_save_costs_nothing(script, args, tmp_path):
     """Killed while it saves, a run leaves whole checkpoints only, and goes on from the newest."""
     out = tmp_path / "out"
@@ -329,7 +339,7 @@ def test_kill_in_the_middle_of_a_removal_leaves_no_broken_checkpoint(script, arg
     assert list_names(copied) == {"checkpoint-4", "checkpoint-5"}
 
 
-@in_two_scripts
+@in_first_script
 def test_full_disk_leaves_earlier_checkpoints_untouched(script, args, copied, tmp_path):
     """A save that fails costs no checkpoint, and what it has written is cleared at the next start."""
     before, log = read_folder(copied / "checkpoint-4"), tmp_path / "log"
@@ -369,6 +379,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(script, args, t
         run(script, args(tmp_path / "file/out"))
 
 
+@in_two_scripts
 def test_full_disk_at_the_export_keeps_the_pipeline_that_was_there(script, args, copied, saved, tmp_path):
     """The finished weights are in the checkpoint by then; the pipeline of before stays whole."""
     log = tmp_path / "log"
@@ -382,10 +393,12 @@ def test_full_disk_at_the_export_keeps_the_pipeline_that_was_there(script, args,
     assert list_names(copied, ".partial*") == set()
 
 
-@in_two_scripts
-def test_folder_of_a_run_that_is_not_over_is_refused(script, args, tmp_path):
+@in_first_script
+def test_folder_of_a_run_that_is_not_over_is_refused(script, args, tmp_path, monkeypatch):
     """Two runs at once would clear away each other's saves: the second is told to wait, and the first goes on."""
-    out = tmp_path / "out"
+    out, acquire = tmp_path / "out", script.FileLock.acquire
+    monkeypatch.setattr(script.FileLock, "acquire", lambda lock, timeout=None, **more: acquire(
+        lock, timeout and timeout / 20, **more))  # it waits for half a second only
     argv = args(out, max_train_steps=100_000, checkpointing_steps=2, resume_from_checkpoint="latest")
     with Run(script, argv, tmp_path / "log") as child:
         child.wait_until((out / "checkpoint-2").exists)
@@ -399,6 +412,7 @@ def test_folder_of_a_run_that_is_not_over_is_refused(script, args, tmp_path):
     assert f"checkpoint-{last}" in list_names(out)
 
 
+@in_first_script
 def test_leftovers_of_a_killed_save_are_cleared_at_the_next_start(script, args, copied, caplog):
     """Whatever the kill has left."""
     shutil.copytree(copied / "checkpoint-2", copied / ".partial-removed-checkpoint-3")
@@ -410,6 +424,7 @@ def test_leftovers_of_a_killed_save_are_cleared_at_the_next_start(script, args, 
     assert f"starting from {copied / 'checkpoint-4'}" in caplog.text
 
 
+@in_first_script
 def test_a_linked_checkpoint_is_unlinked_and_what_it_points_to_kept(script, tiny_model, image_folder, tmp_path):
     """The limit removes a link to a checkpoint elsewhere, not the checkpoint, and the next start works."""
     script.main(make_args(tiny_model, image_folder, tmp_path / "first", max_train_steps=1))
@@ -421,6 +436,7 @@ def test_a_linked_checkpoint_is_unlinked_and_what_it_points_to_kept(script, tiny
     assert (tmp_path / "first" / "checkpoint-1" / "optimizer.bin").is_file()
 
 
+@in_first_script
 def test_another_optimizer_is_refused(script, tiny_model, image_folder, tmp_path):
     """Moments of one optimizer are not loaded into another, and the error names the flag."""
     script.main(make_args(tiny_model, image_folder, tmp_path / "out", max_train_steps=1))
@@ -429,6 +445,7 @@ def test_another_optimizer_is_refused(script, tiny_model, image_folder, tmp_path
         script.main(make_args(tiny_model, image_folder, tmp_path / "out", max_train_steps=2, **flags))
 
 
+@in_two_scripts
 def test_others_can_read_what_a_run_leaves(script, base_args, tmp_path):
     """Files have the permissions that the umask gives, whatever the library that wrote them."""
     previous = os.umask(0o022)

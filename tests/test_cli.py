@@ -19,7 +19,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SCRIPTS, TORCH_SCRIPTS, load_script, make_args, make_image_folder
+from conftest import (
+    ROOT,
+    SCRIPTS,
+    TORCH_SCRIPTS,
+    in_first_script,
+    in_two_scripts,
+    load_script,
+    make_args,
+    make_image_folder,
+)
 from runs import keep_configs_only
 from safetensors.torch import load_file, save_file
 
@@ -346,6 +355,7 @@ def test_non_ema_revision_falls_back_to_revision(full_script, places):
         assert args.non_ema_revision == expected
 
 
+@in_two_scripts
 @pytest.mark.parametrize(
     ("changes", "flags", "parts"),
     [
@@ -384,6 +394,7 @@ def test_the_other_kind_of_model_is_refused(script, tiny_models, image_folder, t
     assert not (tmp_path / "out").exists()
 
 
+@in_two_scripts
 @pytest.mark.parametrize("part", ["unet", "vae", "scheduler", "text_encoder", "tokenizer"])
 def test_a_model_folder_without_a_part_is_refused(script, tiny_model, image_folder, tmp_path, part):
     """The message names the folder, the part that it lacks, and what a model folder holds."""
@@ -393,6 +404,7 @@ def test_a_model_folder_without_a_part_is_refused(script, tiny_model, image_fold
         script.main(make_args(model, image_folder, tmp_path / "out"))
 
 
+@in_two_scripts
 @pytest.mark.parametrize(("lost", "parts"), [
     ("vocabulary", ["its tokenizer: it has a vocabulary of 2", "tokenizer.json"]),
     ("weights of the text encoder", ["its text_encoder: the weights lack encoder.layers.0.mlp.fc1.bias"]),
@@ -456,6 +468,7 @@ def test_a_mistake_that_a_loader_process_finds_is_told_without_its_traceback(tin
     assert re.match("error: row 1 of the data .* cannot be read as an image.*--skip_broken_images", exits.value.code)
 
 
+@in_first_script
 def test_token_is_written_nowhere(script, tiny_model, tmp_path, caplog, capfd):
     """Neither records, trackers, hparams, card nor logs hold the token; the other flags they do hold."""
     secret, out = "hf_VerySecretToken", tmp_path / "out"
@@ -473,6 +486,7 @@ def test_token_is_written_nowhere(script, tiny_model, tmp_path, caplog, capfd):
     assert [name for name in hparams if b"0.0123" in files[name]] == hparams != []
 
 
+@in_first_script
 def test_a_seed_is_drawn_and_recorded(script, tiny_model, image_folder, tmp_path, caplog):
     """Without --seed each run has its own, logged and kept with the checkpoint."""
     caplog.set_level("INFO")

@@ -354,11 +354,11 @@ def no_children():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_named(each_script, tiny_model, broken_folder, tmp_path, no_children, workers):
+def test_a_broken_image_is_named(script, tiny_model, broken_folder, tmp_path, no_children, workers):
     """A run that meets such an image ends with its row, file and the flag to skip it, and leaves no process behind."""
     message = r"(?is)row \d of the data \(.*2\.jpg\) cannot be read.*truncated.*--skip_broken_images"
     with pytest.raises(ValueError, match=message):
-        each_script.main(make_args(tiny_model, broken_folder, tmp_path / "out", dataloader_num_workers=workers))
+        script.main(make_args(tiny_model, broken_folder, tmp_path / "out", dataloader_num_workers=workers))
     assert list((tmp_path / "out").glob("checkpoint-*")) == []
     assert multiprocessing.active_children() == []  # else the process would wait for them for ever
 
@@ -401,9 +401,9 @@ def test_several_broken_images_are_skipped_around_the_end(script):
     assert [samples[script.SampleUse(0, index)]["sources"] for index in range(4)] == [1] * 4
 
 
-def test_skipped_images_are_named_in_the_log(each_script, tiny_model, broken_folder, tmp_path, caplog):
+def test_skipped_images_are_named_in_the_log(script, tiny_model, broken_folder, tmp_path, caplog):
     """A run over four images of which one is broken names the one that it skips in each epoch."""
-    each_script.main(make_args(tiny_model, broken_folder, tmp_path / "out", skip_broken_images=True, **UNCACHED,
+    script.main(make_args(tiny_model, broken_folder, tmp_path / "out", skip_broken_images=True, **UNCACHED,
                                train_batch_size=4, max_train_steps=3))
     assert len([line for line in caplog.messages if "skipped: row" in line and "2.jpg" in line]) >= 3
 
@@ -823,22 +823,22 @@ def test_max_train_samples_draws_a_subset(script, tiny_model, image_folder):
     assert len(list_captions(0, 10)) == len(list_captions(0, 11)) == len(list_captions(0, None)) == 10
 
 
-def test_a_data_set_of_ones_own(each_script, tiny_model, image_folder, tmp_path, monkeypatch):
+def test_a_data_set_of_ones_own(script, tiny_model, image_folder, tmp_path, monkeypatch):
     """`make_captioned_images` is there to be edited: any sequences of images and captions are enough."""
 
     class Stripes:
         def __getitem__(self, index):
             return make_image(index, (32, 48))
 
-    images = each_script.CaptionedImages(Stripes(), [[f"stripe {index}", "a stripe"] for index in range(3)])
-    monkeypatch.setattr(each_script, "make_captioned_images", lambda args, folder: images)
-    each_script.main(make_args(tiny_model, image_folder, tmp_path / "out", num_train_epochs=1, max_train_steps=None,
+    images = script.CaptionedImages(Stripes(), [[f"stripe {index}", "a stripe"] for index in range(3)])
+    monkeypatch.setattr(script, "make_captioned_images", lambda args, folder: images)
+    script.main(make_args(tiny_model, image_folder, tmp_path / "out", num_train_epochs=1, max_train_steps=None,
                                **UNCACHED))
     progress = json.loads((tmp_path / "out" / "checkpoint-2" / "run_record.json").read_text())["progress"]
     assert progress == {"global_step": 2, "epoch": 0, "samples_seen": 3}
 
 
-def test_output_folder_inside_the_data_is_no_data(each_script, tiny_model, tmp_path):
+def test_output_folder_inside_the_data_is_no_data(script, tiny_model, tmp_path):
     """A run may write into its data folder and be resumed: its own pictures are not trained on."""
     data = tmp_path / "data"
     for index in range(3):
@@ -846,10 +846,10 @@ def test_output_folder_inside_the_data_is_no_data(each_script, tiny_model, tmp_p
         make_image(index).save(data / f"{index}.png")
         (data / f"{index}.txt").write_text(f"picture {index}")
     flags = {"validation_prompts": ["a"], "validation_inference_steps": 1, "max_train_steps": 3}
-    each_script.main(make_args(tiny_model, data, data / "out", **flags))
+    script.main(make_args(tiny_model, data, data / "out", **flags))
     assert (data / "out" / "val_imgs_grid.png").is_file()
     argv = make_args(tiny_model, data, data / "out", resume_from_checkpoint="latest", **flags)
-    assert len(each_script.make_captioned_images(each_script.parse_args(argv), str(data)).captions) == 3
+    assert len(script.make_captioned_images(script.parse_args(argv), str(data)).captions) == 3
 
 
 def test_a_caption_file_that_cannot_be_read_is_named(script, tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_args, read_scalars
+from conftest import in_two_scripts, make_args, read_scalars
 from runs import assert_same_files, read_trained, run
 from safetensors.torch import load_file, save_file
 
@@ -210,6 +210,7 @@ def hub_cache(tiny_model, tmp_path) -> Path:
     return tmp_path / "cache"
 
 
+@in_two_scripts
 def test_a_revision_is_trained(script, image_folder, hub_cache, tmp_path):
     """--revision and --cache_dir choose the weights to start from."""
     usual, raw = (next(hub_cache.rglob(commit * 40)) for commit in "ab")

@@ -30,7 +30,7 @@ from conftest import (
     make_args,
     make_image,
     make_image_folder,
-    make_text_config,
+    make_small_stable_diffusion,
     make_tiny_stable_diffusion,
     make_tokenizer,
     read_scalars,
@@ -101,15 +101,8 @@ def tiny_model(tiny_models):
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory):
-    """Folder of a Stable Diffusion whose UNet has one resolution, which compiles in half the time of the tiny one."""
-    folder = make_tiny_stable_diffusion(tmp_path_factory.mktemp("small") / "small")
-    tokenizer = make_tokenizer(folder / "small-source")
-    UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32,), norm_num_groups=8, layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=8, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-    ).save_pretrained(folder / "unet")
-    CLIPTextModel(make_text_config(tokenizer, num_hidden_layers=1)).save_pretrained(folder / "text_encoder")
-    return folder
+    """Folder of a Stable Diffusion that compiles in half the time of the tiny one."""
+    return make_small_stable_diffusion(tmp_path_factory.mktemp("small") / "small")
 
 
 def make_second_stable_diffusion(folder: Path) -> Path:

@@ -8,7 +8,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import UNCACHED, in_two_scripts, list_adapter_flags, make_args
+from conftest import UNCACHED, in_first_script, in_two_scripts, list_adapter_flags, make_args
 from PIL import Image
 from runs import keep_configs_only, prepare, run
 from safetensors.torch import save_file
@@ -101,6 +101,20 @@ def assert_same_networks(found: dict[str, torch.Tensor], expected: dict[str, tor
         torch.testing.assert_close(found[name], tensor, **{"rtol": 0, "atol": 0, **tolerance}, msg=name)
 
 
+@pytest.fixture(scope="module")
+def done() -> dict:
+    """What the next fixture has loaded."""
+    return {}
+
+
+@pytest.fixture
+def expected(script, tiny_model, image_folder, tmp_path, done) -> dict[str, torch.Tensor]:
+    """What `load_networks` returns of the tiny model."""
+    if script not in done:
+        done[script] = load_networks(script, tiny_model, image_folder, tmp_path / "out")
+    return done[script]
+
+
 def rename_weights(folder, old: str, new: str) -> None:
     """Give the weight files of a model other names."""
     for path in [*folder.rglob(f"*{old}")]:
@@ -154,14 +168,14 @@ def drop_index(model) -> None:
 @pytest.mark.parametrize(("change", "flags"), [
     (drop_index, {}), (save_fp16_unet, {}), (save_fp16_unet, {"variant": "fp16"}), (save_all_fp16, {}), (save_bin, {}),
     (save_shards, {}), (save_shards, {"variant": "fp16"}), (drop_max_length, {}), (keep_vocabulary_only, {})])
-def test_models_as_other_tools_save_them(script, tiny_model, image_folder, tmp_path, change, flags):
+def test_models_as_other_tools_save_them(script, tiny_model, image_folder, tmp_path, expected, change, flags):
     """They load as the pipeline does it, also without model_index.json, and fp16 weights where there are no others."""
-    expected = load_networks(script, tiny_model, image_folder, tmp_path / "out")
     model = shutil.copytree(tiny_model, tmp_path / "model")
     change(model)
     assert_same_networks(load_networks(script, model, image_folder, tmp_path / "out", **flags), expected)
 
 
+@in_first_script
 @pytest.mark.parametrize(("part", "name", "value"), [
     ("unet", "class_embed_type", "projection"), ("unet", "time_cond_proj_dim", 256),
     ("unet", "encoder_hid_dim_type", "text_image_proj"),
@@ -174,6 +188,7 @@ def test_settings_that_training_cannot_honor_are_refused(
         run(script, make_args(model, image_folder, tmp_path / "out"))
 
 
+@in_first_script
 @pytest.mark.parametrize("change", [{"_class_name": "FlaxPNDMScheduler"}, {"beta_schedule": "unheard of"}])
 def test_a_scheduler_that_diffusers_lacks_is_refused(script, tiny_model, image_folder, tmp_path, change):
     """Before the training, as the export could not be written after it."""
@@ -182,6 +197,7 @@ def test_a_scheduler_that_diffusers_lacks_is_refused(script, tiny_model, image_f
         run(script, make_args(model, image_folder, tmp_path / "out"))
 
 
+@in_first_script
 def test_a_vae_of_before_classes_were_named_is_loaded(script, tiny_model, image_folder, tmp_path):
     model = keep_configs_only(tiny_model, tmp_path / "model")
     path = model / "vae" / "config.json"
@@ -193,6 +209,7 @@ def test_a_vae_of_before_classes_were_named_is_loaded(script, tiny_model, image_
     assert script.load_model_configs(args)["vae"]["latent_channels"] == 4
 
 
+@in_two_scripts
 def test_what_is_odd_is_named(script, tiny_model, image_folder, tmp_path, caplog):
     """The scaling factor of the other kind of model stands in the log; settings that no library knows do no harm."""
     other = 0.18215 if "sdxl" in script.__name__ else 0.13025
@@ -303,11 +320,10 @@ def get_kind(script) -> str:
 
 
 @in_two_scripts
-def test_a_model_in_one_file_is_the_same_model(script, tiny_model, single_files, image_folder, tmp_path):
+def test_a_model_in_one_file_is_the_same_model(script, tiny_model, single_files, image_folder, tmp_path, expected):
     """It is converted once, with the configurations of a local folder, and has the same weights; a run exports."""
     configs = keep_configs_only(tiny_model, tmp_path / "configs")
     flags = {"single_file_config": configs, "cache_dir": tmp_path / "cache"}
-    expected = load_networks(script, tiny_model, image_folder, tmp_path / "out")
     for _ in range(2):
         found = load_networks(script, single_files[get_kind(script)], image_folder, tmp_path / "out", **flags)
         assert_same_networks(found, expected)
@@ -322,6 +338,7 @@ def test_a_model_in_one_file_is_the_same_model(script, tiny_model, single_files,
         "lora" in script.__name__)
 
 
+@in_two_scripts
 def test_one_file_of_another_kind_is_refused(script, single_files, tiny_model, image_folder, tmp_path):
     """Another family, a file that is no model, and one that could run code are refused by the flag."""
     other = "sd" if get_kind(script) == "sdxl" else "sdxl"

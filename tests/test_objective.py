@@ -8,7 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import in_two_scripts, list_adapter_flags, list_fast_flags, make_args, make_image_folder, read_scalars
+from conftest import (
+    in_first_script,
+    in_two_scripts,
+    list_adapter_flags,
+    list_fast_flags,
+    make_args,
+    make_image_folder,
+    read_scalars,
+)
 from runs import read_trained, run
 from safetensors.torch import load_file
 
@@ -123,6 +131,7 @@ def test_latents_are_scaled_samples_of_the_posterior(script, assemble, scaling_f
     torch.testing.assert_close(still, scaling_factor * mode, rtol=1e-5, atol=1e-6)
 
 
+@in_first_script
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_the_loss_is_that_of_the_scheduler(assemble, compute, prediction_type):
     """Noisy latents are those of add_noise, targets the noise, get_velocity or the latents; one loss per sample."""
@@ -132,6 +141,7 @@ def test_the_loss_is_that_of_the_scheduler(assemble, compute, prediction_type):
     torch.testing.assert_close(loss, compute_expected(parts, parts.batch["noise"]), rtol=1e-4, atol=1e-6)
 
 
+@in_first_script
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_targets_in_double_precision(script, prediction_type):
     """epsilon: e; v_prediction: alpha e - sigma z, get_velocity in diffusers; sample: z."""
@@ -156,6 +166,7 @@ def test_the_text_is_the_last_hidden_state(assemble, compute):
     assert len(states.flatten(1).unique(dim=0)) == 4
 
 
+@in_two_scripts
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_noise_is_added_in_float32(script, assemble, compute, dtype):
     """With frozen parts in half precision the noisy latents keep the small sigma of the first timesteps."""
@@ -198,6 +209,7 @@ def test_only_the_unet_gets_gradients(script, assemble):
 # ---- Options --------------------------------------------------------------------------------------------------------
 
 
+@in_first_script
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_offset_noise_moves_input_and_target(assemble, compute, prediction_type):
     """--noise_offset k: the noise is e + k o with one number o per channel of an image, for input and target alike."""
@@ -208,6 +220,7 @@ def test_offset_noise_moves_input_and_target(assemble, compute, prediction_type)
     torch.testing.assert_close(loss, compute_expected(parts, noise), rtol=1e-4, atol=1e-6)
 
 
+@in_first_script
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_perturbation_moves_the_input_only(assemble, compute, prediction_type):
     """--input_perturbation k: the input has e + k p, the target the clean e, with its offset if there is one."""
@@ -218,6 +231,7 @@ def test_perturbation_moves_the_input_only(assemble, compute, prediction_type):
     torch.testing.assert_close(loss, compute_expected(parts, noise, input_noise), rtol=1e-4, atol=1e-6)
 
 
+@in_first_script
 @pytest.mark.parametrize("exponent", [0, 0.5, 1, 3])
 def test_dream_corrects_by_the_networks_own_estimate(assemble, compute, exponent):
     """With D = (1 - alphas_cumprod)^(p/2) (e - UNet(z_t)): input z_t + sigma D, target e + D; Min-SNR on top."""
@@ -239,6 +253,7 @@ def test_dream_corrects_by_the_networks_own_estimate(assemble, compute, exponent
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@in_first_script
 def test_dream_gives_no_gradient_through_the_estimate(assemble, compute):
     """The derivative is that of a fixed input and target."""
     parts = assemble(TIMESTEPS, dream_training=True)
@@ -254,6 +269,7 @@ def test_dream_gives_no_gradient_through_the_estimate(assemble, compute):
     torch.testing.assert_close(found, parts.unet.weight.grad, rtol=1e-3, atol=1e-4)
 
 
+@in_first_script
 @pytest.mark.parametrize(
     ("prediction_type", "gamma", "weights"),  # at SNR 4, 1, 1/4 and 0
     [
@@ -273,6 +289,7 @@ def test_min_snr_weights_by_hand(script, prediction_type, gamma, weights):
     torch.testing.assert_close(found, torch.tensor(weights, dtype=torch.float32))
 
 
+@in_first_script
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_min_snr_weighs_each_sample(assemble, compute, prediction_type):
     """--snr_gamma multiplies each sample's loss by the weight of its timestep, by the SNR of diffusers."""
@@ -284,6 +301,7 @@ def test_min_snr_weighs_each_sample(assemble, compute, prediction_type):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-7)
 
 
+@in_first_script
 @pytest.mark.parametrize("gamma", [None, 5])
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_pure_noise_is_trained(assemble, compute, prediction_type, gamma):
@@ -299,16 +317,17 @@ def test_pure_noise_is_trained(assemble, compute, prediction_type, gamma):
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
-def test_the_pipeline_knows_what_was_trained(script, tiny_model, image_folder, tmp_path, prediction_type):
-    """The exported scheduler predicts what was trained, and starts from pure noise if the schedule ends there."""
+def test_the_pipeline_knows_what_was_trained(full_script, tiny_model, image_folder, tmp_path, prediction_type):
+    """The exported scheduler predicts what was trained, and starts from pure noise if the schedule ends there.
+
+    An adapter's user chooses the scheduler.
+    """
     out = tmp_path / "out"
-    run(script, make_args(tiny_model, image_folder, out, prediction_type=prediction_type, snr_gamma=5,
-                          rescale_betas_zero_snr=True, report_to="tensorboard", max_train_steps=3))
+    run(full_script, make_args(tiny_model, image_folder, out, prediction_type=prediction_type, snr_gamma=5,
+                               rescale_betas_zero_snr=True, report_to="tensorboard", max_train_steps=3))
     losses = read_scalars(out, "train_loss")
     assert sorted(losses) == [1, 2, 3]
     assert all(math.isfinite(loss) for loss in losses.values())
-    if "lora" in script.__name__:  # whose user chooses the scheduler
-        return
     noise_scheduler = DiffusionPipeline.from_pretrained(out, safety_checker=None).scheduler
     assert noise_scheduler.config.prediction_type == prediction_type
     assert noise_scheduler.config.rescale_betas_zero_snr
@@ -320,6 +339,7 @@ def test_the_pipeline_knows_what_was_trained(script, tiny_model, image_folder, t
 # ---- Gradients ------------------------------------------------------------------------------------------------------
 
 
+@in_two_scripts
 def test_gradient_checkpointing_gives_the_same_gradients(script, assemble):
     """Computing activations again changes neither loss nor gradients."""
     results = []
@@ -334,6 +354,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(script, assemble):
     torch.testing.assert_close(*(steps for _, steps in results), rtol=1e-5, atol=1e-8)
 
 
+@in_two_scripts
 def test_channels_last_gives_the_same_loss(script, assemble):
     """Another layout of the weights is no other network."""
     losses = []
@@ -351,6 +372,7 @@ def take(batch: dict, begin: int, end: int) -> dict:
     return {key: value[begin:end] for key, value in batch.items()}
 
 
+@in_two_scripts
 @pytest.mark.parametrize("cuts", [[(0, 2), (2, 4)], [(0, 3), (3, 4)], [(0, 1), (1, 2), (2, 4)]])
 def test_accumulated_gradients_are_those_of_the_whole_batch(script, assemble, cuts):
     """Every sample of an update counts the same, however its micro steps are cut, and the parts of the loss add up."""
@@ -369,6 +391,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(script, assemble, cu
     torch.testing.assert_close(get_steps(parts.models.unet), whole, rtol=1e-3, atol=1e-6)
 
 
+@in_two_scripts
 def test_a_sample_of_weight_0_does_not_count(script, assemble):
     """What only keeps a process busy changes neither loss nor gradients."""
     parts = assemble(TIMESTEPS)
@@ -386,6 +409,7 @@ def test_a_sample_of_weight_0_does_not_count(script, assemble):
 # ---- Updates --------------------------------------------------------------------------------------------------------
 
 
+@in_two_scripts
 def test_the_optimizer_has_its_flags(script, assemble):
     """AdamW with the rate, betas, epsilon and weight decay of the command line, over every trained weight once."""
     parts = assemble(learning_rate=0.01, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, adam_weight_decay=0.1)
@@ -405,6 +429,7 @@ def compute_step_sizes(tiny_model: Path, out: Path, step: int) -> float:
     return float(torch.cat([(after[name] - before[name]).abs().flatten() for name in before]).mean())
 
 
+@in_two_scripts
 def test_gradients_are_clipped(script, tiny_model, image_folder, tmp_path):
     """--max_grad_norm bounds the gradient: far below Adam's epsilon nothing moves. `grad_norm` is logged before it."""
     changes, norms = {}, {}
@@ -419,9 +444,9 @@ def test_gradients_are_clipped(script, tiny_model, image_folder, tmp_path):
     assert norms[1.0] > 0.01
 
 
-@in_two_scripts
-@pytest.mark.parametrize(
-    ("prediction_type", "num_updates", "factor"), [("epsilon", 30, 2.5), ("v_prediction", 30, 1.3), ("sample", 15, 2)])
+@pytest.mark.parametrize(("script", "prediction_type", "num_updates", "factor"), [
+    ("train_text_to_image.py", "epsilon", 30, 2.5), ("train_text_to_image.py", "sample", 15, 2),
+    ("train_text_to_image_lora_sdxl.py", "v_prediction", 30, 1.3)], indirect=["script"])
 def test_overfitting_lowers_the_loss(script, tiny_model, tmp_path, prediction_type, num_updates, factor):
     """Few updates on two images divide the loss on them, under noise not seen in training, by a stated factor."""
     data, losses = make_image_folder(tmp_path / "data", 2), {}
@@ -474,6 +499,7 @@ def test_bf16_is_used(script, tiny_model, image_folder, tmp_path):
     assert losses["bf16"] == pytest.approx(losses["no"], rel=0.02)
 
 
+@in_two_scripts
 def test_a_variant_is_loaded(script, tiny_model, image_folder, tmp_path):
     """--variant reads the files of that name, of all parts, and what is trained is float32 all the same."""
     model = tmp_path / "model"

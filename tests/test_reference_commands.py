@@ -3,14 +3,15 @@
 They are those of examples/text_to_image in huggingface/diffusers in August 2026. Only what a test cannot have is
 replaced: the model, the VAE and the data set by tiny local ones, the resolution, and the lengths of the runs. Left out
 are --push_to_hub, --enable_xformers_memory_efficient_attention (not installed), DeepSpeed's configuration (needs a
-GPU), and on machines without a GPU fp16 in the torch scripts. One command for each way to start a script is started
-that way. The others differ in what stands behind the script's name, which it is given in a process of its own.
+GPU), and on machines without a GPU fp16 in the torch scripts. One command with a launcher and one without are started
+as they are. The others differ in what stands behind the script's name, which it is given in processes of its own;
+test_distributed.py has the launcher of several.
 """
 
+import contextlib
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, load_script, make_image_folder
-from runs import LORA_FILE, Run, load_pipeline, read_record, read_trained, set_up_child
+from accelerate.commands.launch import launch_command_parser
+from conftest import ROOT, load_script, make_image_folder, make_small_stable_diffusion
+from runs import LORA_FILE, Run, load_pipeline, read_record, read_trained, set_up_child, start_pair
 from safetensors.torch import load_file
 
 FULL = """--use_ema --resolution=512 --center_crop --random_flip --train_batch_size=1 --gradient_accumulation_steps=4
@@ -39,8 +41,7 @@ COMMANDS = {
         --caption_column="text" --resolution=512 --random_flip --train_batch_size=1 --num_train_epochs=100
         --checkpointing_steps=5000 --learning_rate=1e-04 --lr_scheduler="constant" --lr_warmup_steps=0 --seed=42
         --output_dir="sd-naruto-model-lora" --validation_prompt="cute dragon creature" --report_to="wandb" """,
-    "JAX": f"python train_text_to_image_flax.py {MODEL} {NAME} {JAX}",
-    "JAX, own folder": f"python train_text_to_image_flax.py {MODEL} {FOLDER} {JAX}",
+    "JAX": f"python train_text_to_image_flax.py {MODEL} {NAME} {JAX}",  # own folder: as for the full one
     "SDXL full": f"""accelerate launch train_text_to_image_sdxl.py {MODEL} {VAE} {NAME} --resolution=512 --center_crop
         --random_flip --proportion_empty_prompts=0.2 --train_batch_size=1 --gradient_accumulation_steps=4
         --gradient_checkpointing --max_train_steps=10000 --use_8bit_adam --learning_rate=1e-06
@@ -62,7 +63,7 @@ COMMANDS = {
         --output_dir="sd-naruto-model-lora-sdxl-txt" --train_text_encoder
         --validation_prompt="cute dragon creature" --report_to="wandb" """,
 }
-STARTED = ("full", "full, several GPUs", "JAX")  # as a user starts them
+STARTED = ("full", "JAX")  # as a user starts them
 SHORTER = {"--resolution": 32, "--max_train_steps": 2, "--num_train_epochs": 1}
 
 
@@ -106,11 +107,13 @@ def run_main(name: str, argv: list[str], log: str, *others) -> None:
 def start_without_launcher(words: list[str], environment: dict[str, str], log: Path) -> int:
     """Run a command without its launcher, in the environment that this would make; return its exit status."""
     place = next(index for index, word in enumerate(words) if word.startswith("train_"))
-    launcher = dict(word.split("=") for word in words[:place] if "=" in word)
-    precision = launcher.get("--mixed_precision", "no")
-    with Run(SimpleNamespace(__file__=words[place]), words[place + 1 :], log, target=run_main, **environment,
-             ACCELERATE_MIXED_PRECISION=precision) as run:
-        return run.end()
+    script, argv = SimpleNamespace(__file__=words[place]), words[place + 1 :]
+    launcher = launch_command_parser().parse_args(words[2 : place + 1]) if words[0] == "accelerate" else None
+    environment = {**environment, "ACCELERATE_MIXED_PRECISION": getattr(launcher, "mixed_precision", None) or "no"}
+    runs = (start_pair(script, argv, log, target=run_main, **environment) if getattr(launcher, "multi_gpu", False)
+            else [Run(script, argv, log, target=run_main, **environment)])
+    with contextlib.ExitStack() as stack:
+        return max([abs(run.end()) for run in [*map(stack.enter_context, runs)]])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -119,11 +122,9 @@ def test_command_of_the_reference_runs(name, tiny_models, data, tmp_path):
     model, on_cpu = tiny_models["sdxl" if "SDXL" in name else "sd"], torch.cuda.device_count() < processes
     if "JAX" in name:
         pytest.importorskip("jax")
-        model = shutil.copytree(ROOT / "tests" / "fixtures" / "flax_model", tmp_path / "model")
-        shutil.copytree(tiny_models["sd"] / "tokenizer", model / "tokenizer")
+        model = make_small_stable_diffusion(tmp_path / "model")
     environment = {"ACCELERATE_USE_CPU": str(on_cpu).lower(), "WANDB_MODE": "offline", "JAX_PLATFORMS": "cpu",
-                   "XLA_FLAGS": "--xla_backend_optimization_level=1",
-                   "JAX_COMPILATION_CACHE_DIR": str(data.parent / "jax-cache")}
+                   "XLA_FLAGS": "--xla_backend_optimization_level=1"}
     out, log = tmp_path / re.search(r'--output_dir="(.*?)"', text)[1], tmp_path / "log"
     words = make_words(text, model, data, on_cpu)
     run_command = start if name in STARTED else start_without_launcher
@@ -133,7 +134,7 @@ def test_command_of_the_reference_runs(name, tiny_models, data, tmp_path):
     if "lora" in text:
         assert any(tensor.abs().max() > 0 for key, tensor in trained.items() if "lora_B" in key or "lora.up" in key)
         assert ("--train_text_encoder" in text) == any(key.startswith("text_encoder") for key in trained)
-    elif "JAX" not in name:
+    else:
         before = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
         assert trained.keys() == before.keys() and any((trained[key] != before[key]).any() for key in before)
     load_pipeline(out, model)

@@ -52,7 +52,6 @@ CASES = {  # what is trained, and the update in which it is stopped: five make a
     "DREAM": ({"dream_training": True, "gradient_checkpointing": True}, 2),
     "without averages": ({"use_ema": False, "random_flip": True}, 2),
 }
-IN_EACH_SCRIPT = ("two loader workers", "every option", "DREAM")  # the others in the first alone, to save time
 
 
 def watch(script, argv: list, stop_in: int | None = None, number: int = signal.SIGTERM) -> list[dict]:
@@ -113,8 +112,8 @@ def assert_same_run(folder: Path, whole: Path, num_updates: int = NUM_UPDATES) -
 # ---- Exactly the same run -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("script", "case"), [(name, case) for name in TORCH_SCRIPTS for case in CASES
-                                              if name == TORCH_SCRIPTS[0] or case in IN_EACH_SCRIPT],
+@pytest.mark.parametrize(("script", "case"), [*((TORCH_SCRIPTS[0], case) for case in CASES),
+                                              *((name, "every option") for name in TORCH_SCRIPTS[1:])],
                          indirect=["script"])
 def test_stopped_and_resumed_run_repeats_the_uninterrupted_one(script, args, never_stopped, case, tmp_path, caplog):
     """Weights, averages, optimizer, schedule, random states, logged numbers and batches are the same bit for bit."""
@@ -144,7 +143,7 @@ def test_number_of_loader_workers_may_change(script, args, never_stopped, worker
     assert "with the same data, noise and settings" in caplog.text
 
 
-@in_two_scripts
+@in_first_script
 def test_run_that_validates_is_resumed_exactly(script, args, image_folder, tmp_path):
     """Pictures and held-out losses, too, are those of the uninterrupted run, also right after the stop."""
     flags = {"validation_prompts": ["a", "b"], "validation_steps": 2, "validation_inference_steps": 2,
@@ -158,7 +157,7 @@ def test_run_that_validates_is_resumed_exactly(script, args, image_folder, tmp_p
     assert list(losses) == [2, 4, 6] and losses == read_scalars(tmp_path / "whole", "validation_loss")
 
 
-@in_two_scripts
+@in_first_script
 def test_second_stop_changes_nothing(script, args, never_stopped, tmp_path):
     """A run may be stopped as often as one likes, also in its first and its last update."""
     whole, batches = never_stopped(script, args, gradient_accumulation_steps=2)
@@ -172,7 +171,7 @@ def test_second_stop_changes_nothing(script, args, never_stopped, tmp_path):
 # ---- The seed -------------------------------------------------------------------------------------------------------
 
 
-@in_two_scripts
+@in_first_script
 def test_seed_that_was_drawn_is_kept_with_the_checkpoint(script, args, tmp_path):
     """Without --seed each run draws one, and a resumed run takes that of its checkpoint."""
     run(script, args(tmp_path / "whole", seed=None, max_train_steps=4, checkpointing_steps=2))
@@ -186,7 +185,7 @@ def test_seed_that_was_drawn_is_kept_with_the_checkpoint(script, args, tmp_path)
     assert read_scalars(tmp_path / "other", "train_loss")[1] != read_scalars(tmp_path / "whole", "train_loss")[1]
 
 
-@in_two_scripts
+@in_first_script
 @pytest.mark.parametrize("seed", [3, None, 4])
 def test_another_seed_is_named_in_a_warning(script, args, never_stopped, seed, tmp_path, caplog):
     """The seed of the checkpoint, given again or not, is no change; another one is, and it is the one that counts."""
@@ -200,7 +199,7 @@ def test_another_seed_is_named_in_a_warning(script, args, never_stopped, seed, t
 # ---- Signals --------------------------------------------------------------------------------------------------------
 
 
-@in_two_scripts
+@in_first_script
 def test_sigterm_to_the_command_saves_and_says_how_to_go_on(script, args, tmp_path):
     """The process ends with status 143 and a checkpoint, from which the run goes on as if it had not been stopped."""
     out, log = tmp_path / "out", tmp_path / "log"
@@ -280,6 +279,7 @@ def test_second_ctrl_c_stops_at_once(script, args, tmp_path):
 # ---- Runs that are at their end, or beyond --------------------------------------------------------------------------
 
 
+@in_two_scripts
 def test_finished_run_trains_no_further_and_exports(script, args, never_stopped, tmp_path):
     """Resuming a run that has reached --max_train_steps exports it again and leaves its checkpoints alone."""
     whole, _ = never_stopped(script, args, checkpointing_steps=3)
@@ -292,7 +292,7 @@ def test_finished_run_trains_no_further_and_exports(script, args, never_stopped,
     assert list_names(out) == {"checkpoint-3", "checkpoint-6"}
 
 
-@in_two_scripts
+@in_first_script
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_run_resumed_beyond_its_end_takes_one_update(script, args, use_ema, tmp_path, caplog):
     """The reference's own tests pin this: from checkpoint-4 with --max_train_steps 2 comes checkpoint-5."""
@@ -309,7 +309,7 @@ def test_run_resumed_beyond_its_end_takes_one_update(script, args, use_ema, tmp_
 # ---- Resuming with something else -----------------------------------------------------------------------------------
 
 
-@in_two_scripts
+@in_first_script
 @pytest.mark.parametrize("changed", [{"train_batch_size": 3}, {"train_batch_size": 10},
                                      {"gradient_accumulation_steps": 2}], ids=str)
 def test_changed_batch_neither_repeats_nor_skips_samples(script, args, changed, tmp_path, caplog):
@@ -325,7 +325,7 @@ def test_changed_batch_neither_repeats_nor_skips_samples(script, args, changed, 
     assert "with the same data, noise and settings" not in caplog.text
 
 
-@in_two_scripts
+@in_first_script
 def test_changed_data_are_named_in_a_warning(script, tiny_model, args, tmp_path, caplog):
     """A checkpoint knows its captions: with fewer of them the run goes on, in a new epoch if need be, and says so."""
     fewer = make_image_folder(tmp_path / "fewer", count=3)
@@ -335,7 +335,7 @@ def test_changed_data_are_named_in_a_warning(script, tiny_model, args, tmp_path,
     assert "captions_digest" in caplog.text
 
 
-@in_two_scripts
+@in_first_script
 def test_fp16_holds_rate_and_averages_at_an_overflow(script, args, tmp_path, monkeypatch):
     """A run in fp16 goes on from a checkpoint in float32; skipped updates do not count; and it resumes bit for bit.
 
@@ -388,6 +388,7 @@ def test_checkpoint_of_the_reference_is_resumed(script, args, tmp_path, caplog):
     assert {int(state["step"]) for state in optimizer["state"].values()} == {6}
 
 
+@in_first_script
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_ema_weights_come_and_go_with_a_new_run_only(script, args, use_ema, tmp_path):
     """With --use_ema they must be in the checkpoint, without it they would be lost: refused before a model loads."""
@@ -398,6 +399,7 @@ def test_ema_weights_come_and_go_with_a_new_run_only(script, args, use_ema, tmp_
     assert list_names(tmp_path / "out") == set()
 
 
+@in_first_script
 def test_changed_optimizer_flags_are_honoured(script, args, never_stopped, tmp_path, caplog):
     """The learning rate and AdamW's settings of the command line win over those in the checkpoint, with a warning."""
     whole, _ = never_stopped(script, args, checkpointing_steps=3)
@@ -410,7 +412,7 @@ def test_changed_optimizer_flags_are_honoured(script, args, never_stopped, tmp_p
     assert "learning_rate 0.001 -> 0.0005" in caplog.text and "adam_epsilon 1e-08 -> 1e-06" in caplog.text
 
 
-@in_two_scripts
+@in_first_script
 def test_longer_schedule_is_honoured(script, args, tmp_path):
     """A finished run goes on with another --max_train_steps, on the curve that the new length gives."""
     flags = {"lr_scheduler": "linear", "lr_warmup_steps": 0}
@@ -438,6 +440,7 @@ def test_interrupt_that_also_closes_the_output_still_saves(script, tiny_model, i
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
 
 
+@in_first_script
 def test_another_layout_of_the_weights_is_refused(script, args, tmp_path):
     """AdamW's moments lie in memory as the weights do: --channels_last must stay what it was."""
     run(script, args(tmp_path / "out", max_train_steps=1))
@@ -445,7 +448,7 @@ def test_another_layout_of_the_weights_is_refused(script, args, tmp_path):
         run(script, args(tmp_path / "out", max_train_steps=2, channels_last=True, resume_from_checkpoint="latest"))
 
 
-@in_two_scripts
+@in_first_script
 def test_a_checkpoint_without_a_record_is_resumed_if_its_files_load(script, args, never_stopped, tmp_path):
     """As one of the reference is; what is wrong with its files shows when they are read."""
     whole, _ = never_stopped(script, args, checkpointing_steps=3)
