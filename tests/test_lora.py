@@ -21,10 +21,8 @@ FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_koh
 DRAWING = {"validation_prompts": ["a picture"], "validation_inference_steps": 3}
 EVERYTHING = {"lora_target": ["attention", "feed_forward", "convolution"], "train_text_encoder": True}
 KINDS = {
-    "plain": {},
     "alpha": {"lora_alpha": 9, "rank": 3},
     "rslora": {"use_rslora": True, "lora_alpha": 6, "rank": 9},
-    "feed_forward": {"lora_target": ["attention", "feed_forward"]},
     "everything": EVERYTHING,
     "names": {"lora_target": ["attn2.to_k", "conv_out"], "train_text_encoder": True},
     "dora": {**EVERYTHING, "use_dora": True},
@@ -47,6 +45,22 @@ def train(script, tiny_model, image_folder, tmp_path):
         defaults = {"max_train_steps": 3, "learning_rate": 0.05, "text_encoder_lr": None, **flags}
         run(script, make_args(tiny_model, image_folder, tmp_path / name, **defaults))
         return tmp_path / name
+
+    return with_flags
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_models, image_folder, tmp_path_factory):
+    """Return a function that gives the output folder of a run with some flags, made once for all tests."""
+    done = {}
+
+    def with_flags(**flags) -> Path:
+        key = str(sorted(flags.items()))
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("finished") / "out"
+            run(load_script("train_text_to_image_lora.py"), make_args(
+                tiny_models["sd"], image_folder, done[key], **{"learning_rate": 0.05, **flags}))
+        return done[key]
 
     return with_flags
 
@@ -95,9 +109,9 @@ def test_diffusers_draws_what_the_run_drew(script, train, tiny_model, kind):
         assert np.abs(drawn - draw(script, tiny_model, out, KOHYA_FILE)).max() <= 1
 
 
-def test_names_are_those_of_the_reference(train):
+def test_names_are_those_of_the_reference(finished):
     """A file has the reference's final names, with text_model in those of the text encoder."""
-    names = set(load_file(train(train_text_encoder=True) / FILE))
+    names = set(load_file(finished(train_text_encoder=True, max_train_steps=1) / FILE))
     block = "down_blocks.1.attentions.0.transformer_blocks.0"
     assert {f"unet.{block}.attn1.{layer}.lora.{side}.weight" for layer in ("to_q", "to_k", "to_v", "to_out.0")
             for side in ("down", "up")} <= names
@@ -278,12 +292,12 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda flags: next(iter(flags)))
-def test_resuming_with_other_adapters_is_refused(script, train, monkeypatch, other):
+def test_resuming_with_other_adapters_is_refused(script, train, finished, monkeypatch, other):
     """A checkpoint with another rank, scale, set of layers or kind is refused by the flag's name, before loading."""
-    train(**RUN)
+    checkpoint = finished(**RUN) / "checkpoint-2"
     seen = get_models(script, monkeypatch)
     with pytest.raises(ValueError, match=f"does not fit: {next(iter(other))} .* -> .*Give the command as it was"):
-        train(**{**RUN, **other}, resume_from_checkpoint="latest")
+        train(**{**RUN, **other}, resume_from_checkpoint=checkpoint)
     assert seen == []
 
 
@@ -348,10 +362,10 @@ OLD_NAMES = ((".to_out.0.lora.", ".processor.to_out_lora."),
 
 
 @pytest.mark.parametrize("naming", ["old", *NAMINGS])
-def test_a_start_with_other_names_is_the_same(train, read_start, tmp_path, naming):
+def test_a_start_with_other_names_is_the_same(finished, read_start, tmp_path, naming):
     """Names of PEFT and of older versions of diffusers are read; without metadata lora_alpha is the rank."""
-    flags = {"train_text_encoder": naming != "old"}
-    out, start = train(max_train_steps=1, **flags), tmp_path / "renamed.safetensors"
+    flags = {"train_text_encoder": True} if naming != "old" else {}
+    out, start = finished(max_train_steps=1, **flags), tmp_path / "renamed.safetensors"
     weights = load_file(out / FILE)
     for old, new in {**NAMINGS, "old": OLD_NAMES}[naming]:
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
@@ -365,10 +379,10 @@ def test_a_start_with_other_names_is_the_same(train, read_start, tmp_path, namin
 @pytest.mark.parametrize("source", ["ours", "kohya", "peft"])
 @pytest.mark.parametrize(("flags", "scale"), [
     ({"lora_alpha": 6}, 2), ({"lora_alpha": 2, "use_rslora": True}, 2 / 3**0.5)])
-def test_a_start_has_the_scale_of_its_file(train, read_start, tiny_model, tmp_path, source, flags, scale):
+def test_a_start_has_the_scale_of_its_file(finished, read_start, tiny_model, tmp_path, source, flags, scale):
     """Whatever --lora_alpha says, a layer starts with what the file adds to it, by the alpha in the file."""
     trains_text = {"train_text_encoder": source != "peft"}
-    out = train(max_train_steps=2, rank=3, save_kohya_format=True, **flags, **trains_text)
+    out = finished(max_train_steps=2, rank=3, save_kohya_format=True, **flags, **trains_text)
     start = {"ours": out, "kohya": out / KOHYA_FILE, "peft": tmp_path / "peft"}[source]
     if source == "peft":
         unet = UNet2DConditionModel.from_pretrained(tiny_model, subfolder="unet")
@@ -391,11 +405,10 @@ def test_a_start_has_the_scale_of_its_file(train, read_start, tiny_model, tmp_pa
     ({"lora_target": ["attention", "feed_forward"]}, "proj_in"),
     ({"lora_target": ["attn1.to_q"]}, "attn1.to_k"),
     ({"use_dora": True}, "magnitude"), ({"train_text_encoder": True}, "text_encoder")])
-def test_a_start_that_does_not_fit_is_refused(script, train, flags, told):
+def test_a_start_that_does_not_fit_is_refused(train, finished, flags, told):
     """Another rank or other layers are named."""
-    out = train(max_train_steps=1)
     with pytest.raises(ValueError, match=f"--pretrained_lora_model_name_or_path .*{told}"):
-        train("new", pretrained_lora_model_name_or_path=out, **flags)
+        train(pretrained_lora_model_name_or_path=finished(max_train_steps=1), **flags)
 
 
 def test_a_start_that_cannot_be_read_is_refused(train, tiny_model):

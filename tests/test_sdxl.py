@@ -338,8 +338,6 @@ def read_text_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 TARGETS = {
     "attention": ["attention"],
-    "feed forward": ["feed_forward"],
-    "convolution": ["convolution"],
     "what stands outside the blocks": ["conv_in", "conv_out", "time_embedding.linear_1", "add_embedding.linear_2"],
     "conv_in": ["conv_in"],
     "all": ["attention", "feed_forward", "convolution", "conv_in", "conv_out", "time_embedding.linear_1"],
