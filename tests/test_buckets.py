@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from accelerate import PartialState
-from conftest import in_first_script, in_two_scripts, make_args, make_image, make_namespace, read_scalars
+from conftest import in_first_script, make_args, make_image, make_namespace, read_scalars
 from PIL import Image, PngImagePlugin
 from runs import assert_same_checkpoint, keep_configs_only, run, run_pair
 from test_data import make_ruler, make_samples
@@ -206,10 +206,10 @@ def test_buckets_are_mixed(first_script):
 # ---- Runs -----------------------------------------------------------------------------------------------------------
 
 
-@in_two_scripts
-@pytest.mark.parametrize("flags", [{}, {"cache_latents": True, "cache_text_embeddings": True},
-                                   {"dataloader_num_workers": 1, "gradient_accumulation_steps": 2}],
-                         ids=["plain", "cached", "workers"])
+@pytest.mark.parametrize(("script", "flags"), [
+    ("train_text_to_image.py", {"dataloader_num_workers": 1, "gradient_accumulation_steps": 2}),
+    ("train_text_to_image_lora_sdxl.py", {"cache_latents": True, "cache_text_embeddings": True})],
+    ids=["workers", "cached"], indirect=["script"])
 def test_a_run_with_buckets_is_resumed_exactly(script, args, flags, tmp_path):
     whole = watch(script, args(tmp_path / "whole", **flags))
     before = watch(script, args(tmp_path / "out", **flags), stop_in=3)

@@ -62,6 +62,7 @@ pytest.importorskip("orbax.checkpoint")
 jnp = jax.numpy
 
 NAME = "train_text_to_image_flax.py"
+RUN_ONCE = {"xla_backend_optimization_level": 0}  # for a program that is compiled longer than it runs
 SAME_IMAGES = {"image_interpolation_mode": "lanczos"}  # the torch scripts' own
 
 
@@ -176,8 +177,8 @@ def assert_near(ours, theirs, tolerance: float = 1e-4) -> None:
 def test_decoder_agrees_with_torch(flax, models_of, shape):
     """The half of the VAE that no loss passes through."""
     (models, theirs), latents = models_of[shape], make_numbers(2, 4, 10, 7)
-    decoded = jax.jit(lambda weights: flax.with_weights(models, weights).vae.decode(put_channels_last(latents)))(
-        models.frozen)
+    decoded = jax.jit(lambda weights: flax.with_weights(models, weights).vae.decode(put_channels_last(latents)),
+                      compiler_options=RUN_ONCE)(models.frozen)
     with torch.no_grad():
         expected = theirs.vae.decode(torch.tensor(latents) / theirs.vae.config.scaling_factor).sample
     assert_near(decoded, put_channels_last(expected.numpy()))
@@ -211,7 +212,7 @@ def test_loss_and_gradients_agree_with_torch(flax, sd, models_of, shape, flags, 
     batch_ours = {name: put_channels_last(array) for name, array in batch.items()}
     compute = jax.value_and_grad(compute_mean, has_aux=True) if has_gradients else compute_mean
     text_weights = {name: array for name, array in models.frozen.items() if name.startswith("text_encoder.")}
-    results = jax.jit(compute)({**models.initial, **text_weights}, batch_ours)
+    results = jax.jit(compute, compiler_options=RUN_ONCE)({**models.initial, **text_weights}, batch_ours)
     batch = {name: torch.tensor(array) for name, array in batch.items()}
     losses = sd.compute_loss(theirs.unet, expected, *sd.encode_batch(theirs, batch), batch)
     if not has_gradients:
@@ -620,10 +621,9 @@ def test_averages_need_their_flag_and_another_script_is_told(flax, full_run, sma
         flax.main(make_args(small_model, image_folder, tmp_path / "out", resume_from_checkpoint=other))
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_checkpoint_is_refused(flax, full_run, tmp_path, damage):
+def test_a_damaged_checkpoint_is_refused(flax, full_run, tmp_path):
     out = shutil.copytree(full_run.out, tmp_path / "out")
-    assert_damage_is_found(flax, out / "checkpoint-6", out / "checkpoint-3", damage)
+    assert_damage_is_found(flax, out / "checkpoint-6", out / "checkpoint-3", "cut")
 
 
 # The schedule does not depend on the number of updates, which would be in the compiled program.
