@@ -403,7 +403,7 @@ def test_folder_of_a_run_that_is_not_over_is_refused(script, args, tmp_path, mon
     with Run(script, argv, tmp_path / "log") as child:
         child.wait_until((out / "checkpoint-2").exists)
         with pytest.raises(ValueError, match="in use by another run"):
-            run(script, argv)
+            run(script, args(out, resume_from_checkpoint="latest"))
         child.wait_until((out / "checkpoint-4").exists)
         child.kill(signal.SIGKILL)
         child.end()

@@ -6,13 +6,17 @@ import math
 import pytest
 import torch
 import transformers
-from conftest import UNCACHED, in_two_scripts, make_args, read_scalars
+from conftest import FULL_SCRIPTS, UNCACHED, in_first_script, in_two_scripts, make_args, read_scalars
 from runs import assert_same_checkpoint, read_trained, run
 from safetensors.torch import load_file
 
 NO_8_BIT = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 OPTIMIZERS = [pytest.param({}, id="AdamW"), pytest.param({"use_adafactor": True}, id="Adafactor"),
               pytest.param({"use_8bit_adam": True}, id="8-bit AdamW", marks=NO_8_BIT)]
+# With the first script, and of SDXL the one that needs the least memory.
+in_full_scripts = pytest.mark.parametrize(("full_script", "optimizer"), [
+    *(pytest.param(FULL_SCRIPTS[0], *each.values, id=each.id, marks=each.marks) for each in OPTIMIZERS),
+    pytest.param(FULL_SCRIPTS[1], {"use_adafactor": True}, id="SDXL, Adafactor")], indirect=["full_script"])
 
 
 def make_train(script, tiny_model, image_folder, tmp_path):
@@ -37,7 +41,7 @@ def train_full(full_script, tiny_model, image_folder, tmp_path):
     return make_train(full_script, tiny_model, image_folder, tmp_path)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@in_full_scripts
 def test_updates_in_the_backward_pass_are_those_after_it(train_full, optimizer):
     """--optimizer_in_backward leaves the same files to the last bit: from the start, and resumed, with EMA."""
     flags = {"max_grad_norm": 0, "use_ema": True, "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1,
@@ -68,7 +72,7 @@ def test_gradients_are_freed_in_the_backward_pass(full_script, train_full, monke
     assert left[0] > 10 and left[1] == 0
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@in_full_scripts
 def test_bf16_weights_train_and_resume_exactly(train_full, optimizer):
     """--weight_dtype bf16 keeps and exports weights in bf16, their moments not, and resumes bit for bit."""
     flags = {"weight_dtype": "bf16", "mixed_precision": "bf16", "optimizer_in_backward": True, "max_grad_norm": 0,
@@ -144,6 +148,7 @@ def test_adafactor_takes_a_convolution_as_a_matrix(script, memory_format):
         "row": (4,), "col": (45,)}
 
 
+@in_first_script
 def test_moments_of_adafactor_fit_no_adamw(script, train):
     """A checkpoint of one is refused by the other, by the flag's name."""
     train("out", use_adafactor=True, max_train_steps=1)
