@@ -145,15 +145,15 @@ class Models:
     """The networks of a run, their optimizer and learning-rate schedule."""
 
     tokenizer: CLIPTokenizer
-    text_encoder: nn.Module  # frozen, weight_dtype; or like the UNet with --train_text_encoder
-    vae: AutoencoderKL  # frozen, weight_dtype
-    unet: nn.Module  # trainable, float32
+    text_encoder: nn.Module  # frozen, in the run's precision; or like the UNet with --train_text_encoder
+    vae: AutoencoderKL  # frozen, in the run's precision
+    unet: nn.Module  # trainable, in --weight_dtype
     scheduler_config: dict  # of the noise schedule, with the flags applied
     trained: tuple[str, ...]  # names of the trainable networks: unet, perhaps text_encoder
     clip_skip: int | None = None  # layers before the last whose text states are used, with --clip_skip
     prompts: list[dict] | None = None  # the states of those to draw, with --cache_text_embeddings
     ema: EmaWeights | None = None
-    wrapped: Models | None = None  # as accelerate wraps them for training; it and the next: of `prepare_training`
+    wrapped: Models | None = None  # as accelerate wraps them for training; it and the next two: of `prepare_training`
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
@@ -711,8 +711,7 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
     for network in list_trained(models):
         network.require_backward_grad_sync = step.ends_update  # DDP averages once per update; no_sync() does just this
     losses = compute_loss(models.unet, objective, *encode_batch(models, batch), batch)
-    loss = (losses * batch["weights"]).sum() / step.window_size
-    # DDP divides by the first, accelerate by the second
+    loss = (losses * batch["weights"]).sum() / step.window_size  # next: times what DDP and accelerate divide by
     accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
     return {"train_loss": loss.detach()}
 
@@ -871,7 +870,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
-    def add(flag: str, text: str, **settings) -> None:
+    def add(flag, text, **settings):
         group.add_argument(flag, help=text, **settings)
     switch = partial(add, action="store_true")
     group = parser.add_argument_group("model")
@@ -1383,7 +1382,7 @@ def load_parts(args: Namespace, accelerator: Accelerator, configs: dict[str, dic
 
 
 def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, dict]) -> Models:
-    """Load the networks: trainable ones in float32, frozen ones in the run's precision."""
+    """Load the networks: trainable ones in --weight_dtype, frozen ones in the run's precision."""
     trained = ("unet", "text_encoder") if args.train_text_encoder else ("unet",)
     parts = load_parts(args, accelerator, configs, trained * (args.weight_dtype == "fp32"))
     models = Models(**parts, trained=trained, clip_skip=args.clip_skip,
@@ -1438,7 +1437,8 @@ def shard_networks(args: Namespace, accelerator: Accelerator, models: Models) ->
         models.unet.compile_repeated_blocks()  # found by their classes' names, which sharding changes
     for network in list_trained(models):
         kind = type(network)
-        for module in [part for part in network.modules() if type(part).__name__ in SHARDED_BLOCKS] + [network]:
+        for module in [part for name, part in network.named_modules() if type(part).__name__ in SHARDED_BLOCKS
+                       or name.endswith("final_layer_norm")] + [network]:  # which --clip_skip calls by itself
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         functools.update_wrapper(type(network), kind, updated=())  # FSDP2's new class: files and transformers name it
         accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)  # adds autocast only
@@ -1508,14 +1508,14 @@ def list_trained(models: Models) -> list[nn.Module]:
 
 
 def name_trained_parameters(models: Models) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by names such as unet.conv_in.weight, in any transformers without text_model."""
+    """Return the trainable parameters by names such as unet.conv_in.weight, `text_model.` left out in any version."""
     return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
             for name, parameter in getattr(models, part).named_parameters() if parameter.requires_grad}
 
 
 @contextlib.contextmanager
 def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
-    """Move the frozen encoders to the device, and afterwards those whose outputs are cached to host memory."""
+    """Move the frozen encoders that are needed to the device, and back if their outputs are cached."""
     needs_texts = models.prompts is None or args.validation_data_dir  # else the prompts are encoded already
     text_encoders = [getattr(models, part) for part in TEXT_ENCODERS if needs_texts and part not in models.trained]
     for network in (models.vae, *text_encoders):
@@ -1596,7 +1596,7 @@ def encode_texts(models: Models, captions: list[str]) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def encode_prompts(args: Namespace, accelerator: Accelerator, pipeline) -> list[dict[str, Tensor]]:
-    """Return what a pipeline makes of each prompt to draw."""
+    """Return for each prompt to draw what a call of the pipeline takes in its place."""
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     return [dict(zip(names, pipeline.encode_prompt(
         prompt, device=accelerator.device, num_images_per_prompt=1, do_classifier_free_guidance=True,
@@ -1713,11 +1713,12 @@ class Adafactor(transformers.optimization.Adafactor):
     def step(self, closure=None):
         kernels = [(parameter, parameter.data) for group in self.param_groups for parameter in group["params"]
                    if parameter.ndim == 4 and parameter.grad is not None]
-        for kernel, _ in kernels:
-            kernel.data, kernel.grad = kernel.data.flatten(1), kernel.grad.flatten(1)
+        for kernel, whole in kernels:
+            size = whole[0].numel()  # of a row, as it lies in memory: any order of columns will do
+            kernel.data, kernel.grad = (data.as_strided((len(data), size), (size, 1)) for data in (whole, kernel.grad))
         super().step(closure)
         for kernel, whole in kernels:
-            kernel.data = whole.copy_(kernel.data.view_as(whole))  # flattened in place, or copied if channels last
+            kernel.data = whole
 
 
 def make_optimizer(args: Namespace, groups: list[dict]):
@@ -1761,7 +1762,7 @@ def update_in_backward(args: Namespace, models: Models) -> None:
 
 def round_to_bf16(values: Tensor) -> Tensor:
     """Round float32 up or down at random, right on average: to nearest, small updates are lost (arXiv:2010.06192)."""
-    noise = torch.randint_like(values, 2**16, dtype=torch.int32)  # in the bits that bf16 lacks
+    noise = torch.randint_like(values, 2**16, dtype=torch.int32) * values.isfinite()  # in the bits that bf16 lacks
     return (values.view(torch.int32) + noise).bitwise_and(-(2**16)).view(torch.float32).bfloat16()
 
 

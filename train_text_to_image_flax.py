@@ -1253,7 +1253,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
-    def add(flag: str, text: str, **settings) -> None:
+    def add(flag, text, **settings):
         group.add_argument(flag, help=text, **settings)
     switch = partial(add, action="store_true")
     group = parser.add_argument_group("model")

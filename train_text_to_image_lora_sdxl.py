@@ -152,10 +152,10 @@ class Models:
 
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer
-    text_encoder: nn.Module  # both weight_dtype; with --train_text_encoder they have float32 adapters too
+    text_encoder: nn.Module  # both in the run's precision; with --train_text_encoder they have float32 adapters too
     text_encoder_2: nn.Module
-    vae: AutoencoderKL  # float32 or weight_dtype
-    unet: nn.Module  # weight_dtype, its adapter float32
+    vae: AutoencoderKL  # float32 or in the run's precision
+    unet: nn.Module  # in the run's precision, its adapter float32
     scheduler_config: dict  # of the noise schedule, with the flags applied
     force_zeros_for_empty_prompt: bool  # of the pipeline: an empty prompt means zeros instead of text states
     trained: tuple[str, ...]  # names of the networks with an adapter: unet, perhaps both text encoders
@@ -164,7 +164,7 @@ class Models:
     prompts: list[dict] | None = None  # the states of those to draw, with --cache_text_embeddings
     ema: EmaWeights | None = None
     debug_samples: Samples | None = None  # with --debug_loss: to name the loss of each
-    wrapped: Models | None = None  # as accelerate wraps them for training; it and the next: of `prepare_training`
+    wrapped: Models | None = None  # as accelerate wraps them for training; it and the next two: of `prepare_training`
     optimizer: torch.optim.Optimizer | None = None
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
@@ -728,7 +728,6 @@ def train_step(accelerator: Accelerator, models: Models, objective: Objective, b
         network.require_backward_grad_sync = step.ends_update  # DDP averages once per update; no_sync() does just this
     losses = compute_loss(models.unet, objective, *encode_batch(models, batch), batch)
     loss = (losses * batch["weights"]).sum() / step.window_size
-    # DDP divides by the first, accelerate by the second
     accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
     numbers = {"train_loss": loss.detach()}
     if models.debug_samples:
@@ -894,7 +893,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
-    def add(flag: str, text: str, **settings) -> None:
+    def add(flag, text, **settings):
         group.add_argument(flag, help=text, **settings)
     switch = partial(add, action="store_true")
     group = parser.add_argument_group("model")
@@ -1598,14 +1597,14 @@ def list_trained(models: Models) -> list[nn.Module]:
 
 
 def name_trained_parameters(models: Models) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters by names such as unet.conv_in.weight, in any transformers without text_model."""
+    """Return the trainable parameters by names such as unet.conv_in.weight, `text_model.` left out in any version."""
     return {f"{part}.{name.removeprefix('text_model.')}": parameter for part in models.trained
             for name, parameter in getattr(models, part).named_parameters() if parameter.requires_grad}
 
 
 @contextlib.contextmanager
 def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models):
-    """Move the frozen encoders to the device, and afterwards those whose outputs are cached to host memory."""
+    """Move the frozen encoders that are needed to the device, and back if their outputs are cached."""
     needs_texts = models.prompts is None or args.validation_data_dir  # else the prompts are encoded already
     text_encoders = [getattr(models, part) for part in TEXT_ENCODERS if needs_texts and part not in models.trained]
     for network in (models.vae, *text_encoders):
@@ -1686,7 +1685,7 @@ def encode_texts(models: Models, captions: list[str]) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def encode_prompts(args: Namespace, accelerator: Accelerator, pipeline) -> list[dict[str, Tensor]]:
-    """Return what a pipeline makes of each prompt to draw."""
+    """Return for each prompt to draw what a call of the pipeline takes in its place."""
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     return [dict(zip(names, pipeline.encode_prompt(
         prompt, device=accelerator.device, num_images_per_prompt=1, do_classifier_free_guidance=True,
@@ -1812,11 +1811,12 @@ class Adafactor(transformers.optimization.Adafactor):
     def step(self, closure=None):
         kernels = [(parameter, parameter.data) for group in self.param_groups for parameter in group["params"]
                    if parameter.ndim == 4 and parameter.grad is not None]
-        for kernel, _ in kernels:
-            kernel.data, kernel.grad = kernel.data.flatten(1), kernel.grad.flatten(1)
+        for kernel, whole in kernels:
+            size = whole[0].numel()  # of a row, as it lies in memory: any order of columns will do
+            kernel.data, kernel.grad = (data.as_strided((len(data), size), (size, 1)) for data in (whole, kernel.grad))
         super().step(closure)
         for kernel, whole in kernels:
-            kernel.data = whole.copy_(kernel.data.view_as(whole))  # flattened in place, or copied if channels last
+            kernel.data = whole
 
 
 def make_optimizer(args: Namespace, groups: list[dict]):

@@ -101,7 +101,8 @@ def test_rounding_to_bf16_keeps_the_mean(full_script):
         assert abs((rounded.float() * sign - 1).mean().item() / 2**-10 - 1) < 0.05  # five standard errors
     exact = torch.tensor([0.0, -1.5, 2.0**-130, math.inf, -math.inf])
     assert torch.equal(full_script.round_to_bf16(exact).float(), exact)
-    assert full_script.round_to_bf16(torch.tensor([math.nan])).isnan().all()
+    of_gpus = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)
+    assert full_script.round_to_bf16(torch.tensor([math.nan, *of_gpus])).isnan().all()
 
 
 @pytest.mark.parametrize("setting", [("WORLD_SIZE", "2"), ("ACCELERATE_MIXED_PRECISION", "fp16")], ids="{0[0]}".format)
@@ -129,11 +130,12 @@ def test_adafactor_trains_and_resumes_exactly(script, train, tiny_model):
     assert [name for name in first if torch.equal(first[name], last[name])] == []
 
 
+@pytest.mark.parametrize("side", [3, 1])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_adafactor_takes_a_convolution_as_a_matrix(script, memory_format):
+def test_adafactor_takes_a_convolution_as_a_matrix(script, memory_format, side):
     """It moves as that matrix does by itself, in the memory where it lies, with moments of a row and a column."""
     torch.manual_seed(0)
-    kernel = torch.nn.Parameter(torch.randn(4, 5, 3, 3).to(memory_format=memory_format))
+    kernel = torch.nn.Parameter(torch.randn(4, 5, side, side).to(memory_format=memory_format))
     matrix, place = torch.nn.Parameter(kernel.detach().flatten(1).clone()), kernel.data_ptr()
     ours = script.Adafactor([kernel], 0.1, scale_parameter=False, relative_step=False)
     library = transformers.optimization.Adafactor([matrix], 0.1, scale_parameter=False, relative_step=False)
@@ -145,7 +147,7 @@ def test_adafactor_takes_a_convolution_as_a_matrix(script, memory_format):
     assert torch.allclose(kernel.flatten(1), matrix, rtol=1e-6, atol=1e-7)
     assert kernel.data_ptr() == place and kernel.is_contiguous(memory_format=memory_format)
     assert {name: tuple(ours.state[kernel][f"exp_avg_sq_{name}"].shape) for name in ("row", "col")} == {
-        "row": (4,), "col": (45,)}
+        "row": (4,), "col": (5 * side**2,)}
 
 
 @in_first_script
