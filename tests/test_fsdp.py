@@ -38,10 +38,10 @@ def args(tiny_model, image_folder, tmp_path_factory):
     defaults = {
         "max_train_samples": 9, "max_train_steps": NUM_UPDATES, "learning_rate": 2e-4, "checkpointing_steps": 2,
         "use_ema": True, "dream_training": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
-        "train_text_encoder": True, "no_cache_text_embeddings": True, "clip_skip": 1,
-        "lr_scheduler": "cosine", "lr_warmup_steps": 2, "report_to": "tensorboard", "logging_steps": 2, "validation_prompts": ["one", "two", "three"],
-        "validation_steps": 2, "validation_epochs": 100, "validation_inference_steps": 2,
-        "validation_data_dir": held_out}
+        "train_text_encoder": True, "no_cache_text_embeddings": True, "clip_skip": 1, "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2, "report_to": "tensorboard", "logging_steps": 2,
+        "validation_prompts": ["one", "two", "three"], "validation_steps": 2, "validation_epochs": 100,
+        "validation_inference_steps": 2, "validation_data_dir": held_out}
     return lambda output_dir, **flags: make_args(tiny_model, image_folder, output_dir, **{**defaults, **flags})
 
 
