@@ -462,9 +462,8 @@ def decode_image(image: Image.Image | dict) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     plain = image.convert("RGB")
     with contextlib.suppress(ImageCms.PyCMSError):  # no profile, or a broken one
-        converted = ImageCms.profileToProfile(
-            image if image.mode in ("L", "CMYK") else plain, io.BytesIO(profile),
-            ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(image if image.mode in ("L", "CMYK") else plain, io.BytesIO(profile),
+                                              ImageCms.createProfile("sRGB"), outputMode="RGB")
         if max(most for _, most in ImageChops.difference(converted, plain).getextrema()) > 2:  # else sRGB, rounded
             return converted
     return plain

@@ -90,7 +90,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 from tqdm.auto import tqdm
@@ -433,9 +433,8 @@ def decode_image(image: Image.Image | dict) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     plain = image.convert("RGB")
     with contextlib.suppress(ImageCms.PyCMSError):  # no profile, or a broken one
-        converted = ImageCms.profileToProfile(
-            image if image.mode in ("L", "CMYK") else plain, io.BytesIO(profile),
-            ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(image if image.mode in ("L", "CMYK") else plain, io.BytesIO(profile),
+                                              ImageCms.createProfile("sRGB"), outputMode="RGB")
         if max(most for _, most in ImageChops.difference(converted, plain).getextrema()) > 2:  # else sRGB, rounded
             return converted
     return plain
@@ -652,7 +651,8 @@ def share_samples(steps, rank: int, num_processes: int):
 def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, Tensor]:
     """Return samples as one batch; for captions that are not cached `input_ids` [b, s], for a second tokenizer _2."""
     captions = [sample.pop("caption") for sample in samples if "caption" in sample]
-    batch = default_collate(samples)
+    # by numpy: torch would start threads of its own here, which get in the way of those that train
+    batch = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
     if captions:
         for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
             batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -1587,7 +1587,7 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
     key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
                    digest_network(vae), args.vae_tiling, row, samples.sizes)
 
-    def encode(items: list[list[dict]]) -> dict[str, list[np.ndarray]]:
+    def encode(items):
         variants = list(itertools.chain(*items))
         crops = [(variant["images"].shape, variant["images"].tobytes()) for variant in variants]
         encoded = {}  # by crop: square images have one, many times
