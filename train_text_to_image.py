@@ -55,6 +55,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections import ChainMap
@@ -82,11 +83,9 @@ from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngI
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TVF
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -237,7 +236,7 @@ def compute_snr_weights(alpha: Tensor, sigma: Tensor, snr_gamma: float, predicti
     is 1 where snr is 0, the end of a rescaled schedule: the formula gives 0/0 or never trains the first sampling step.
     """
     snr = (alpha / sigma) ** 2
-    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
+    divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
     return torch.where(snr > 0, snr.clamp(max=snr_gamma) / divisor, 1.0)
 
 
@@ -248,12 +247,12 @@ def compute_timestep_cdf(args: Namespace, num_timesteps: int) -> np.ndarray:
     biased = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
               "range": slice(args.timestep_bias_begin, args.timestep_bias_end)}[args.timestep_bias_strategy]
     weights[biased] *= args.timestep_bias_multiplier
-    cumulative = np.cumsum(weights)
+    cumulative = weights.cumsum()
     return cumulative / cumulative[-1]
 
 
 def make_objective(args: Namespace, scheduler_config: dict, device: torch.device) -> Objective:
-    alphas_cumprod = DDPMScheduler.from_config(scheduler_config).alphas_cumprod.to(device, torch.float32)
+    alphas_cumprod = DDPMScheduler.from_config(scheduler_config).alphas_cumprod.to(device)
     return Objective(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), scheduler_config["prediction_type"], args)
 
 
@@ -262,7 +261,7 @@ def make_objective(args: Namespace, scheduler_config: dict, device: torch.device
 IMAGE_SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items()
                   if name in Image.OPEN and name not in ("HDF5", "MPEG")}  # which Pillow knows and cannot decode
 LARGEST_ASPECT = 4  # longer side over shorter, of a bucket: as SDXL's own sizes (Podell et al. 2023, appendix I)
-INTERPOLATION_MODES = {mode.name.lower(): mode for mode in InterpolationMode}
+INTERPOLATION_MODES = {mode.name.lower(): mode for mode in TVF.InterpolationMode}
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MiB: ComfyUI writes a whole workflow as one chunk
 
 
@@ -317,8 +316,8 @@ def load_rows(args: Namespace) -> tuple[datasets.Dataset, list]:
 def check_columns(args: Namespace, source: str | Path, columns: list[str]) -> None:
     for flag in ("image_column", "caption_column"):
         if getattr(args, flag) not in columns:
-            raise UserError(f"--{flag} {getattr(args, flag)} is not in {source}: its columns are "
-                            f"{', '.join(columns)}.")
+            raise UserError(
+                f"--{flag} {getattr(args, flag)} is not in {source}: its columns are {', '.join(columns)}.")
 
 
 def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, list]:
@@ -375,8 +374,7 @@ def read_metadata(path: Path, folder: str, args: Namespace) -> list[tuple]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows.extend(METADATA_READERS[path.name](file))
     except Exception as error:  # each reader raises its own
-        raise UserError(f"{path} cannot be read after row {len(rows)}: {error}. It must be UTF-8, with file_name and "
-                        "captions.") from error
+        raise UserError(f"{path} cannot be read after row {len(rows)}, as UTF-8 with file_name: {error}.") from error
     names = dict.fromkeys("image" if name == "file_name" else name for row in rows for name in row)  # as `datasets`
     if None in names:
         raise UserError(f"{path} has cells beyond its header, {next(row[None] for row in rows if None in row)}: put "
@@ -445,20 +443,19 @@ def list_sizes(args: Namespace) -> list[tuple[int, int]]:
     area, step = height * width, args.bucket_step
     sizes = [(side, area // side // step * step) for side in range(step, math.isqrt(LARGEST_ASPECT * area) + 1, step)]
     sizes = sorted({*sizes, *((width, height) for height, width in sizes)})
-    return [size for size in sizes if 0 < max(size) <= LARGEST_ASPECT * min(size)]
+    return [size for size in sizes if max(size) <= LARGEST_ASPECT * min(size)]
 
 
 def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int, int]]) -> np.ndarray:
     """Return for each of the `rows` of the images which of the sizes is nearest in aspect ratio."""
-    def measure(row: int) -> tuple[int, int]:
-        try:
-            image, orientation = open_image(images[row]), 1
-            width, height = image.size
-            with contextlib.suppress(Exception):  # broken EXIF data; a PNG's own method would decode it
-                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-            return (width, height) if orientation > 4 else (height, width)
-        except Exception:  # decoding it will say why, or skip it
-            return sys.maxsize, sys.maxsize
+    def measure(row):
+        size = 1, 1  # of what cannot be opened: decoding it will say why, or skip it
+        with contextlib.suppress(Exception):  # broken EXIF data too
+            image = open_image(images[row])
+            size = image.size[::-1]
+            if Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) > 4:  # a PNG's own method would decode it
+                size = image.size
+        return size
 
     measured = map_in_threads(measure, rows)
     aspects, choices = (np.log([height / width for height, width in pairs]) for pairs in (measured, sizes))
@@ -544,7 +541,7 @@ class Samples:
         if self.latents is None:
             picture, source = self.read(use.index)
             image = transform_image(picture, self.args, self.sizes[bucket], corner, flip)
-            image["sources"] = np.int64(source)
+            image["sources"] = source
         else:
             crop = int(corner[0] * self.num_crops)
             image = self.latents.read((use.index * self.num_crops + crop) * self.num_flips + flip)
@@ -557,15 +554,14 @@ class Samples:
         text = {"caption": caption} if self.text_states is None else self.text_states.read(self.caption_rows[caption])
         noises = {purpose: rng(purpose).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes[bucket].items()}
-        timestep = np.searchsorted(self.timestep_cdf, rng("timestep").random(), side="right")
+        timestep = self.timestep_cdf.searchsorted(rng("timestep").random(), side="right")
         return image | text | noises | {"timesteps": timestep, "weights": np.float32(use.weight)}
 
     def make_variants(self, index: int) -> list[dict]:
         """Return the crops of an image that are cached, the same for any seed."""
         (image, source), size = self.read(index), self.sizes[self.buckets[index]]
-        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
-        return [transform_image(image, self.args, size, corner, flip) | {"sources": np.int64(source)}
-                for corner in corners for flip in range(self.num_flips)]
+        return [transform_image(image, self.args, size, make_rng(0, "cached crop", index, crop).random(2), flip)
+                | {"sources": np.int64(source)} for crop in range(self.num_crops) for flip in range(self.num_flips)]
 
     def make_order(self, epoch: int, update_size: int) -> np.ndarray:
         """Return the indices of an epoch in random order; with buckets in runs of one size, of an update each."""
@@ -654,10 +650,10 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, T
 def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, accelerator: Accelerator):
     """Yield each micro step with this process's batch; loader processes start at the first, in the caller's thread."""
     steps, planned = itertools.tee(steps)
-    shares = share_samples(planned, accelerator.process_index, accelerator.num_processes)
     tokenizers = copy.deepcopy(list_tokenizers(models))  # one must not serve two threads, and validation uses these
     loader = iter(DataLoader(
-        samples, batch_sampler=shares, num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
+        samples, batch_sampler=share_samples(planned, accelerator.process_index, accelerator.num_processes),
+        num_workers=num_workers, collate_fn=partial(collate, tokenizers=tokenizers),
         pin_memory=accelerator.device.type == "cuda", worker_init_fn=ignore_stop_signals,
         generator=torch.Generator()))  # its own, to leave the global one alone
     try:
@@ -678,7 +674,7 @@ def iterate_ahead(batches):
 
     The first is made in this thread, where loaders can start. Close it when leaving early, or they outlive an error.
     """
-    with contextlib.closing(batches), ThreadPoolExecutor(max_workers=1) as reader:
+    with contextlib.closing(batches), ThreadPoolExecutor(1) as reader:
         batch = next(batches, None)
         while batch is not None:
             pending = reader.submit(next, batches, None)
@@ -696,8 +692,8 @@ def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples) ->
             sample, row = samples[SampleUse(0, index)], Image.new("RGB", (800, 256), "white")
             row.paste(ImageOps.contain(Image.fromarray(np.moveaxis(sample["images"], 0, -1)), (250, 250)))
             ImageDraw.Draw(row).multiline_text((260, 4), textwrap.fill(sample["caption"], 80), "black")
-            rows.append(np.asarray(row))
-        Image.fromarray(np.vstack(rows)).save(Path(args.output_dir, "preview.png"))
+            rows.append(row)
+        Image.fromarray(np.vstack(rows)).save(f"{args.output_dir}/preview.png")
         logger.info(f"wrote {args.output_dir}/preview.png, for --preview_data, and stopped")
     sys.exit(0)
 
@@ -726,7 +722,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
     steps = plan_micro_steps(data.train, progress, last_step - progress.global_step,
                              args.train_batch_size * accelerator.num_processes, args.gradient_accumulation_steps)
     loader = make_dataloader(data.train, steps, models, args.dataloader_num_workers, accelerator)
-    parameters = list(name_trained_parameters(models).values())
+    parameters = name_trained_parameters(models).values()
     meter, signal_number = Meter(args, accelerator, progress.global_step, last_step), 0
 
     ahead = contextlib.closing(iterate_ahead(loader))
@@ -807,7 +803,7 @@ OPTIONAL_PACKAGES = {"use_8bit_adam": "bitsandbytes", "enable_xformers_memory_ef
 
 
 def in_range(kind: type, low: float, high: float = 1e15):
-    def read(text: str):
+    def read(text):
         value = kind(text)
         if not low <= value <= high:
             raise ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text!r}")
@@ -861,8 +857,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
          and (not args.optimizer_in_backward or precision != "bf16" or args.use_ema or args.fsdp),
          "--weight_dtype bf16 needs --optimizer_in_backward and --mixed_precision bf16, and no --use_ema or --fsdp."),
         (args.fsdp and num_processes == 1,
-         "--fsdp divides the model among several processes, and here is one: launch with `accelerate launch "
-         "--multi_gpu`, or drop it."),
+         "--fsdp divides the model among processes, of which there is one: add --multi_gpu to `accelerate launch`."),
         *((args.fsdp and getattr(args, flag), f"--fsdp excludes --{flag}: drop one of them.")
           for flag in ("use_8bit_adam", "use_adafactor", "channels_last")),
     )
@@ -1034,23 +1029,21 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     cases = [
         *own_cases,
         (not args.dataset_name and not os.path.isdir(args.train_data_dir or ""),
-         f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
-         "or --dataset_name NAME."),
+         f"--train_data_dir {args.train_data_dir} is not a folder: name one of captioned images, or --dataset_name."),
         (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
         (earlier == [RESULT] or earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
          "overwrite: name another folder or, to go on from a checkpoint in it, add --resume_from_checkpoint latest."),
         *((getattr(args, flag) and Path(getattr(args, flag)).resolve() == out,
-           f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
-           "own: name another.")
+           f"--output_dir {args.output_dir} is also --{flag}, whose files would mix with this run's: name another.")
           for flag in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir")),
         (args.prediction_type not in (None, *PREDICTION_TYPES),
          f"--prediction_type {args.prediction_type}: choose from {', '.join(PREDICTION_TYPES)}."),
         (args.lr_scheduler not in LR_SCHEDULERS,
          f"--lr_scheduler {args.lr_scheduler}: choose from {', '.join(LR_SCHEDULERS)}."),
-        (not list_sizes(args), f"--bucket_step {args.bucket_step} leaves no size of about --resolution "
-         f"{args.resolution}: lower it."),
+        (not list_sizes(args),
+         f"--bucket_step {args.bucket_step} leaves no size of about --resolution {args.resolution}: lower it."),
         (args.dream_training and args.input_perturbation,
          "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
@@ -1059,15 +1052,14 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         (args.text_encoder_lr is not None and not args.train_text_encoder,
          "--text_encoder_lr needs --train_text_encoder."),
         (args.cache_text_embeddings and args.train_text_encoder,
-         "--train_text_encoder changes the text embeddings, so they cannot be cached: add "
-         "--no_cache_text_embeddings."),
+         "--train_text_encoder changes the text embeddings, so do not cache them: add --no_cache_text_embeddings."),
         (args.hub_token and args.report_to not in ("tensorboard", "none"),
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
-        *((getattr(args, flag, False) and importlib.util.find_spec(package) is None,
+        *((getattr(args, flag, False) and not importlib.util.find_spec(package),
            f"--{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
           for flag, package in OPTIONAL_PACKAGES.items()),
-        *((tracker not in TRACKERS or tracker != "all" and importlib.util.find_spec(tracker) is None,
+        *((tracker not in TRACKERS or tracker != "all" and not importlib.util.find_spec(tracker),
            f"--report_to {tracker} is unknown or not installed: choose from {', '.join(TRACKERS)}, several with "
            "commas, or none alone.")
           for tracker in args.report_to.split(",") if args.report_to != "none"),
@@ -1089,7 +1081,7 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal
 def make_accelerator(args: Namespace) -> Accelerator:
     """Return the accelerator; libraries log warnings only."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger(__name__).setLevel(logging.INFO)
+    logger.setLevel(logging.INFO)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to.split(","),
@@ -1210,9 +1202,7 @@ ADDITION_EMBED_TYPE = None  # of the UNet: tells this kind of model from the oth
 # Settings that must be unset: they ask for inputs or noise that training lacks, or scale latents as it does not.
 UNSUPPORTED_SETTINGS = {
     "unet": ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"),
-    "vae": ("shift_factor", "latents_mean", "latents_std"),
-    "scheduler": ("use_flow_sigmas",),
-}
+    "vae": ("shift_factor", "latents_mean", "latents_std"), "scheduler": ("use_flow_sigmas",)}
 
 
 def load_model_configs(args: Namespace) -> dict[str, dict]:
@@ -1282,9 +1272,9 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
 
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
-    where, factor = args.pretrained_model_name_or_path, compute_vae_factor(configs["vae"])
-    unet, vae, scheduler = configs["unet"], configs["vae"], configs["scheduler"]
-    in_channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    where, vae, scheduler = args.pretrained_model_name_or_path, configs["vae"], configs["scheduler"]
+    factor, latent_channels = compute_vae_factor(vae), vae.get("latent_channels", 4)
+    in_channels = configs["unet"].get("in_channels", 4)
     sampler, num_timesteps = scheduler.get("_class_name", ""), scheduler.get("num_train_timesteps", 1000)
     prediction_type = args.prediction_type or scheduler.get("prediction_type", "epsilon")
     refusals = (
@@ -1305,6 +1295,8 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
          "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample; this run has epsilon."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
          f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
+        ((args.clip_skip or 0) >= configs["text_encoder"].get("num_hidden_layers", 12),
+         f"--clip_skip {args.clip_skip} skips all layers of the text encoder: take a smaller number."),
     )
     for is_wrong, message in refusals:
         if is_wrong:
@@ -1430,7 +1422,7 @@ def shard_networks(args: Namespace, accelerator: Accelerator, models: Models) ->
     """
     if not args.fsdp:
         return
-    mesh = DeviceMesh.from_group(dist.group.WORLD, accelerator.device.type)  # a new group waits for all
+    mesh = dist.DeviceMesh.from_group(dist.group.WORLD, accelerator.device.type)  # a new group waits for all
     policy = MixedPrecisionPolicy(param_dtype=HALF_DTYPES.get(accelerator.mixed_precision), cast_forward_inputs=False,
                                   reduce_dtype=torch.float32)
     if args.torch_compile:
@@ -1450,11 +1442,11 @@ def shard_optimizer(args: Namespace, models: Models) -> None:
     optimizer = models.optimizer.optimizer
     parameters = list(name_trained_parameters(models).values())
 
-    def state_dict() -> dict:
+    def state_dict():
         state = optimizer.state_dict()
         return state | {"state": {key: gather(moments) for key, moments in state["state"].items()}}
 
-    def load_state_dict(state: dict) -> None:
+    def load_state_dict(state):
         for key, moments in state["state"].items():
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name] = shard_like(parameters[key], moments[name])
@@ -1531,8 +1523,10 @@ def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models
 FILE_SIZE, LEAST_FILES = 16 * 2**20, 16  # of a cache: bytes in a file, whose images are in memory at once
 ENCODED_PIXELS = 2**20  # in a batch of the VAE: one image of 1024 px, four of 512
 CACHE_DTYPES = {"fp16": "f2", "fp32": "f4"}  # for numpy
+OPENING = threading.Lock()  # numpy parses a file's header by `ast`, which threads cannot share before Python 3.11.8
 
 
+@torch.no_grad()
 def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
     """Encode images and captions once, as the flags say, and put the networks where training needs them."""
     with encoders_on_device(args, accelerator, models):
@@ -1585,7 +1579,6 @@ def cache_text_states(args: Namespace, accelerator: Accelerator, models: Models,
     return rows
 
 
-@torch.no_grad()
 def encode_texts(models: Models, captions: list[str]) -> dict[str, np.ndarray]:
     """Return what `encode_captions` returns, in float32, and `num_long`: whether each caption fills all tokens."""
     batch = collate([{"caption": caption} for caption in captions], list_tokenizers(models))
@@ -1594,7 +1587,6 @@ def encode_texts(models: Models, captions: list[str]) -> dict[str, np.ndarray]:
         "num_long": batch["num_long"].numpy()}
 
 
-@torch.no_grad()
 def encode_prompts(args: Namespace, accelerator: Accelerator, pipeline) -> list[dict[str, Tensor]]:
     """Return for each prompt to draw what a call of the pipeline takes in its place."""
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -1633,8 +1625,8 @@ class EncodedRows:
             for name, values in encoded.items():
                 rows[name] = values
             if not np.isfinite(rows[first]).all():
-                raise RuntimeError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
-                                   f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
+                raise UserError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
+                                f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
@@ -1650,7 +1642,8 @@ class EncodedRows:
 
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+    with OPENING:
+        return np.load(path, mmap_mode="r")
 
 
 def make_key(*facts) -> str:
@@ -1660,7 +1653,7 @@ def make_key(*facts) -> str:
 
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
-    def digest(index: int) -> bytes:
+    def digest(index):
         image = samples.data.images[samples.rows[index]]
         try:
             return hashlib.blake2b(image.tobytes() if isinstance(image, Image.Image)
@@ -1681,7 +1674,7 @@ def digest_network(network: nn.Module) -> str:
     """Hash a network's layers and weights, wherever they were loaded from."""
     digest = hashlib.blake2b(repr(network).encode(), digest_size=12)
     for tensor in network.state_dict().values():
-        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -1741,7 +1734,7 @@ def update_in_backward(args: Namespace, models: Models) -> None:
         return
     optimizer = models.optimizer.optimizer
 
-    def update(number: int, master: nn.Parameter, parameter: nn.Parameter) -> None:
+    def update(number, master, parameter):
         groups = optimizer.param_groups
         optimizer.param_groups = [groups[number] | {"params": [master]}]
         if master is not parameter:
@@ -1795,13 +1788,15 @@ class EmaWeights:
     """Exponential moving average of the trainable weights, in float32: ema += (1 - decay_n) (weights - ema).
 
     decay_n is 0 at the first update, then n / (9 + n), at most `decay`: the ramp of diffusers' EMAModel, which reads
-    these files. `min_decay` is a floor, for EMA weights that come with a model; `offload` keeps them in host memory.
+    these files. `min_decay` is a floor, for EMA weights that come with a model. `offload` keeps them in host memory;
+    on a GPU, its copies run beside the next update's passes.
     """
 
     def __init__(self, parameters: list[Tensor], decay: float, offload: bool = False) -> None:
         self.parameters, self.decay, self.offload = parameters, decay, offload
         self.min_decay, self.num_updates = 0.0, 0
-        options = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if offload else {}
+        self.stream = torch.cuda.Stream() if offload and torch.cuda.is_available() else None
+        options = {"device": "cpu", "pin_memory": self.stream is not None} if offload else {}
         self.averages = [torch.empty_like(parameter, **options).copy_(parameter.detach()) for parameter in parameters]
 
     @torch.no_grad()
@@ -1810,16 +1805,24 @@ class EmaWeights:
         self.num_updates += 1
         ramp = 0.0 if self.num_updates == 1 else self.num_updates / (9 + self.num_updates)
         decay = max(self.min_decay, min(self.decay, ramp))
-        if self.offload:
-            for parameter, average in zip(self.parameters, self.averages, strict=True):
-                on_device = average.to(parameter.device, non_blocking=True)
-                average.copy_(on_device.lerp_(parameter, 1 - decay), non_blocking=True)
-        else:
-            torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.offload:
+                for parameter, average in zip(self.parameters, self.averages, strict=True):
+                    on_device = average.to(parameter.device, non_blocking=True)
+                    average.copy_(on_device.lerp_(parameter, 1 - decay), non_blocking=True)
+            else:
+                torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         return decay
+
+    def join(self, *_) -> None:
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     @torch.no_grad()
     def swap(self) -> None:
+        self.join()
         for parameter, average in zip(self.parameters, self.averages, strict=True):
             weights = parameter.clone()
             parameter.copy_(average)
@@ -1851,6 +1854,7 @@ def make_ema(args: Namespace, models: Models) -> EmaWeights:
     shards = [parameter.to_local() if isinstance(parameter, DTensor) else parameter
               for parameter in parameters.values()]
     ema = EmaWeights(shards, args.ema_decay, args.offload_ema)
+    models.optimizer.optimizer.register_step_pre_hook(ema.join)
     if args.non_ema_revision != args.revision:
         source_args = Namespace(**vars(args) | {"non_ema_revision": args.revision})
         ema.swap()
@@ -1872,10 +1876,9 @@ FIXED_FLAGS = {"use_ema", "use_8bit_adam", "use_adafactor", "train_text_encoder"
 INCONSEQUENTIAL_FLAGS = frozenset(
     "output_dir cache_dir encoded_dir resume_from_checkpoint preview_data checkpointing_steps checkpoints_total_limit "
     "logging_dir logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo local_rank "
-    "debug_loss offload_ema foreach_ema optimizer_in_backward dataloader_num_workers validation_prompts "
+    "debug_loss offload_ema foreach_ema pretrained_lora_model_name_or_path dataloader_num_workers validation_prompts "
     "validation_prompt num_validation_images validation_size validation_steps validation_epochs validation_data_dir "
-    "validation_guidance_scale validation_inference_steps save_kohya_format pretrained_lora_model_name_or_path".split()
-)
+    "validation_guidance_scale validation_inference_steps save_kohya_format optimizer_in_backward".split())
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
@@ -1914,10 +1917,9 @@ def is_whole_checkpoint(folder: Path) -> bool:
 
 def digest_files(folder: Path) -> dict[str, str]:
     """Hash the last MiB of each file: enough to notice one that was cut short or is from another run."""
-    return {
-        path.relative_to(folder).as_posix(): make_key(
-            np.fromfile(path, np.uint8, offset=max(0, path.stat().st_size - 2**20)).tobytes())
-        for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): make_key(
+                np.fromfile(path, np.uint8, offset=max(0, path.stat().st_size - 2**20)).tobytes())
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def load_run_record(checkpoint: Path | None) -> dict:
@@ -1940,8 +1942,8 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
     if misfits:
         raise UserError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
     if changed:
-        logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the "
-                       "new values.")
+        logger.warning(
+            f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the new values.")
     elif saved:
         logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
     else:
@@ -1967,7 +1969,7 @@ def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> Non
 
 def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
     """Write networks and EMA weights as files that diffusers loads, and the rest of the state by accelerate."""
-    accelerator.save_state(str(folder))
+    accelerator.save_state(folder)
     save_trained(accelerator, models, folder)
     if models.ema:
         with averaged_weights(models):
@@ -2013,7 +2015,7 @@ def finish_files(path: Path) -> None:
     """Flush a file, or all in a folder, to disk, with the folder's permissions: safetensors leaves out the group's."""
     for file in filter(Path.is_file, [path, *path.rglob("*")]):
         with open(file, "r+b") as stream:
-            os.fsync(stream.fileno())
+            os.fsync(stream)
         file.chmod(file.parent.stat().st_mode & 0o666)
 
 
@@ -2031,7 +2033,7 @@ def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progre
     try:
         if not (checkpoint / "scaler.pt").is_file():  # not of a run in fp16: the loss scale begins anew
             accelerator.scaler = None
-        accelerator.load_state(str(checkpoint), map_location="cpu", load_kwargs={"mmap": True})
+        accelerator.load_state(checkpoint, map_location="cpu", load_kwargs={"mmap": True})
         accelerator.scaler = scaler
         # without those that fp16 skipped; the reference's schedules count otherwise
         num_updates = schedule.last_epoch if record else get_checkpoint_step(checkpoint)
@@ -2082,6 +2084,7 @@ def make_pipeline(models: Models, safety_checker=None, feature_extractor=None) -
                                    requires_safety_checker=safety_checker is not None)
 
 
+@torch.no_grad()
 def validate(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
              progress: Progress, tag: str = "validation") -> None:
     """Draw the prompts and measure the held-out loss, with the EMA weights if any; the processes share both."""
@@ -2106,7 +2109,6 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, objectiv
             save_images(args, accelerator, images, progress.global_step, tag)
 
 
-@torch.no_grad()
 def draw_images(args: Namespace, accelerator: Accelerator, models: Models, seed: int) -> list[tuple[int, Image.Image]]:
     """Return this process's share of the pictures, each with its index, from the same noise at every call."""
     prompts, pipeline, drawn = args.validation_prompts, make_pipeline(models), []
@@ -2127,7 +2129,6 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, seed:
     return drawn
 
 
-@torch.no_grad()
 def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
                           held_out: Samples | None) -> float:
     """Return this process's share of the mean unweighted loss of held-out samples, at the same noise in every run."""
@@ -2148,7 +2149,7 @@ def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Ima
     """Save pictures one by one, by the index of their prompt, and side by side, and send them to the trackers."""
     folder = Path(args.output_dir, f"validation/step-{step}")
     sides = np.max([image.size for image in images.values()], axis=0)
-    pixels = [np.asarray(image.crop((0, 0, *sides))) for image in images.values()]  # with black beside smaller ones
+    pixels = [image.crop((0, 0, *sides)) for image in images.values()]  # with black beside smaller ones
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in images.items():
         image.save(folder / f"{index:02d}.png")
@@ -2160,9 +2161,8 @@ def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Ima
         elif tracker.name == "wandb":
             import wandb
 
-            captioned = [wandb.Image(image, caption=f"{index}: {args.validation_prompts[index]}")
-                         for index, image in images.items()]
-            tracker.log({tag: captioned}, step=step)
+            tracker.log({tag: [wandb.Image(image, caption=f"{index}: {args.validation_prompts[index]}")
+                               for index, image in images.items()]}, step=step)
 
 
 def load_safety_checker(args: Namespace) -> tuple:
@@ -2219,8 +2219,8 @@ def push_to_hub(args: Namespace) -> None:
         huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
                                       commit_message="End of training", ignore_patterns=ignored)
     except Exception as error:
-        raise RuntimeError(f"uploading {args.output_dir} to {args.hub_model_id} failed: {error}. To try again, repeat "
-                           "the command with --resume_from_checkpoint latest.") from error
+        raise UserError(f"uploading {args.output_dir} to {args.hub_model_id} failed: {error}. To try again, repeat "
+                        "the command with --resume_from_checkpoint latest.") from error
 
 
 # ---- Logging --------------------------------------------------------------------------------------------------------
@@ -2273,7 +2273,7 @@ class Meter:
             self.bar.update(1)
 
     def flush(self) -> None:
-        """Read the numbers from the device and log them; raise RuntimeError if a loss or gradient is not finite."""
+        """Read the numbers from the device and log them; raise UserError if a loss or gradient is not finite."""
         if not self.updates:
             return
         own = [{name: float(number) for name, number in numbers.items()} for numbers in self.updates.values()]
@@ -2291,7 +2291,7 @@ class Meter:
             self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
             allowed = FP16_OVERFLOWS if self.accelerator.scaler else 0  # whose updates are skipped, its scale halved
             if not math.isfinite(numbers["train_loss"]) or self.overflows > allowed:
-                raise RuntimeError(
+                raise UserError(
                     f"the loss is {numbers['train_loss']} at step {step} (gradient norm {norm}, lr "
                     f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}): too high a learning rate? "
                     "Try a lower one, and --mixed_precision bf16 in place of fp16. Checkpoints are untouched.")

@@ -56,6 +56,7 @@ import signal
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
@@ -263,7 +264,7 @@ def compute_timestep_cdf(args: Namespace, num_timesteps: int) -> np.ndarray:
     biased = {"none": slice(0), "earlier": slice(count), "later": slice(num_timesteps - count, None),
               "range": slice(args.timestep_bias_begin, args.timestep_bias_end)}[args.timestep_bias_strategy]
     weights[biased] *= args.timestep_bias_multiplier
-    cumulative = np.cumsum(weights)
+    cumulative = weights.cumsum()
     return cumulative / cumulative[-1]
 
 
@@ -355,8 +356,8 @@ def load_rows(args: Namespace) -> tuple[datasets.Dataset, list]:
 def check_columns(args: Namespace, source: str | Path, columns: list[str]) -> None:
     for flag in ("image_column", "caption_column"):
         if getattr(args, flag) not in columns:
-            raise UserError(f"--{flag} {getattr(args, flag)} is not in {source}: its columns are "
-                            f"{', '.join(columns)}.")
+            raise UserError(
+                f"--{flag} {getattr(args, flag)} is not in {source}: its columns are {', '.join(columns)}.")
 
 
 def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, list]:
@@ -413,8 +414,7 @@ def read_metadata(path: Path, folder: str, args: Namespace) -> list[tuple]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows.extend(METADATA_READERS[path.name](file))
     except Exception as error:  # each reader raises its own
-        raise UserError(f"{path} cannot be read after row {len(rows)}: {error}. It must be UTF-8, with file_name and "
-                        "captions.") from error
+        raise UserError(f"{path} cannot be read after row {len(rows)}, as UTF-8 with file_name: {error}.") from error
     names = dict.fromkeys("image" if name == "file_name" else name for row in rows for name in row)  # as `datasets`
     if None in names:
         raise UserError(f"{path} has cells beyond its header, {next(row[None] for row in rows if None in row)}: put "
@@ -483,20 +483,19 @@ def list_sizes(args: Namespace) -> list[tuple[int, int]]:
     area, step = height * width, args.bucket_step
     sizes = [(side, area // side // step * step) for side in range(step, math.isqrt(LARGEST_ASPECT * area) + 1, step)]
     sizes = sorted({*sizes, *((width, height) for height, width in sizes)})
-    return [size for size in sizes if 0 < max(size) <= LARGEST_ASPECT * min(size)]
+    return [size for size in sizes if max(size) <= LARGEST_ASPECT * min(size)]
 
 
 def choose_buckets(images: Sequence, rows: Sequence[int], sizes: list[tuple[int, int]]) -> np.ndarray:
     """Return for each of the `rows` of the images which of the sizes is nearest in aspect ratio."""
-    def measure(row: int) -> tuple[int, int]:
-        try:
-            image, orientation = open_image(images[row]), 1
-            width, height = image.size
-            with contextlib.suppress(Exception):  # broken EXIF data; a PNG's own method would decode it
-                orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-            return (width, height) if orientation > 4 else (height, width)
-        except Exception:  # decoding it will say why, or skip it
-            return sys.maxsize, sys.maxsize
+    def measure(row):
+        size = 1, 1  # of what cannot be opened: decoding it will say why, or skip it
+        with contextlib.suppress(Exception):  # broken EXIF data too
+            image = open_image(images[row])
+            size = image.size[::-1]
+            if Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) > 4:  # a PNG's own method would decode it
+                size = image.size
+        return size
 
     measured = map_in_threads(measure, rows)
     aspects, choices = (np.log([height / width for height, width in pairs]) for pairs in (measured, sizes))
@@ -581,7 +580,7 @@ class Samples:
         if self.latents is None:
             picture, source = self.read(use.index)
             image = transform_image(picture, self.args, self.sizes[bucket], corner, flip)
-            image["sources"] = np.int64(source)
+            image["sources"] = source
         else:
             crop = int(corner[0] * self.num_crops)
             image = self.latents.read((use.index * self.num_crops + crop) * self.num_flips + flip)
@@ -594,15 +593,14 @@ class Samples:
         text = {"caption": caption} if self.text_states is None else self.text_states.read(self.caption_rows[caption])
         noises = {purpose: rng(purpose).standard_normal(shape, dtype=np.float32)
                   for purpose, shape in self.noise_shapes[bucket].items()}
-        timestep = np.searchsorted(self.timestep_cdf, rng("timestep").random(), side="right")
+        timestep = self.timestep_cdf.searchsorted(rng("timestep").random(), side="right")
         return image | text | noises | {"timesteps": timestep, "weights": np.float32(use.weight)}
 
     def make_variants(self, index: int) -> list[dict]:
         """Return the crops of an image that are cached, the same for any seed."""
         (image, source), size = self.read(index), self.sizes[self.buckets[index]]
-        corners = [make_rng(0, "cached crop", index, crop).random(2) for crop in range(self.num_crops)]
-        return [transform_image(image, self.args, size, corner, flip) | {"sources": np.int64(source)}
-                for corner in corners for flip in range(self.num_flips)]
+        return [transform_image(image, self.args, size, make_rng(0, "cached crop", index, crop).random(2), flip)
+                | {"sources": np.int64(source)} for crop in range(self.num_crops) for flip in range(self.num_flips)]
 
     def make_order(self, epoch: int, update_size: int) -> np.ndarray:
         """Return the indices of an epoch in random order; with buckets in runs of one size, of an update each."""
@@ -733,7 +731,7 @@ def iterate_ahead(batches):
 
     The first is made in this thread, where loaders can start. Close it when leaving early, or they outlive an error.
     """
-    with contextlib.closing(batches), ThreadPoolExecutor(max_workers=1) as reader:
+    with contextlib.closing(batches), ThreadPoolExecutor(1) as reader:
         batch = next(batches, None)
         while batch is not None:
             pending = reader.submit(next, batches, None)
@@ -751,8 +749,8 @@ def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples) ->
             sample, row = samples[SampleUse(0, index)], Image.new("RGB", (800, 256), "white")
             row.paste(ImageOps.contain(Image.fromarray(np.moveaxis(sample["images"], 0, -1)), (250, 250)))
             ImageDraw.Draw(row).multiline_text((260, 4), textwrap.fill(sample["caption"], 80), "black")
-            rows.append(np.asarray(row))
-        Image.fromarray(np.vstack(rows)).save(Path(args.output_dir, "preview.png"))
+            rows.append(row)
+        Image.fromarray(np.vstack(rows)).save(f"{args.output_dir}/preview.png")
         logger.info(f"wrote {args.output_dir}/preview.png, for --preview_data, and stopped")
     sys.exit(0)
 
@@ -1206,7 +1204,7 @@ OPTIONAL_PACKAGES = {"use_8bit_adam": "bitsandbytes", "enable_xformers_memory_ef
 
 
 def in_range(kind: type, low: float, high: float = 1e15):
-    def read(text: str):
+    def read(text):
         value = kind(text)
         if not low <= value <= high:
             raise ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text!r}")
@@ -1406,23 +1404,21 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     cases = [
         *own_cases,
         (not args.dataset_name and not os.path.isdir(args.train_data_dir or ""),
-         f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Give one of captioned images, "
-         "or --dataset_name NAME."),
+         f"--train_data_dir {args.train_data_dir} is not a folder: name one of captioned images, or --dataset_name."),
         (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
         (earlier == [RESULT] or earlier and args.resume_from_checkpoint is None,
          f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
          "overwrite: name another folder or, to go on from a checkpoint in it, add --resume_from_checkpoint latest."),
         *((getattr(args, flag) and Path(getattr(args, flag)).resolve() == out,
-           f"--output_dir {args.output_dir} is the folder of --{flag}, which would take files of this run for its "
-           "own: name another.")
+           f"--output_dir {args.output_dir} is also --{flag}, whose files would mix with this run's: name another.")
           for flag in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir")),
         (args.prediction_type not in (None, *PREDICTION_TYPES),
          f"--prediction_type {args.prediction_type}: choose from {', '.join(PREDICTION_TYPES)}."),
         (args.lr_scheduler not in LR_SCHEDULERS,
          f"--lr_scheduler {args.lr_scheduler}: choose from {', '.join(LR_SCHEDULERS)}."),
-        (not list_sizes(args), f"--bucket_step {args.bucket_step} leaves no size of about --resolution "
-         f"{args.resolution}: lower it."),
+        (not list_sizes(args),
+         f"--bucket_step {args.bucket_step} leaves no size of about --resolution {args.resolution}: lower it."),
         (args.dream_training and args.input_perturbation,
          "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
@@ -1431,15 +1427,14 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         (args.text_encoder_lr is not None and not args.train_text_encoder,
          "--text_encoder_lr needs --train_text_encoder."),
         (args.cache_text_embeddings and args.train_text_encoder,
-         "--train_text_encoder changes the text embeddings, so they cannot be cached: add "
-         "--no_cache_text_embeddings."),
+         "--train_text_encoder changes the text embeddings, so do not cache them: add --no_cache_text_embeddings."),
         (args.hub_token and args.report_to not in ("tensorboard", "none"),
          f"--hub_token with --report_to {args.report_to}: such trackers publish the command line, and the token with "
          "it. Run `hf auth login`, or set HF_TOKEN, and drop --hub_token."),
-        *((getattr(args, flag, False) and importlib.util.find_spec(package) is None,
+        *((getattr(args, flag, False) and not importlib.util.find_spec(package),
            f"--{flag} needs {package}, which is not installed: pip install {package}, or drop the flag.")
           for flag, package in OPTIONAL_PACKAGES.items()),
-        *((tracker not in TRACKERS or tracker != "all" and importlib.util.find_spec(tracker) is None,
+        *((tracker not in TRACKERS or tracker != "all" and not importlib.util.find_spec(tracker),
            f"--report_to {tracker} is unknown or not installed: choose from {', '.join(TRACKERS)}, several with "
            "commas, or none alone.")
           for tracker in args.report_to.split(",") if args.report_to != "none"),
@@ -1649,9 +1644,7 @@ FLAX_FILES = {"unet": "diffusion_flax_model.msgpack", "vae": "diffusion_flax_mod
 # Settings that must be unset: they ask for inputs or noise that training lacks, or scale latents as it does not.
 UNSUPPORTED_SETTINGS = {
     "unet": ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim"),
-    "vae": ("shift_factor", "latents_mean", "latents_std"),
-    "scheduler": ("use_flow_sigmas",),
-}
+    "vae": ("shift_factor", "latents_mean", "latents_std"), "scheduler": ("use_flow_sigmas",)}
 # Settings of networks: those that may differ, with what holds where an old file leaves them out, ...
 SETTINGS = {
     "unet": {"in_channels": 4, "out_channels": 4, "layers_per_block": 2, "norm_eps": 1e-5, "norm_num_groups": 32,
@@ -1701,8 +1694,6 @@ def load_model_configs(args: Namespace) -> dict[str, dict]:
     check_model_configs(args, configs)
     configs |= {part: check_settings(part, configs[part]) for part in SETTINGS}
     configs["text_encoder"]["num_hidden_layers"] -= args.clip_skip or 0  # later layers are not loaded
-    if configs["text_encoder"]["num_hidden_layers"] < 0:
-        raise UserError(f"--clip_skip {args.clip_skip} is more than the layers of the text encoder: lower it.")
     scheduler = configs["scheduler"]
     compute_alphas_cumprod(scheduler)  # refuses an unknown noise schedule
     scheduler["_class_name"] = scheduler.get("_class_name", "PNDMScheduler").removeprefix("Flax")
@@ -1739,9 +1730,9 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
 
 
 def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
-    where, factor = args.pretrained_model_name_or_path, compute_vae_factor(configs["vae"])
-    unet, vae, scheduler = configs["unet"], configs["vae"], configs["scheduler"]
-    in_channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
+    where, vae, scheduler = args.pretrained_model_name_or_path, configs["vae"], configs["scheduler"]
+    factor, latent_channels = compute_vae_factor(vae), vae.get("latent_channels", 4)
+    in_channels = configs["unet"].get("in_channels", 4)
     sampler, num_timesteps = scheduler.get("_class_name", ""), scheduler.get("num_train_timesteps", 1000)
     prediction_type = args.prediction_type or scheduler.get("prediction_type", "epsilon")
     refusals = (
@@ -1762,6 +1753,8 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
          "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample; this run has epsilon."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
          f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
+        ((args.clip_skip or 0) >= configs["text_encoder"].get("num_hidden_layers", 12),
+         f"--clip_skip {args.clip_skip} skips all layers of the text encoder: take a smaller number."),
     )
     for is_wrong, message in refusals:
         if is_wrong:
@@ -1983,6 +1976,7 @@ class LocalEncoder:
 FILE_SIZE, LEAST_FILES = 16 * 2**20, 16  # of a cache: bytes in a file, whose images are in memory at once
 ENCODED_PIXELS = 2**20  # in a batch of the VAE: one image of 1024 px, four of 512
 CACHE_DTYPES = {"fp16": "f2", "fp32": "f4"}  # for numpy
+OPENING = threading.Lock()  # numpy parses a file's header by `ast`, which threads cannot share before Python 3.11.8
 
 
 def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
@@ -2071,8 +2065,8 @@ class EncodedRows:
             for name, values in encoded.items():
                 rows[name] = values
             if not np.isfinite(rows[first]).all():
-                raise RuntimeError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
-                                   f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
+                raise UserError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
+                                f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 aside = path.with_name(f".partial-{os.urandom(8).hex()}.npy")
@@ -2088,7 +2082,8 @@ class EncodedRows:
 
 @functools.lru_cache(maxsize=256)  # each open file takes one of the process's descriptors
 def open_rows(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
+    with OPENING:
+        return np.load(path, mmap_mode="r")
 
 
 def make_key(*facts) -> str:
@@ -2098,7 +2093,7 @@ def make_key(*facts) -> str:
 
 def digest_images(accelerator: Accelerator, samples: Samples) -> str:
     """Hash all image files, and three preprocessed images, so that editing the transform rebuilds the cache."""
-    def digest(index: int) -> bytes:
+    def digest(index):
         image = samples.data.images[samples.rows[index]]
         try:
             return hashlib.blake2b(image.tobytes() if isinstance(image, Image.Image)
@@ -2250,10 +2245,9 @@ FIXED_FLAGS = {"use_ema", "train_text_encoder"}
 INCONSEQUENTIAL_FLAGS = frozenset(
     "output_dir cache_dir encoded_dir resume_from_checkpoint preview_data checkpointing_steps checkpoints_total_limit "
     "logging_dir logging_steps report_to tracker_project_name push_to_hub hub_model_id hub_private_repo local_rank "
-    "debug_loss offload_ema foreach_ema optimizer_in_backward dataloader_num_workers validation_prompts "
+    "debug_loss offload_ema foreach_ema pretrained_lora_model_name_or_path dataloader_num_workers validation_prompts "
     "validation_prompt num_validation_images validation_size validation_steps validation_epochs validation_data_dir "
-    "validation_guidance_scale validation_inference_steps save_kohya_format pretrained_lora_model_name_or_path".split()
-)
+    "validation_guidance_scale validation_inference_steps save_kohya_format optimizer_in_backward".split())
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:
@@ -2292,10 +2286,9 @@ def is_whole_checkpoint(folder: Path) -> bool:
 
 def digest_files(folder: Path) -> dict[str, str]:
     """Hash the last MiB of each file: enough to notice one that was cut short or is from another run."""
-    return {
-        path.relative_to(folder).as_posix(): make_key(
-            np.fromfile(path, np.uint8, offset=max(0, path.stat().st_size - 2**20)).tobytes())
-        for path in folder.rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix(): make_key(
+                np.fromfile(path, np.uint8, offset=max(0, path.stat().st_size - 2**20)).tobytes())
+            for path in folder.rglob("*") if path.is_file()}
 
 
 def load_run_record(checkpoint: Path | None) -> dict:
@@ -2318,8 +2311,8 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
     if misfits:
         raise UserError(f"{checkpoint} does not fit: {'; '.join(misfits)}. Give the command as it was.")
     if changed:
-        logger.warning(f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the "
-                       "new values.")
+        logger.warning(
+            f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the new values.")
     elif saved:
         logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
     else:
@@ -2397,7 +2390,7 @@ def finish_files(path: Path) -> None:
     """Flush a file, or all in a folder, to disk, with the folder's permissions: safetensors leaves out the group's."""
     for file in filter(Path.is_file, [path, *path.rglob("*")]):
         with open(file, "r+b") as stream:
-            os.fsync(stream.fileno())
+            os.fsync(stream)
         file.chmod(file.parent.stat().st_mode & 0o666)
 
 
@@ -2645,8 +2638,8 @@ def push_to_hub(args: Namespace) -> None:
         huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
                                       commit_message="End of training", ignore_patterns=ignored)
     except Exception as error:
-        raise RuntimeError(f"uploading {args.output_dir} to {args.hub_model_id} failed: {error}. To try again, repeat "
-                           "the command with --resume_from_checkpoint latest.") from error
+        raise UserError(f"uploading {args.output_dir} to {args.hub_model_id} failed: {error}. To try again, repeat "
+                        "the command with --resume_from_checkpoint latest.") from error
 
 
 # ---- Logging --------------------------------------------------------------------------------------------------------
@@ -2693,7 +2686,7 @@ class Meter:
             self.bar.update(1)
 
     def flush(self, count: int | None = None) -> None:
-        """Read the oldest metrics, or all, from the devices and log them; raise RuntimeError if one is not finite."""
+        """Read the oldest metrics, or all, from the devices and log them; raise UserError if one is not finite."""
         rows = jax.device_get(self.updates[:count])
         del self.updates[:count]
         if not rows:
@@ -2714,7 +2707,7 @@ class Meter:
             self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
             allowed = FP16_OVERFLOWS if "loss_scale" in numbers else 0  # whose updates are skipped, its scale halved
             if not math.isfinite(numbers["train_loss"]) or self.overflows > allowed:
-                raise RuntimeError(
+                raise UserError(
                     f"the loss is {numbers['train_loss']} at step {global_step} (gradient norm {norm}, lr "
                     f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}): too high a learning rate? "
                     "Try a lower one, and --mixed_precision bf16 in place of fp16. Checkpoints are untouched.")

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, TORCH_SCRIPTS, make_args
+from runs import forget_accelerate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import estimate  # noqa: E402
@@ -65,6 +66,12 @@ def test_norms_stay_in_half_precision(found, name):
 def test_text_encoders_leave_their_memory_to_the_vae(found, name):
     """With their states cached, they are in host memory again when a picture is decoded."""
     assert found[name]["text_encoder"] == ["cpu"]
+
+
+def test_copies_of_offloaded_averages_run_beside_the_passes(found):
+    """Their stream waits for the update whose weights it reads; what changes these, an update or a swap, for it."""
+    update = ["main: wait", "main: update", "side: wait", "side: average"]
+    assert found["offloaded"] == [*update, *update, "main: wait"]
 
 
 def test_memory_and_work_of_each_phase_are_reported(found):
@@ -133,6 +140,33 @@ def estimate_with_least_loop(script, argv: list[str]) -> dict:
     return found | {"least": device.num_launches, "norm_dtypes": sorted(dtypes), "text_encoder": sorted(places)}
 
 
+def list_offloaded_work(script, argv: list[str]) -> list[str]:
+    """Return the stream of each update, of each average in host memory, and of each wait for the other stream."""
+    work, main_stream, wait_stream = [], torch.cuda.default_stream(), torch.cuda.Stream.wait_stream
+
+    def note(stream, what: str) -> None:
+        line = f"{'main' if stream == main_stream else 'side'}: {what}"
+        if work[-1:] != [line]:
+            work.append(line)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            for name, what in (("_fused_adamw_", "update"), ("lerp_", "average")):
+                if func._schema.name == f"aten::{name}":
+                    note(torch.cuda.current_stream(), what)
+            return func(*args, **(kwargs or {}))
+
+    def wait(stream, other) -> None:
+        note(stream, "wait")
+        wait_stream(stream, other)
+
+    torch.cuda.Stream.wait_stream, script.save_checkpoint, script.finish = wait, lambda *_: None, lambda *_: None
+    with Watch():
+        script.main([*argv, "--use_ema", "--offload_ema", "--max_train_steps=2"])
+    torch.cuda.Stream.wait_stream = wait_stream
+    return work
+
+
 def main(folder: str, sd: str, sdxl: str, images: str, *scripts: str) -> None:
     found = {}
     for path in map(Path, scripts):
@@ -142,8 +176,10 @@ def main(folder: str, sd: str, sdxl: str, images: str, *scripts: str) -> None:
                          validation_inference_steps=1, num_validation_images=1)
         with contextlib.redirect_stdout(sys.stderr):
             found[path.name] = estimate_with_least_loop(estimate.load_script(path), list(map(str, argv)))
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+            forget_accelerate()
+            if path.name == TORCH_SCRIPTS[0]:
+                found["offloaded"] = list_offloaded_work(estimate.load_script(path), list(map(str, argv)))
+                forget_accelerate()
     Path(folder, "found.json").write_text(json.dumps(found))
 
 
