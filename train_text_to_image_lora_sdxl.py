@@ -387,7 +387,7 @@ def read_metadata(path: Path, folder: str, args: Namespace) -> list[tuple]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows.extend(METADATA_READERS[path.name](file))
     except Exception as error:  # each reader raises its own
-        raise UserError(f"{path} cannot be read after row {len(rows)}, as UTF-8 with file_name: {error}.") from error
+        raise UserError(f"{path} cannot be read after row {len(rows)}: {error}. Fix it, in UTF-8.") from error
     names = dict.fromkeys("image" if name == "file_name" else name for row in rows for name in row)  # as `datasets`
     if None in names:
         raise UserError(f"{path} has cells beyond its header, {next(row[None] for row in rows if None in row)}: put "
@@ -777,7 +777,7 @@ def train(args: Namespace, accelerator: Accelerator, models: Models, objective: 
             if ends_run:
                 break
             ends_nth_epoch = step.last == len(data.train) and (step.epoch + 1) % args.validation_epochs == 0
-            is_due = ends_nth_epoch or args.validation_steps and progress.global_step % args.validation_steps == 0
+            is_due = progress.global_step % args.validation_steps == 0 if args.validation_steps else ends_nth_epoch
             if is_due and (args.validation_prompts or data.held_out):
                 meter.flush()
                 validate(args, accelerator, models, objective, data, progress)
@@ -1020,7 +1020,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         "--resolution.", type=image_size, nargs="+")
     add("--num_validation_images", "Images to draw of --validation_prompt.", type=nonnegative_int, default=4)
     add("--validation_epochs", "Validate every this many epochs.", type=positive_int)
-    add("--validation_steps", "Also validate every this many updates.", type=positive_int)
+    add("--validation_steps", "Validate every this many updates, in place of --validation_epochs.", type=positive_int)
     add("--validation_data_dir", "Folder of held-out images, laid out as --train_data_dir. Their unweighted loss at "
         "fixed noise and timesteps is logged as validation_loss, which is comparable between runs.")
     add("--validation_inference_steps", "Denoising steps per validation image.", type=positive_int, default=20)
@@ -1066,7 +1066,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     cases = [
         *own_cases,
         (not args.dataset_name and not os.path.isdir(args.train_data_dir or ""),
-         f"--train_data_dir {args.train_data_dir} is not a folder: name one of captioned images, or --dataset_name."),
+         f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Or give --dataset_name NAME."),
         (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
         (earlier == [RESULT] or earlier and args.resume_from_checkpoint is None,
@@ -1352,7 +1352,7 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
          "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample; this run has epsilon."),
         (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
          f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
-        ((args.clip_skip or 0) >= configs["text_encoder"].get("num_hidden_layers", 12),
+        (args.clip_skip and args.clip_skip + len(TOKENIZERS) > configs["text_encoder"].get("num_hidden_layers", 12),
          f"--clip_skip {args.clip_skip} skips all layers of the text encoder: take a smaller number."),
     )
     for is_wrong, message in refusals:
@@ -1614,7 +1614,7 @@ def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models
 FILE_SIZE, LEAST_FILES = 16 * 2**20, 16  # of a cache: bytes in a file, whose images are in memory at once
 ENCODED_PIXELS = 2**20  # in a batch of the VAE: one image of 1024 px, four of 512
 CACHE_DTYPES = {"fp16": "f2", "fp32": "f4"}  # for numpy
-OPENING = threading.Lock()  # numpy parses a file's header by `ast`, which threads cannot share before Python 3.11.8
+OPENING = threading.Lock()  # numpy reads headers by `ast`, which threads may not share before Python 3.11.8 and 3.12.2
 
 
 @torch.no_grad()
@@ -1876,11 +1876,11 @@ class EmaWeights:
         decay = max(self.min_decay, min(self.decay, ramp))
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
             if self.offload:
                 for parameter, average in zip(self.parameters, self.averages, strict=True):
-                    on_device = average.to(parameter.device, non_blocking=True)
-                    average.copy_(on_device.lerp_(parameter, 1 - decay), non_blocking=True)
+                    average.copy_(average.to(parameter.device, non_blocking=True).lerp_(parameter, 1 - decay),
+                                  non_blocking=bool(self.stream))  # to pinned memory only
             else:
                 torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         return decay

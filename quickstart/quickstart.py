@@ -58,7 +58,7 @@ TRAIN_ARGS = [
     "--resolution", RESOLUTION, "--train_batch_size", 16, "--snr_gamma", 5,
     "--lr_scheduler", "cosine", "--lr_warmup_steps", 20, "--proportion_empty_prompts", 0.1,
     "--use_ema", "--ema_decay", 0.99, "--seed", SEED, "--cache_latents", "--cache_crops", 1, "--cache_text_embeddings",
-    "--checkpoints_total_limit", 1, "--report_to", "tensorboard", "--validation_epochs", 1_000_000,
+    "--checkpoints_total_limit", 1, "--report_to", "tensorboard",
     "--validation_inference_steps", INFERENCE_STEPS, "--validation_guidance_scale", GUIDANCE_SCALE,
 ]  # fmt: skip
 

@@ -47,7 +47,7 @@ def args(tiny_model, image_folder, held_out):
     defaults = {
         "max_train_samples": 9, "max_train_steps": NUM_UPDATES, "checkpointing_steps": 3, "use_ema": True,
         "random_flip": True, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "report_to": "tensorboard",
-        "validation_prompts": PROMPTS, "validation_steps": 4, "validation_epochs": 100,
+        "validation_prompts": PROMPTS, "validation_steps": 4,
         "validation_inference_steps": 2, "validation_data_dir": held_out, "logging_steps": 2}
     return lambda output_dir, **flags: make_args(tiny_model, image_folder, output_dir, **{**defaults, **flags})
 

@@ -2,10 +2,9 @@
 
 import json
 import re
-import shutil
 import signal
 import time
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,7 @@ def args(tiny_model, image_folder, tmp_path_factory):
         "use_ema": True, "dream_training": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
         "train_text_encoder": True, "no_cache_text_embeddings": True, "clip_skip": 1, "lr_scheduler": "cosine",
         "lr_warmup_steps": 2, "report_to": "tensorboard", "logging_steps": 2,
-        "validation_prompts": ["one", "two", "three"], "validation_steps": 2, "validation_epochs": 100,
+        "validation_prompts": ["one", "two", "three"], "validation_steps": 2,
         "validation_inference_steps": 2, "validation_data_dir": held_out}
     return lambda output_dir, **flags: make_args(tiny_model, image_folder, output_dir, **{**defaults, **flags})
 
@@ -218,14 +217,14 @@ def test_caches_buckets_and_a_stop(script, args, tmp_path):
 
 
 def count_graphs(name: str, argv: list[str], log: str, limit: int | None, environment: dict[str, str]) -> None:
-    """Run a script; write how many graphs torch has compiled."""
+    """Run a script, which compiles without making kernels, and write how many graphs it has."""
     set_up_child(log, limit, environment)
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     load_script(name).main(argv)
     Path(f"{log}.{environment['RANK']}.graphs").write_text(str(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
 
 
 @in_first_script
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch compiles for the CPU with a C++ compiler")
 def test_compiled_blocks_train_as_plain_ones(script, args, pairs, tmp_path):
     """With --torch_compile a run goes on from any checkpoint, and differs by rounding; files keep their names."""
     out, last = tmp_path / "out", f"checkpoint-{NUM_UPDATES}"

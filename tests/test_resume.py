@@ -147,7 +147,7 @@ def test_number_of_loader_workers_may_change(script, args, never_stopped, worker
 def test_run_that_validates_is_resumed_exactly(script, args, image_folder, tmp_path):
     """Pictures and held-out losses, too, are those of the uninterrupted run, also right after the stop."""
     flags = {"validation_prompts": ["a", "b"], "validation_steps": 2, "validation_inference_steps": 2,
-             "validation_epochs": 100, "validation_data_dir": image_folder}
+             "validation_data_dir": image_folder}
     run(script, args(tmp_path / "whole", **flags))
     watch(script, args(tmp_path / "out", **flags), stop_in=3)
     run(script, args(tmp_path / "out", **flags, resume_from_checkpoint="latest"))

@@ -43,7 +43,7 @@ from diffusers import UNet2DConditionModel
 NUM_UPDATES, CHECKPOINTING_STEPS = 8, 3
 FLAGS = {
     "max_train_steps": NUM_UPDATES, "checkpointing_steps": CHECKPOINTING_STEPS, "checkpoints_total_limit": 2,
-    "validation_steps": 3, "validation_epochs": 1, "validation_prompt": "a cat", "num_validation_images": 1,
+    "validation_steps": 3, "validation_prompt": "a cat", "num_validation_images": 1,
     "validation_inference_steps": 1, "cache_latents": True, "cache_text_embeddings": True, "use_ema": True,
     "random_flip": True, "report_to": "tensorboard", "logging_steps": 2, "resume_from_checkpoint": "latest"}
 # A moment is a function that a run is in; "start" is what comes before the first of them.
@@ -51,7 +51,7 @@ MOMENTS = ("start", "cache_encodings", "make_optimizer", "end_update", "save_che
            "validate", "export_model", "save_model_card")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LONG_FLAGS = FLAGS | {
-    "checkpointing_steps": 1000, "validation_steps": 1000, "validation_epochs": 10**6, "logging_steps": 10,
+    "checkpointing_steps": 1000, "validation_steps": 1000, "logging_steps": 10,
     "train_batch_size": 1, "resolution": 8, "learning_rate": 1e-5}
 # Of their UNet, with one block: what may leak is around it.
 SMALLEST_UNET = {"block_out_channels": (8,), "down_block_types": ("CrossAttnDownBlock2D",), "norm_num_groups": 4,
