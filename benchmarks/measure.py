@@ -70,10 +70,15 @@ class TorchClock:
         self.optimizer, self.marks, self.syncs = None, [], collections.Counter()
 
     def start(self, window: Window) -> None:
-        """Tell the window of every update: a step of the first optimizer that steps, where a script has several."""
+        """Tell the window of every update: a step of the first optimizer that steps, where a script has several.
+
+        Steps of one parameter are parts of an update, which --optimizer_in_backward makes.
+        """
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         def end_step(optimizer, args: tuple, kwargs: dict) -> None:
+            if [len(group["params"]) for group in optimizer.param_groups] == [1]:
+                return
             self.optimizer = optimizer if self.optimizer is None else self.optimizer
             if optimizer is self.optimizer:
                 window.end_update()

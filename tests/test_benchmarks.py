@@ -26,12 +26,17 @@ parser = argparse.ArgumentParser()
 for name in ("max_train_steps", "train_batch_size"):
     parser.add_argument("--" + name, type=int)
 args, rest = parser.parse_known_args()
-parameter = torch.nn.Parameter(torch.ones(3))
-optimizers = [torch.optim.AdamW([parameter], fused=True), torch.optim.SGD([parameter], lr=0.1)]
+parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+optimizers = [torch.optim.AdamW(parameters, fused=True), torch.optim.SGD(parameters, lr=0.1)]
 writer = SummaryWriter([word for word in rest if word.startswith("--output_dir=")][0].split("=")[1])
 for step in range(1, args.max_train_steps + 1):
     time.sleep(0.3 if step <= 2 else 0.02 * args.train_batch_size)
-    parameter.sum().backward()
+    sum(parameter.sum() for parameter in parameters).backward()
+    groups = optimizers[0].param_groups
+    for parameter in parameters:  # as --optimizer_in_backward does
+        optimizers[0].param_groups = [groups[0] | {"params": [parameter]}]
+        optimizers[0].step()
+    optimizers[0].param_groups = groups
     for optimizer in optimizers:
         optimizer.step()
     writer.add_scalar("data_wait", step / 100, global_step=step)

@@ -16,11 +16,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Lines, and tokens of code (without comments, docstrings, line ends): what each script has come down to and must not
 # exceed, and where it is to end.
 REACHED = {
-    "train_text_to_image.py": (2355, 19_000),
-    "train_text_to_image_lora.py": (2462, 19_994),
-    "train_text_to_image_sdxl.py": (2381, 19_128),
-    "train_text_to_image_lora_sdxl.py": (2534, 20_507),
-    "train_text_to_image_flax.py": (2863, 25_209),
+    "train_text_to_image.py": (2355, 18_992),
+    "train_text_to_image_lora.py": (2447, 19_756),
+    "train_text_to_image_sdxl.py": (2378, 19_076),
+    "train_text_to_image_lora_sdxl.py": (2518, 20_221),
+    "train_text_to_image_flax.py": (2817, 24_796),
 }
 GOALS = {
     "train_text_to_image.py": (2400, 19_000),
