@@ -1404,7 +1404,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
     cases = [
         *own_cases,
         (not args.dataset_name and not os.path.isdir(args.train_data_dir or ""),
-         f"no training data: --train_data_dir {args.train_data_dir} is not a folder. Or give --dataset_name NAME."),
+         f"no training data: --train_data_dir {args.train_data_dir} is no folder. Give one, or --dataset_name NAME."),
         (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
         (earlier == [RESULT] or earlier and args.resume_from_checkpoint is None,
