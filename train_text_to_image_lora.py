@@ -81,7 +81,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, release_memory, send_to_device, set_seed
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
@@ -214,7 +214,7 @@ def compute_loss(unet, objective: Objective, latents: Tensor, conditions: dict, 
     return loss
 
 
-def list_extra_noises(args: Namespace, latent_shape: tuple[int, int, int]) -> dict[str, tuple[int, int, int]]:
+def list_extra_noises(args: Namespace, latent_shape: tuple) -> dict[str, tuple]:
     """Return the shape of each noise that training samples draw besides `noise`, by its name in `draws`.
 
     A new noise option is a flag, its noise here, and its formula in `compute_loss`. The held-out loss draws none.
@@ -327,7 +327,8 @@ def check_columns(args: Namespace, source: str | Path, columns: list[str]) -> No
 
 def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, list]:
     """Return --image_column and the captions of a folder: of metadata files, or of its images and .txt files."""
-    files = list_files(Path(folder), seen={Path(args.output_dir).resolve()})
+    others = {args.output_dir, args.train_data_dir, args.validation_data_dir} - {folder, None}
+    files = list_files(Path(folder), seen={Path(other).resolve() for other in others})
     metadata = {path.parent: path for path in files if path.name in METADATA_READERS}.values()  # one of a folder
     if metadata:
         rows = [row for path in metadata for row in read_metadata(path, folder, args)]
@@ -487,8 +488,7 @@ def transform_image(image: Image.Image, args: Namespace, size: tuple[int, int], 
         resized = TVF.horizontal_flip(resized)
     room = np.array([resized.height, resized.width]) - size
     top, left = (np.round(room / 2) if args.center_crop else corner * (room + 1)).astype(int).tolist()
-    cropped = TVF.crop(resized, top, left, height, width)
-    return {"images": np.stack(cropped.split()),
+    return {"images": np.stack(TVF.crop(resized, top, left, height, width).split()),
             "time_ids": np.array([image.height, image.width, top, left, height, width], np.float32)}
 
 
@@ -506,7 +506,7 @@ class Samples:
     """What each use of a sample trains on: its image, caption, and every random number that its loss needs."""
 
     def __init__(self, data: CaptionedImages, args: Namespace, seed: int, configs: dict[str, dict],
-                 extra_noises=list_extra_noises) -> None:
+                 extra_noises=list_extra_noises):
         self.data, self.args, self.seed = data, args, seed
         self.rows = range(len(data.captions))  # of the data, for each sample
         if args.max_train_samples and args.max_train_samples < len(self.rows):
@@ -526,7 +526,7 @@ class Samples:
         self.text_states = None  # EncodedRows with --cache_text_embeddings
         self.caption_rows = {}  # the row of each caption in them
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.rows)
 
     def __getitems__(self, uses: list[SampleUse]) -> list[dict]:
@@ -557,7 +557,7 @@ class Samples:
         if rng("caption dropout").random() < self.args.proportion_empty_prompts:
             caption = ""
         text = {"caption": caption} if self.text_states is None else self.text_states.read(self.caption_rows[caption])
-        noises = {purpose: rng(purpose).standard_normal(shape, dtype=np.float32)
+        noises = {purpose: rng(purpose).standard_normal(shape, np.float32)
                   for purpose, shape in self.noise_shapes[bucket].items()}
         timestep = self.timestep_cdf.searchsorted(rng("timestep").random(), side="right")
         return image | text | noises | {"timesteps": timestep, "weights": np.float32(use.weight)}
@@ -604,26 +604,25 @@ def map_in_threads(function, things) -> list:
 def make_data(args: Namespace, images: CaptionedImages, held_out_images: CaptionedImages | None, seed: int,
               configs: dict[str, dict]) -> Data:
     """Return the samples to train on, and those of --validation_data_dir: with plain draws, the same in every run."""
-    train = Samples(images, args, seed, configs)
     plain = Namespace(**vars(args) | {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0,
                                       "timestep_bias_strategy": "none", "max_train_samples": None})
-    return Data(train, held_out_images and Samples(held_out_images, plain, 0, configs, extra_noises=lambda *_: {}))
+    return Data(Samples(images, args, seed, configs),
+                held_out_images and Samples(held_out_images, plain, 0, configs, extra_noises=lambda *_: {}))
 
 
 def plan_micro_steps(samples: Samples, progress: Progress, num_updates: int, micro_batch_size: int, accumulation: int):
     """Yield the micro steps of the next `num_updates` updates, from where `progress` stands.
 
-    `micro_batch_size` counts samples over all processes. An update has images of one size; it is smaller at the end of
-    an epoch and where a bucket ends. No sample is repeated or left out, without buckets also when a resumed run has
-    another batch size.
+    `micro_batch_size` is that of all processes. An update has images of one size, fewer at the end of an epoch or
+    bucket. No sample is repeated or left out; without buckets also where a resumed run has another batch size.
     """
-    epoch, first, order = progress.epoch, progress.samples_seen, None
+    epoch, first, update_size = progress.epoch, progress.samples_seen, micro_batch_size * accumulation
+    order = samples.make_order(epoch, update_size)
     for _ in range(num_updates):
         if first >= len(samples):
-            epoch, first, order = epoch + 1, 0, None
-        if order is None:
-            order = samples.make_order(epoch, micro_batch_size * accumulation)
-        indices = order[first : first + micro_batch_size * accumulation]
+            epoch, first = epoch + 1, 0
+            order = samples.make_order(epoch, update_size)
+        indices = order[first : first + update_size]
         differs = samples.buckets[indices] != samples.buckets[indices[0]]
         end = first + (int(differs.argmax()) or len(indices))  # argmax is 0 if none differs
         for start in range(first, end, micro_batch_size):
@@ -784,9 +783,12 @@ def encode_batch(models: Models, batch: dict) -> tuple[Tensor, dict]:
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Return the moments [b, 2c, h, w] of uint8 images [b, 3, H, W]: mean and standard deviation of their latents."""
-    pixel_values = images.to(vae.device).float() / 127.5 - 1  # [-1, 1]
-    posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
-    return torch.cat([posterior.mean, posterior.std], dim=1).float()
+    moments = []
+    for part in images.split(max(1, ENCODED_PIXELS // images[0, 0].numel())):
+        pixel_values = part.to(vae.device).float() / 127.5 - 1  # [-1, 1]
+        posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+        moments.append(torch.cat([posterior.mean, posterior.std], dim=1).float())
+    return torch.cat(moments)
 
 
 def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
@@ -870,7 +872,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--cache_dir", "Folder for downloaded models and data sets.")
     add("--single_file_config", "Folder or hub name of a model whose configurations and tokenizers go with a model in "
         "one .safetensors file. If not given: diffusers' own choice.")
-    add("--clip_skip", "Use text states this many layers earlier, counted as diffusers does.", type=positive_int)
+    add("--clip_skip", "Use the text states of this many layers earlier, as diffusers' clip_skip.", type=positive_int)
     switch("--train_text_encoder", "Train the text encoder (SDXL: both) with the UNet.")
 
     group = parser.add_argument_group("adapter")
@@ -898,13 +900,11 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--image_column", "Column of the images.", default="image")
     add("--caption_column", "Column of the captions: a string, or a list of which one is drawn.", default="text")
     add("--max_train_samples", "Train on at most this many samples, drawn by --seed.", type=positive_int)
-    add("--resolution", "Pixels, as 512 or 768x512 (width x height): images are resized to cover it, then cropped.",
-        type=image_size)
+    add("--resolution", "512 or 768x512 (width x height): images are scaled to cover it and cropped.", type=image_size)
     switch("--aspect_ratio_buckets",
         "Train each image near its own shape, at the size nearest in aspect ratio of about --resolution's area.")
-    add("--bucket_step", "Sides of those sizes are multiples of this.", type=positive_int, default=64)
-    add("--preview_data", "Write preview.png with this many training samples, as cropped and captioned, then stop.",
-        type=positive_int)
+    add("--bucket_step", "With --aspect_ratio_buckets, sides are multiples of this.", type=positive_int, default=64)
+    add("--preview_data", "Write preview.png of this many cropped, captioned samples, then stop.", type=positive_int)
     add("--image_interpolation_mode", "Resizing filter.", default="lanczos", choices=tuple(INTERPOLATION_MODES))
     switch("--center_crop", "Crop at the center, not at random.")
     switch("--random_flip", "Flip half of the images left to right, at random.")
@@ -916,10 +916,12 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
 
     group = parser.add_argument_group("cache")
     switch("--cache_latents", "Encode all images once and keep them on disk.")
-    add("--no_cache_latents", "Encode each time.", dest="cache_latents", action="store_false")
+    add("--no_cache_latents", "Turn off --cache_latents (default: %(default)s).", default=False,
+        dest="cache_latents", action="store_false")
     switch("--cache_text_embeddings", "Encode all captions once and keep them on disk.")
-    add("--no_cache_text_embeddings", "Encode each time.", dest="cache_text_embeddings", action="store_false")
-    add("--cache_crops", "Random crops to cache per image. If not given: 4; centered, 1.", type=positive_int)
+    add("--no_cache_text_embeddings", "Turn off --cache_text_embeddings (default: %(default)s).", default=False,
+        dest="cache_text_embeddings", action="store_false")
+    add("--cache_crops", "Random crops to cache per image; with --center_crop 1. If not given: 4.", type=positive_int)
     add("--cache_dtype", "Format on disk: fp32 if fp16 overflows.", default="fp16", choices=("fp16", "fp32"))
     add("--encoded_dir", "Folder of the cache, shared between runs. If not given: in --cache_dir or the hub's.")
 
@@ -930,7 +932,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
         "0.1 helps with very dark and bright images.", type=nonnegative_float, default=0)
     add("--input_perturbation", "Strength of extra noise in the UNet's input but not its target; "
         "0.1 in arXiv:2301.11706.", type=nonnegative_float, default=0)
-    switch("--dream_training", "Use DREAM (arXiv:2312.00210): fewer but slower updates.")
+    switch("--dream_training", "Use DREAM (arXiv:2312.00210): fewer updates, each with one more forward pass.")
     add("--dream_detail_preservation", "Larger keeps more detail (DREAM).", type=nonnegative_float, default=1.0)
     add("--timestep_bias_strategy", "Draw some timesteps more often: earlier (less noisy) ones, later ones, "
         "or a range.", default="none", choices=("earlier", "later", "range", "none"))
@@ -945,8 +947,8 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--train_batch_size", "Images per device and forward pass.", type=positive_int, default=16)
     add("--gradient_accumulation_steps", "Forward and backward passes per update, "
         "for batches that do not fit into memory.", type=positive_int, default=1)
-    add("--num_train_epochs", "Passes over the data.", type=positive_int, default=100)
-    add("--max_train_steps", "Optimizer updates in total; overrides --num_train_epochs.", type=positive_int)
+    add("--num_train_epochs", "Passes over the data, without --max_train_steps.", type=positive_int, default=100)
+    add("--max_train_steps", "Optimizer updates in total, in place of --num_train_epochs.", type=positive_int)
     add("--seed", "Seed of all random draws. If not given, one is drawn and logged.", type=nonnegative_int)
 
     group = parser.add_argument_group("optimizer")
@@ -954,7 +956,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--text_encoder_lr", "Peak learning rate of the text encoder, if not the UNet's.", type=nonnegative_float)
     switch("--scale_lr", "Multiply learning rates by the total batch size.")
     add("--lr_scheduler", f"One of {', '.join(LR_SCHEDULERS)}.", default="constant")
-    add("--lr_warmup_steps", "Updates of rising rate, not of `constant`.", type=nonnegative_int, default=500)
+    add("--lr_warmup_steps", "Updates of rising learning rate, not of `constant`.", type=nonnegative_int, default=500)
     add("--lr_num_cycles", "Cycles of cosine_with_restarts.", type=positive_int, default=1)
     add("--lr_power", "Exponent of polynomial.", type=positive_float, default=1.0)
     add("--adam_beta1", "Decay of Adam's first moment.", type=fraction, default=0.9)
@@ -985,8 +987,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group = parser.add_argument_group("validation")
     add("--validation_prompts", "Prompts to draw, one image each.", nargs="+")
     add("--validation_prompt", "Prompt to draw --num_validation_images images of.")
-    add("--validation_size", "Size of the images to draw, as 512 or 768x512; several: one each. If not given: "
-        "--resolution.", type=image_size, nargs="+")
+    add("--validation_size", "Sizes to draw, one for each image. Else --resolution.", type=image_size, nargs="+")
     add("--num_validation_images", "Images to draw of --validation_prompt.", type=nonnegative_int, default=4)
     add("--validation_epochs", "Validate every this many epochs.", type=positive_int)
     add("--validation_steps", "Validate every this many updates, in place of --validation_epochs.", type=positive_int)
@@ -998,18 +999,18 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group = parser.add_argument_group("checkpoints and output")
     add("--output_dir", "Folder for everything that is saved.")
     add("--checkpointing_steps", "Save every this many updates, and at the end.", type=positive_int, default=500)
-    add("--checkpoints_total_limit", "Checkpoints to keep; the oldest goes after a newer one.", type=positive_int)
+    add("--checkpoints_total_limit", "Checkpoints to keep, the newest ones. If not given: all.", type=positive_int)
     add("--resume_from_checkpoint", "Checkpoint to resume: `latest`, a name in --output_dir, or a path.")
 
     group = parser.add_argument_group("tracking and hub")
     add("--report_to", f"Where to log: {', '.join(TRACKERS)} (comma-separated), or none.", default="tensorboard")
     add("--logging_dir", "Folder for logs, inside --output_dir.", default="logs")
-    add("--logging_steps", "Updates between readings of numbers; each is logged.", type=positive_int, default=10)
+    add("--logging_steps", "Updates between readings of the numbers of all updates.", type=positive_int, default=10)
     add("--tracker_project_name", "Name of the project in trackers.", default="text2image-fine-tune")
     switch("--push_to_hub", "Upload the result and its model card at the end.")
     add("--hub_model_id", "Repository to upload to. If not given: --output_dir's name.")
     switch("--hub_private_repo", "Create that repository as a private one.")
-    add("--hub_token", "Token for the upload; `hf auth login` or HF_TOKEN keeps it off the screen.")
+    add("--hub_token", "Token for the upload; `hf auth login` or HF_TOKEN keeps it out of the shell's history.")
 
 
 def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
@@ -1051,9 +1052,6 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
          f"--bucket_step {args.bucket_step} leaves no size of about --resolution {args.resolution}: lower it."),
         (args.dream_training and args.input_perturbation,
          "--dream_training and --input_perturbation exclude each other: both change the noise in the UNet's input."),
-        (args.timestep_bias_strategy == "range" and args.timestep_bias_begin >= args.timestep_bias_end,
-         f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
-         f"{args.timestep_bias_end}."),
         (args.text_encoder_lr is not None and not args.train_text_encoder,
          "--text_encoder_lr needs --train_text_encoder."),
         (args.cache_text_embeddings and args.train_text_encoder,
@@ -1088,9 +1086,8 @@ def make_accelerator(args: Namespace) -> Accelerator:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=args.mixed_precision, project_dir=os.path.join(args.output_dir, args.logging_dir),
         log_with=None if args.report_to == "none" else args.report_to.split(","),
-        project_dir=os.path.join(args.output_dir, args.logging_dir),
         step_scheduler_with_optimizer=False,  # the schedule counts updates, not updates times processes
         kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT),
                          DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # no second copy of gradients
@@ -1110,18 +1107,20 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
     folder = Path(args.output_dir).resolve()
     lock = FileLock(Path(tempfile.gettempdir(), f"text-to-image-{make_key(str(folder))}.lock"), thread_local=False,
                     mode=0o666, is_singleton=True)  # a notebook may start again after an error, which keeps the lock
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # on all, as NFS remembers for a while what a machine did not find
+        if accelerator.is_main_process:
             lock.acquire(timeout=10)  # loader processes of a killed run may hold it for 5 seconds
             for leftover in folder.glob(".partial-*"):  # of a crash
                 remove(leftover)
             if not args.preview_data:
                 (folder / PROBE).touch()
-        except OSError as error:
-            raise UserError(f"--output_dir {args.output_dir} cannot be written, or is in use by another run that may "
-                            f"still be saving: {error}. Wait for its end, or name another folder.") from error
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir} cannot be written, or is in use by another run that may "
+                        f"still be saving: {error}. Wait for its end, or name another folder.") from error
     accelerator.wait_for_everyone()
+    if not args.preview_data and not (folder / PROBE).exists():
+        raise UserError(f"--output_dir {folder} of the main process is another here: name one that all machines see.")
     return lock
 
 
@@ -1156,20 +1155,20 @@ def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, sa
 class StopRequest:
     """On SIGTERM, SIGUSR1 (SLURM, before the time limit) or the first Ctrl-C, all processes save and stop."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator):
         self.signal_number, self.previous, self.group = 0, {}, None
         if accelerator.num_processes > 1:  # not NCCL, which would wait for the GPU
             self.group = dist.new_group(timeout=LONGEST_PAUSE, backend="gloo")
             set_timeout(LONGEST_PAUSE)  # of the default group
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self):
         try:
             self.previous = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
         except ValueError:  # Python allows no handlers outside the main thread
             logger.warning("not in the main thread: signals do not save and stop this run")
         return self
 
-    def __exit__(self, kind, *error) -> None:
+    def __exit__(self, kind, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if self.group:
@@ -1311,8 +1310,10 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
          f"--dream_training needs prediction type epsilon; this run has {prediction_type}."),
         (args.rescale_betas_zero_snr and prediction_type == "epsilon",
          "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample; this run has epsilon."),
-        (args.timestep_bias_strategy == "range" and args.timestep_bias_end > num_timesteps,
-         f"--timestep_bias_end {args.timestep_bias_end} is beyond the {num_timesteps} timesteps of {where}."),
+        (args.timestep_bias_strategy == "range"
+         and not args.timestep_bias_begin < args.timestep_bias_end <= num_timesteps,
+         f"--timestep_bias_begin {args.timestep_bias_begin} and --timestep_bias_end {args.timestep_bias_end} are no "
+         f"range of the {num_timesteps} timesteps of {where}: the end is not part of it."),
         (args.clip_skip and args.clip_skip + len(TOKENIZERS) > configs["text_encoder"].get("num_hidden_layers", 12),
          f"--clip_skip {args.clip_skip} skips all layers of the text encoder: take a smaller number."),
     )
@@ -1416,8 +1417,8 @@ def make_lora_configs(args: Namespace, networks: dict[str, nn.Module]) -> dict[s
     """Return the adapter of each trained network: A is drawn with standard deviation 1 / rank, B is 0."""
     targets = {"unet": [module for name in args.lora_target for module in LORA_TARGETS.get(name, (name,))]}
     if args.train_text_encoder:
-        kinds = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())]
-        targets["text_encoder"] = kinds or list(TEXT_LORA_TARGETS["attention"])
+        targets["text_encoder"] = [module for name in args.lora_target for module in TEXT_LORA_TARGETS.get(name, ())
+                                   ] or list(TEXT_LORA_TARGETS["attention"])
         if args.clip_skip:
             targets["text_encoder"] = list_text_targets(args, networks["text_encoder"], args.clip_skip)
     return {part: LoraConfig(
@@ -1465,9 +1466,9 @@ def load_initial_adapter(args: Namespace, models: Models, checkpoint: Path | Non
     try:
         weights, alphas, facts = StableDiffusionLoraLoaderMixin.lora_state_dict(
             where, unet_config=models.unet.config, cache_dir=args.cache_dir, return_lora_metadata=True)
-        if Path(where, "adapter_config.json").is_file():  # PEFT's own format, for a UNet
-            config = json.loads(Path(where, "adapter_config.json").read_text())
-            facts = {f"unet.{name}": value for name, value in config.items()}
+        config = Path(where, "adapter_config.json")
+        if config.is_file():  # PEFT's own format, for a UNet
+            facts = {f"unet.{name}": value for name, value in json.loads(config.read_text()).items()}
     except Exception as error:  # of several libraries, about files that are missing, damaged or no LoRA
         raise UserError(f"{flag} cannot be read: {error}. Give a folder with {LORA_FILE}, a .safetensors file, or a "
                         "name on the hub.") from error
@@ -1541,10 +1542,12 @@ def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models
     text_encoders = [getattr(models, part) for part in TEXT_ENCODERS if needs_texts and part not in models.trained]
     for network in (models.vae, *text_encoders):
         network.to(accelerator.device)
-    yield
-    for network in [models.vae] * args.cache_latents + text_encoders * args.cache_text_embeddings:
-        network.to("cpu")
-    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        for network in [models.vae] * args.cache_latents + text_encoders * args.cache_text_embeddings:
+            network.to("cpu")
+        release_memory()
 
 
 def list_text_targets(args: Namespace, text_encoder: nn.Module, num_unused: int) -> list[str]:
@@ -1582,8 +1585,7 @@ def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, s
 def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL, samples: Samples) -> EncodedRows:
     """Return a row per variant of each image: the VAE's moments, flat, time_ids, and the image it is of."""
     size = 2 * max(math.prod(shape) for shape in samples.latent_shapes)  # of moments; smaller ones are padded
-    row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (size,)), ("time_ids", np.float32, (6,)),
-                    ("sources", np.int64)])
+    row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (size,)), ("time_ids", "f4", (6,)), ("sources", "i8")])
     key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
                    digest_network(vae), args.vae_tiling, row, samples.sizes)
 
@@ -1591,12 +1593,10 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
         variants = list(itertools.chain(*items))
         crops = [(variant["images"].shape, variant["images"].tobytes()) for variant in variants]
         encoded = {}  # by crop: square images have one, many times
-        for shape in sorted({shape for shape, _ in crops}):
+        for shape in {shape for shape, _ in crops}:
             distinct = {crop: variant["images"] for crop, variant in zip(crops, variants, strict=True)
                         if crop[0] == shape}
-            images = torch.from_numpy(np.stack(list(distinct.values())))
-            batches = images.split(max(1, ENCODED_PIXELS // images[0, 0].numel()))
-            moments = torch.cat([encode_images(vae, batch).flatten(1).cpu() for batch in batches])
+            moments = encode_images(vae, torch.from_numpy(np.stack(list(distinct.values())))).flatten(1).cpu()
             encoded |= zip(distinct, F.pad(moments, (0, size - moments.shape[1])).numpy(), strict=True)
         return {"moments": [encoded[crop] for crop in crops]} | {
             name: [variant[name] for variant in variants] for name in ("time_ids", "sources")}
@@ -1625,8 +1625,7 @@ def encode_texts(models: Models, captions: list[str]) -> dict[str, np.ndarray]:
     """Return what `encode_captions` returns, in float32, and `num_long`: whether each caption fills all tokens."""
     batch = collate([{"caption": caption} for caption in captions], list_tokenizers(models))
     states = encode_captions(models, send_to_device(batch, models.text_encoder.device))
-    return {name: values.float().cpu().numpy() for name, values in states.items()} | {
-        "num_long": batch["num_long"].numpy()}
+    return {name: states[name].float().cpu().numpy() for name in states} | {"num_long": batch["num_long"].numpy()}
 
 
 def encode_prompts(args: Namespace, accelerator: Accelerator, pipeline) -> list[dict[str, Tensor]]:
@@ -1640,7 +1639,7 @@ def encode_prompts(args: Namespace, accelerator: Accelerator, pipeline) -> list[
 class EncodedRows:
     """Encoded captions, or variants of images, as rows of .npy files that processes and runs share."""
 
-    def __init__(self, args: Namespace, name: str, dtype: np.dtype, num_items: int, rows_per_item: int = 1) -> None:
+    def __init__(self, args: Namespace, name: str, dtype: np.dtype, num_items: int, rows_per_item: int = 1):
         size = min(FILE_SIZE // (rows_per_item * dtype[0].itemsize), math.ceil(num_items / LEAST_FILES)) or 1
         caches = args.encoded_dir or Path(args.cache_dir or huggingface_hub.constants.HF_HOME, "encoded")
         self.folder, self.dtype, self.rows_per_file = Path(caches, name), dtype, size * rows_per_item
@@ -1658,8 +1657,9 @@ class EncodedRows:
         What is read next is read while this is encoded. A file is written aside, then renamed: a killed run goes on
         with the next file, and two runs do no harm.
         """
-        mine, first = self.files[accelerator.process_index :: accelerator.num_processes], self.dtype.names[0]
-        missing = [(path, items) for path, items in mine if not path.exists()]
+        first = self.dtype.names[0]
+        missing = [(path, items) for path, items in self.files[accelerator.process_index :: accelerator.num_processes]
+                   if not path.exists()]
         inputs = iterate_ahead(read(items) for _, items in missing)
         bar = tqdm(missing, f"encoding {self.folder.name}", disable=not accelerator.is_main_process)
         for (path, items), encoded in zip(bar, map(encode, inputs), strict=True):
@@ -1679,6 +1679,8 @@ class EncodedRows:
                 raise UserError(f"{self.folder} cannot be written: {error}. Free some space, name another "
                                 "--encoded_dir, or use fewer --cache_crops; files so far are kept.") from error
         accelerator.wait_for_everyone()
+        if not all(path.exists() for path, _ in self.files):
+            raise UserError(f"{self.folder} lacks files that other machines wrote: name an --encoded_dir all see.")
         logger.info(f"cache {self.folder} has its {len(self.files)} files")
 
 
@@ -1812,7 +1814,7 @@ class EmaWeights:
     on a GPU, its copies run beside the next update's passes.
     """
 
-    def __init__(self, parameters: list[Tensor], decay: float, offload: bool = False) -> None:
+    def __init__(self, parameters: list[Tensor], decay: float, offload: bool = False):
         self.parameters, self.decay, self.offload = parameters, decay, offload
         self.min_decay, self.num_updates = 0.0, 0
         self.stream = torch.cuda.Stream() if offload and torch.cuda.is_available() else None
@@ -1868,7 +1870,6 @@ def averaged_weights(models: Models):
 
 
 def make_ema(args: Namespace, models: Models) -> EmaWeights:
-    """Return EMA weights of the adapter."""
     return EmaWeights(list(name_trained_parameters(models).values()), args.ema_decay)
 
 
@@ -1921,6 +1922,8 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
         return None
     for folder in complete[-1:] if name == "latest" else (Path(output_dir, name), Path(name)):
         if is_whole_checkpoint(folder):
+            if folder in complete[:-1] and is_whole_checkpoint(complete[-1]):
+                logger.warning(f"{name} is not the newest checkpoint, where `latest` returns: move newer ones away.")
             return folder
     whole = ", ".join(folder.name for folder in filter(is_whole_checkpoint, complete)) or "no checkpoint"
     raise UserError(f"--resume_from_checkpoint {name} is not a complete checkpoint, or {folder} has files that were "
@@ -1977,9 +1980,8 @@ def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, aver
         return
     folder = folder / EMA_FOLDER if averaged else folder
     folder.mkdir(exist_ok=True)
-    weights = name_lora_weights(vars(models))
-    save_file({make_lora_name(name): tensor.contiguous() for name, tensor in weights.items()}, folder / LORA_FILE,
-              metadata=models.metadata)
+    save_file({make_lora_name(name): tensor.contiguous() for name, tensor in name_lora_weights(vars(models)).items()},
+              folder / LORA_FILE, metadata=models.metadata)
 
 
 def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> None:
@@ -2119,24 +2121,15 @@ RESULT = LORA_FILE  # in --output_dir: marks a finished run
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 
 
-def finish(args: Namespace, accelerator: Accelerator, models: Models, seed: int, progress: Progress) -> None:
-    export_model(args, accelerator, models)
-    if accelerator.is_main_process:
-        save_model_card(args, seed, progress)
-        if args.push_to_hub:
-            push_to_hub(args)
-    accelerator.wait_for_everyone()
-
-
 def make_pipeline(models: Models) -> StableDiffusionPipeline:
     config = models.scheduler_config
     if models.clip_skip and not hasattr(models.text_encoder, "text_model"):
         # where the pipeline looks for the final norm, which transformers 5.6 has moved; vars(), as it is no submodule
         vars(models.text_encoder)["text_model"] = models.text_encoder
-    noise_scheduler = getattr(diffusers, config.get("_class_name", "PNDMScheduler")).from_config(config)
     parts = {part: getattr(models, part) for part in ("vae", "unet", *TEXT_ENCODERS, *TOKENIZERS)}
-    return StableDiffusionPipeline(**parts, scheduler=noise_scheduler, safety_checker=None, feature_extractor=None,
-                                   requires_safety_checker=False)
+    return StableDiffusionPipeline(
+        **parts, scheduler=getattr(diffusers, config.get("_class_name", "PNDMScheduler")).from_config(config),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 @torch.no_grad()
@@ -2218,6 +2211,8 @@ def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Ima
 
             tracker.log({tag: [wandb.Image(image, caption=f"{index}: {args.validation_prompts[index]}")
                                for index, image in images.items()]}, step=step)
+        else:
+            logger.warning(f"pictures are not sent to {tracker.name}: see {folder}")
 
 
 def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
@@ -2230,7 +2225,7 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
         save_trained(accelerator, models, aside)
         if args.save_kohya_format or Path(args.output_dir, KOHYA_FILE).is_file():  # an old one would be out of date
             save_kohya_file(args, models, aside / KOHYA_FILE)
-    for file in sorted(aside.iterdir()):
+    for file in sorted(aside.iterdir(), key=Path.is_file):
         replace_folder(file, Path(args.output_dir, file.name))
     aside.rmdir()
     logger.info(f"saved the adapter: pipeline.load_lora_weights({args.output_dir!r}) loads it")
@@ -2295,13 +2290,13 @@ def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
     folder, base = Path(args.output_dir), args.pretrained_model_name_or_path
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=MODEL_TAGS,
                                            inference=True, base_model=None if Path(base).exists() else base)
-    text = f"---\n{header.to_yaml()}\n---\n\n# Fine-tuned {base}\n\n"
-    text += f"Trained on {args.dataset_name or 'images in a local folder'}.\n\n"
+    source = args.dataset_name or "images in a local folder"
+    text = f"---\n{header.to_yaml()}\n---\n\n# Fine-tuned {base}\n\nTrained on {source}.\n\n"
     grid = folder / f"validation/step-{progress.global_step}/grid.png"
     if grid.is_file():
         shutil.copyfile(grid, folder / "val_imgs_grid.png")
         text += "![Pictures drawn after the last update](./val_imgs_grid.png)\n\n"
-    prompt = args.validation_prompts[0] if args.validation_prompts else "a prompt like the captions it was trained on"
+    prompt = next(iter(args.validation_prompts), "a prompt like the captions it was trained on")
     text += f"## Use\n\n```python\n{make_example(args, prompt)}\n```\n\n## Training\n\n"
     facts = vars(args) | {"updates": progress.global_step, "seed": seed}
     text += "".join(f"- {name}: {facts[name]}\n" for name in CARD_FACTS if facts.get(name) is not None)
@@ -2309,10 +2304,11 @@ def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
 
 
 def push_to_hub(args: Namespace) -> None:
-    ignored = ["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{Path(args.logging_dir)}/**"]
     try:
-        huggingface_hub.upload_folder(repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
-                                      commit_message="End of training", ignore_patterns=ignored)
+        huggingface_hub.upload_folder(
+            repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
+            commit_message="End of training",
+            ignore_patterns=["checkpoint-*/**", ".partial-*/**", "wandb/**", f"{Path(args.logging_dir)}/**"])
     except Exception as error:
         raise UserError(f"uploading {args.output_dir} to {args.hub_model_id} failed: {error}. To try again, repeat "
                         "the command with --resume_from_checkpoint latest.") from error
@@ -2332,7 +2328,7 @@ class Meter:
 
     SUMMED = ("train_loss", "long_captions")
 
-    def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
+    def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int):
         self.accelerator, self.logging_steps = accelerator, args.logging_steps
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
         self.numbers, self.updates = {}, {}  # of the current update, and by step of those not read yet
@@ -2365,7 +2361,7 @@ class Meter:
         if len(self.updates) >= self.logging_steps:
             self.flush()
         with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not end the run
-            self.bar.update(1)
+            self.bar.update()
 
     def flush(self) -> None:
         """Read the numbers from the device and log them; raise UserError if a loss or gradient is not finite."""
@@ -2382,12 +2378,11 @@ class Meter:
         for step, numbers in rows.items():
             with log_failure("sending numbers to the trackers"):
                 self.accelerator.log(numbers, step=step)
-            norm = numbers["grad_norm"]
-            self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+            self.overflows = 0 if math.isfinite(numbers["grad_norm"]) else self.overflows + 1
             allowed = FP16_OVERFLOWS if self.accelerator.scaler else 0  # whose updates are skipped, its scale halved
             if not math.isfinite(numbers["train_loss"]) or self.overflows > allowed:
                 raise UserError(
-                    f"the loss is {numbers['train_loss']} at step {step} (gradient norm {norm}, lr "
+                    f"the loss is {numbers['train_loss']} at step {step} (gradient norm {numbers['grad_norm']}, lr "
                     f"{numbers['lr']:.0e}, precision {self.accelerator.mixed_precision}): too high a learning rate? "
                     "Try a lower one, and --mixed_precision bf16 in place of fp16. Checkpoints are untouched.")
         self.bar.set_postfix(loss=numbers["train_loss"], lr=numbers["lr"], refresh=False)
@@ -2431,7 +2426,12 @@ def main(argv: list[str] | None = None) -> None:
     signal_number = train(args, accelerator, models, objective, data, progress, record)
     if not signal_number:
         validate(args, accelerator, models, objective, data, progress, tag="test")
-        finish(args, accelerator, models, record["seed"], progress)
+        export_model(args, accelerator, models)
+        if accelerator.is_main_process:
+            save_model_card(args, record["seed"], progress)
+            if args.push_to_hub:
+                push_to_hub(args)
+        accelerator.wait_for_everyone()
     with log_failure("closing the trackers"):
         accelerator.end_training()
     if signal_number:

@@ -183,7 +183,7 @@ def estimate(script, argv: list[str]) -> dict:
     script.Meter.end_update = end_and_count
     script.load_network = functools.partial(make_network, script)
     script.digest_network = repr
-    script.save_checkpoint = script.finish = lambda *_: None
+    script.save_checkpoint = script.export_model = lambda *_: None
     if args.cache_latents or args.cache_text_embeddings:
         script.cache_encodings = device.with_peak("encoding", script.cache_encodings)
     script.draw_images = device.with_peak("drawing", script.draw_images)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from functools import partial
@@ -162,6 +163,13 @@ def fail_at(moment: str, count: int, number: int, name: str, argv: list[str], *o
 
     setattr(script, moment, failing)
     script.main(argv)
+
+
+def run_elsewhere(name: str, argv: list[str], log: str, limit: int | None, environment: dict[str, str]) -> None:
+    """Run a script in a working directory of its own, so that relative folders are as on a machine of its own."""
+    set_up_child(log, limit, environment)
+    os.chdir(tempfile.mkdtemp(dir=Path(log).parent))
+    load_script(name).main(argv)
 
 
 def run_and_measure_shares(runs: list[list[str]], name: str, argv: list[str], log: str, *others) -> None:

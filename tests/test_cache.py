@@ -339,6 +339,18 @@ def test_a_full_disk_is_told(script, tiny_model, image_folder, tmp_path):
     assert "cannot be written" in log and "--encoded_dir" in log and "--cache_crops" in log
 
 
+@in_two_scripts
+def test_the_vae_encodes_a_few_images_at_a_time(script, tiny_model, monkeypatch):
+    """Of any batch, cached or not: its memory would grow with the batch size."""
+    vae, calls = script.AutoencoderKL.from_pretrained(tiny_model, subfolder="vae"), []
+    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
+    whole, encode = script.encode_images(vae, images), vae.encode
+    monkeypatch.setattr(script, "ENCODED_PIXELS", 2 * 16 * 16)
+    monkeypatch.setattr(vae, "encode", lambda values: calls.append(len(values)) or encode(values))
+    torch.testing.assert_close(script.encode_images(vae, images), whole)
+    assert calls == [2, 2, 1]
+
+
 def test_a_latent_that_is_not_finite_stops_the_run(script, train, monkeypatch):
     """Values beyond fp16 stop the run, with the images, the number format and what to try."""
     original = script.encode_images

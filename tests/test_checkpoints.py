@@ -86,9 +86,9 @@ def assert_same_export(output_dir: Path, other: Path) -> None:
     assert exported and [name for name in exported if contents.get(name) != others[name]] == []
 
 
-def count_files(folder: Path, parent: str) -> int:
-    """Return how many files lie in folders named `parent`, while they may be going."""
-    return sum(len(files) for place, _, files in os.walk(folder) if Path(place).name == parent)
+def count_files(folder: Path, pattern: str) -> int:
+    """Return how many files lie in folders whose path matches a pattern, while they may be going."""
+    return sum(len(files) for place, _, files in os.walk(folder) if re.search(pattern, place))
 
 
 # ---- What is kept --------------------------------------------------------------------------------------------------
@@ -271,6 +271,15 @@ def test_old_checkpoint_goes_only_when_the_new_one_is_complete(script, args, tmp
 
 
 @in_first_script
+def test_the_mark_of_a_result_is_exported_last(script, args, tmp_path, monkeypatch):
+    """A folder with model_index.json holds a whole pipeline, whenever the export was killed."""
+    original, names = script.replace_folder, []
+    monkeypatch.setattr(script, "replace_folder", lambda new, place: names.append(place.name) or original(new, place))
+    run(script, args(tmp_path / "out", max_train_steps=1))
+    assert "unet" in names and names[-1] == script.RESULT
+
+
+@in_first_script
 def test_limit_spares_the_checkpoint_just_saved(script, args, copied):
     """Resumed from an earlier checkpoint, a run keeps its own new one rather than those of the course it left."""
     run(script, args(copied, max_train_steps=3, checkpoints_total_limit=1, resume_from_checkpoint="checkpoint-2"))
@@ -278,9 +287,13 @@ def test_limit_spares_the_checkpoint_just_saved(script, args, copied):
 
 
 @in_first_script
-def test_checkpoint_saved_again_replaces_the_old_one(script, args, copied, tmp_path):
-    """A run that goes on from checkpoint-2 with another rate writes its own checkpoint-4, whole."""
+def test_checkpoint_saved_again_replaces_the_old_one(script, args, copied, tmp_path, caplog):
+    """A run that goes on from checkpoint-2 with another rate writes its own checkpoint-4, whole.
+
+    Until then, `latest` is the one of the course that it left: it says so.
+    """
     run(script, args(copied, max_train_steps=4, learning_rate=1e-5, resume_from_checkpoint="checkpoint-2"))
+    assert "checkpoint-2 is not the newest checkpoint" in caplog.text
     assert list_names(copied, ".partial*") == set() and list_names(copied) == {"checkpoint-2", "checkpoint-4"}
     assert_loads(copied / "checkpoint-4", copied / "checkpoint-2")
     assert read_record(copied / "checkpoint-4")["flags"]["learning_rate"] == 1e-5
@@ -295,7 +308,7 @@ def test_kill_in_the_middle_of_a_save_costs_nothing(script, args, tmp_path):
     for count in (1, 2, 4):  # files that it has begun to write
         with Run(script, args(out, resume_from_checkpoint="latest", **flags), tmp_path / f"log-{count}") as child:
             child.wait_until((out / f"checkpoint-{steps[-1] + 1}").exists)
-            child.wait_until(lambda: sum(path.is_file() for path in out.glob(".partial-*/**/*")) >= count)  # noqa: B023
+            child.wait_until(lambda: count_files(out, r"/\.partial-") >= count)  # noqa: B023
             child.kill(signal.SIGKILL)
             assert child.end() == -signal.SIGKILL
         found = list_names(out)
@@ -323,7 +336,7 @@ def test_kill_in_the_middle_of_a_removal_leaves_no_broken_checkpoint(script, arg
     def is_half_removed() -> bool:
         """Look while the run is halted, and leave it so if it is."""
         child.kill(signal.SIGSTOP)
-        if 0 < count_files(copied, "ballast") < 30_000:  # none while the folder is renamed
+        if 0 < count_files(copied, "/ballast$") < 30_000:  # none while the folder is renamed
             return True
         child.kill(signal.SIGCONT)
         return False

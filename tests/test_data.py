@@ -852,6 +852,20 @@ def test_output_folder_inside_the_data_is_no_data(script, tiny_model, tmp_path):
     assert len(script.make_captioned_images(script.parse_args(argv), str(data)).captions) == 3
 
 
+def test_held_out_images_inside_the_data_are_not_trained_on(script, tmp_path):
+    """Nor the training images held out, where they lie in the other folder; each finds its own."""
+    for place in (tmp_path, tmp_path / "held-out"):
+        place.mkdir(exist_ok=True)
+        make_image(0).save(place / "a.png")
+        (place / "a.txt").write_text(place.name)
+    outer, inner = str(tmp_path), str(tmp_path / "held-out")
+    for folders in ((outer, inner), (inner, outer)):
+        args = script.parse_args(make_args("model", folders[0], tmp_path / "out", validation_data_dir=folders[1]))
+        for folder in folders:
+            images = script.make_captioned_images(args, folder)
+            assert list(images.captions) == [[Path(folder).name]]
+
+
 def test_a_caption_file_that_cannot_be_read_is_named(script, tmp_path):
     """The error says which of thousands of files is of another encoding, or a folder."""
     make_image(0).save(tmp_path / "a.png")

@@ -24,6 +24,7 @@ from runs import (
     read_record,
     recorded,
     run,
+    run_elsewhere,
     run_pair,
     start_pair,
 )
@@ -255,6 +256,19 @@ def test_a_broken_picture_in_the_share_of_one_process_ends_both(script, args, im
     log = (tmp_path / "log").read_text()
     assert re.search(r"row 4 of the data .*004.png.* cannot be read as an image", log)
     assert log.count("another process has ended, or hangs: see its log") == 2
+
+
+@in_first_script
+@pytest.mark.parametrize("flag", ["--output_dir", "--encoded_dir"])
+def test_folders_that_machines_do_not_share_are_refused(script, args, tmp_path, flag):
+    """Each process sees a folder of its own, as on two machines without a common file system."""
+    folders = {"--output_dir": tmp_path / "out", "--encoded_dir": tmp_path / "encoded", flag: "here"}
+    argv = args(folders["--output_dir"], encoded_dir=folders["--encoded_dir"], cache_latents=True, max_train_steps=1)
+    first, second = start_pair(script, argv, tmp_path / "log", target=run_elsewhere)
+    with first, second:
+        assert second.end() == 1
+    log = (tmp_path / "log").read_text()
+    assert re.search(f"UserError: .*({flag} .* of the main process is another here|name an {flag} all see)", log), log
 
 
 @in_first_script

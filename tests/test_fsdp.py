@@ -72,7 +72,7 @@ def measure_in_child(name: str, argv: list[str], log: str, limit: int | None, en
     """Run a script; write when this process had whole networks, and the bytes of state that it holds at the end."""
     set_up_child(log, limit, environment)
     script = load_script(name)
-    load, shard, original, turn = script.load_models, script.shard_networks, script.finish, []
+    load, shard, original, turn = script.load_models, script.shard_networks, script.export_model, []
 
     def load_models(*given):
         turn.append(time.monotonic())
@@ -82,15 +82,15 @@ def measure_in_child(name: str, argv: list[str], log: str, limit: int | None, en
         shard(*given)
         Path(f"{log}.{environment['RANK']}.turn").write_text(json.dumps([*turn, time.monotonic()]))
 
-    def finish(args, accelerator, models, *given):
+    def export_model(args, accelerator, models):
         weights = list(script.name_trained_parameters(models).values())
         moments = [state[name] for state in models.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
         tensors = [getattr(tensor, "_local_tensor", tensor) for tensor in (*weights, *moments, *models.ema.averages)]
         count = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         Path(f"{log}.{environment['RANK']}.bytes").write_text(str(count))
-        original(args, accelerator, models, *given)
+        original(args, accelerator, models)
 
-    script.load_models, script.shard_networks, script.finish = load_models, shard_networks, finish
+    script.load_models, script.shard_networks, script.export_model = load_models, shard_networks, export_model
     script.main(argv)
 
 

@@ -160,7 +160,7 @@ def list_offloaded_work(script, argv: list[str]) -> list[str]:
         note(stream, "wait")
         wait_stream(stream, other)
 
-    torch.cuda.Stream.wait_stream, script.save_checkpoint, script.finish = wait, lambda *_: None, lambda *_: None
+    torch.cuda.Stream.wait_stream, script.save_checkpoint, script.export_model = wait, lambda *_: None, lambda *_: None
     with Watch():
         script.main([*argv, "--use_ema", "--offload_ema", "--max_train_steps=2"])
     torch.cuda.Stream.wait_stream = wait_stream

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Lines, and tokens of code (without comments, docstrings, line ends): what each script has come down to and must not
 # exceed, and where it is to end.
 REACHED = {
-    "train_text_to_image.py": (2355, 18_992),
+    "train_text_to_image.py": (2355, 18_991),
     "train_text_to_image_lora.py": (2447, 19_756),
     "train_text_to_image_sdxl.py": (2378, 19_076),
     "train_text_to_image_lora_sdxl.py": (2518, 20_221),

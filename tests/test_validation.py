@@ -400,6 +400,32 @@ def test_two_processes_log_the_losses_of_all_images(debug_script, tiny_models, i
 
 
 @in_first_script
+def test_encoders_leave_the_device_also_after_an_error(script, args, tmp_path):
+    """Or a failed validation would take the memory that training needs."""
+    class Network(torch.nn.Module):
+        def to(self, place):
+            self.place = place
+
+    models = SimpleNamespace(vae=Network(), text_encoder=Network(), prompts=None, trained=("unet",))
+    parsed = script.parse_args(args(tmp_path / "out", cache_latents=True, cache_text_embeddings=True))
+    with pytest.raises(RuntimeError), script.encoders_on_device(parsed, SimpleNamespace(device="cuda"), models):
+        assert models.vae.place == models.text_encoder.place == "cuda"
+        raise RuntimeError("no room")
+    assert models.vae.place == models.text_encoder.place == "cpu"
+
+
+@in_first_script
+def test_a_tracker_without_pictures_says_where_they_are(script, args, tmp_path, monkeypatch, caplog):
+    def save_images(parsed, accelerator, *given):
+        original(parsed, SimpleNamespace(trackers=[SimpleNamespace(name="comet_ml")]), *given)
+
+    original = script.save_images
+    monkeypatch.setattr(script, "save_images", save_images)
+    run(script, args(tmp_path / "out", max_train_steps=1, validation_prompts=["a"]))
+    assert f"pictures are not sent to comet_ml: see {tmp_path / 'out/validation/step-1'}" in caplog.text
+
+
+@in_first_script
 def test_a_tracker_that_fails_costs_no_run(script, args, tmp_path, monkeypatch, caplog):
     """The run goes on and is exported, with the reason in the log: here the pipe of the event file is closed."""
     original, closed = script.train_step, []
