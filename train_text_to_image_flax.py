@@ -362,8 +362,9 @@ def check_columns(args: Namespace, source: str | Path, columns: list[str]) -> No
 
 def load_image_folder(folder: str, args: Namespace) -> tuple[datasets.Dataset, list]:
     """Return --image_column and the captions of a folder: of metadata files, or of its images and .txt files."""
-    others = {args.output_dir, args.train_data_dir, args.validation_data_dir} - {folder, None}
-    files = list_files(Path(folder), seen={Path(other).resolve() for other in others})
+    others = args.output_dir, args.train_data_dir, args.validation_data_dir
+    seen = {Path(other).resolve() for other in others if other} - {Path(folder).resolve()}
+    files = list_files(Path(folder), seen)
     metadata = {path.parent: path for path in files if path.name in METADATA_READERS}.values()  # one of a folder
     if metadata:
         rows = [row for path in metadata for row in read_metadata(path, folder, args)]
@@ -1286,10 +1287,10 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
 
     group = parser.add_argument_group("cache")
     switch("--cache_latents", "Encode all images once and keep them on disk.")
-    add("--no_cache_latents", "Turn off --cache_latents (default: %(default)s).", default=False,
+    add("--no_cache_latents", "Turn off --cache_latents (its default: %(default)s).", default=False,
         dest="cache_latents", action="store_false")
     switch("--cache_text_embeddings", "Encode all captions once and keep them on disk.")
-    add("--no_cache_text_embeddings", "Turn off --cache_text_embeddings (default: %(default)s).", default=False,
+    add("--no_cache_text_embeddings", "Turn off --cache_text_embeddings (its default: %(default)s).", default=False,
         dest="cache_text_embeddings", action="store_false")
     add("--cache_crops", "Random crops to cache per image; with --center_crop 1. If not given: 4.", type=positive_int)
     add("--cache_dtype", "Format on disk: fp32 if fp16 overflows.", default="fp16", choices=("fp16", "fp32"))
@@ -1317,7 +1318,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--train_batch_size", "Images per device and forward pass.", type=positive_int, default=16)
     add("--gradient_accumulation_steps", "Forward and backward passes per update, "
         "for batches that do not fit into memory.", type=positive_int, default=1)
-    add("--num_train_epochs", "Passes over the data, without --max_train_steps.", type=positive_int, default=100)
+    add("--num_train_epochs", "Passes over the data if there is no --max_train_steps.", type=positive_int, default=100)
     add("--max_train_steps", "Optimizer updates in total, in place of --num_train_epochs.", type=positive_int)
     add("--seed", "Seed of all random draws. If not given, one is drawn and logged.", type=nonnegative_int)
 
@@ -1340,8 +1341,8 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     add("--ema_decay", "Decay of the average; at update n at most n / (9 + n).", type=fraction, default=0.9999)
 
     group = parser.add_argument_group("precision, memory and devices")
-    add("--mixed_precision", "Number format of the forward and backward pass and of the frozen networks: "
-        "fp16, for GPUs without bf16, scales the loss and skips an update whose gradients "
+    add("--mixed_precision", "Number format of the forward and backward pass and of the frozen networks. bf16 and "
+        "fp16 save memory; fp16, for GPUs without bf16, scales the loss and skips an update whose gradients "
         "overflow.", default="no", choices=("no", "fp16", "bf16"))
     switch("--allow_tf32", "Multiply float32 matrices as fast as the device can: in TF32 on GPUs, in bf16 on TPUs.")
     switch("--gradient_checkpointing", "Recompute activations to save memory, slower.")
@@ -1355,7 +1356,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group = parser.add_argument_group("validation")
     add("--validation_prompts", "Prompts to draw, one image each.", nargs="+")
     add("--validation_prompt", "Prompt to draw --num_validation_images images of.")
-    add("--validation_size", "Sizes to draw, one for each image. Else --resolution.", type=image_size, nargs="+")
+    add("--validation_size", "Size to draw, or one for each. Else --resolution.", type=image_size, nargs="+")
     add("--num_validation_images", "Images to draw of --validation_prompt.", type=nonnegative_int, default=4)
     add("--validation_epochs", "Validate every this many epochs.", type=positive_int)
     add("--validation_steps", "Validate every this many updates, in place of --validation_epochs.", type=positive_int)
@@ -1373,7 +1374,7 @@ def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement 
     group = parser.add_argument_group("tracking and hub")
     add("--report_to", f"Where to log: {', '.join(TRACKERS)} (comma-separated), or none.", default="tensorboard")
     add("--logging_dir", "Folder for logs, inside --output_dir.", default="logs")
-    add("--logging_steps", "Updates between readings of the numbers of all updates.", type=positive_int, default=10)
+    add("--logging_steps", "Updates whose numbers are read at once; each is logged.", type=positive_int, default=10)
     add("--tracker_project_name", "Name of the project in trackers.", default="text2image-fine-tune")
     switch("--push_to_hub", "Upload the result and its model card at the end.")
     add("--hub_model_id", "Repository to upload to. If not given: --output_dir's name.")
@@ -1555,8 +1556,8 @@ def open_output_dir(args: Namespace, accelerator: Accelerator) -> FileLock:
         raise UserError(f"--output_dir {args.output_dir} cannot be written, or is in use by another run that may "
                         f"still be saving: {error}. Wait for its end, or name another folder.") from error
     accelerator.wait_for_everyone()
-    if not args.preview_data and not (folder / PROBE).exists():
-        raise UserError(f"--output_dir {folder} of the main process is another here: name one that all machines see.")
+    if not args.preview_data and not all(gather_object([(folder / PROBE).exists()])):
+        raise UserError(f"--output_dir {folder} is not the same folder on all machines: name one that they share.")
     return lock
 
 
@@ -1751,8 +1752,8 @@ def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
          "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample; this run has epsilon."),
         (args.timestep_bias_strategy == "range"
          and not args.timestep_bias_begin < args.timestep_bias_end <= num_timesteps,
-         f"--timestep_bias_begin {args.timestep_bias_begin} and --timestep_bias_end {args.timestep_bias_end} are no "
-         f"range of the {num_timesteps} timesteps of {where}: the end is not part of it."),
+         f"--timestep_bias_begin {args.timestep_bias_begin} must be below --timestep_bias_end "
+         f"{args.timestep_bias_end}, and both within the {num_timesteps} timesteps of {where}."),
         (args.clip_skip and args.clip_skip + len(TOKENIZERS) > configs["text_encoder"].get("num_hidden_layers", 12),
          f"--clip_skip {args.clip_skip} skips all layers of the text encoder: take a smaller number."),
     )
@@ -2271,8 +2272,8 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
         return None
     for folder in complete[-1:] if name == "latest" else (Path(output_dir, name), Path(name)):
         if is_whole_checkpoint(folder):
-            if folder in complete[:-1] and is_whole_checkpoint(complete[-1]):
-                logger.warning(f"{name} is not the newest checkpoint, where `latest` returns: move newer ones away.")
+            if folder in complete[:-1]:
+                logger.warning(f"`latest` would return to {complete[-1].name}, newer than {name}: move it away.")
             return folder
     whole = ", ".join(folder.name for folder in filter(is_whole_checkpoint, complete)) or "no checkpoint"
     raise UserError(f"--resume_from_checkpoint {name} is not a complete checkpoint, or {folder} has files that were "
@@ -2641,8 +2642,6 @@ def push_to_hub(args: Namespace) -> None:
 # ---- Logging --------------------------------------------------------------------------------------------------------
 
 
-FP16_OVERFLOWS = 30  # in a row: from the first scale, 65,536, that is more than any gradient needs
-
 
 class Meter:
     """Keeps metrics on the devices and reads them late, so that the devices never wait.
@@ -2700,7 +2699,7 @@ class Meter:
             with log_failure("sending numbers to the trackers"):
                 self.accelerator.log(numbers, step=step)
             self.overflows = 0 if math.isfinite(numbers["grad_norm"]) else self.overflows + 1
-            allowed = FP16_OVERFLOWS if "loss_scale" in numbers else 0  # whose updates are skipped, its scale halved
+            allowed = 30 if "loss_scale" in numbers else 0  # whose updates are skipped, and the scale of 65,536 halved
             if not math.isfinite(numbers["train_loss"]) or self.overflows > allowed:
                 raise UserError(
                     f"the loss is {numbers['train_loss']} at step {step} (gradient norm {numbers['grad_norm']}, lr "

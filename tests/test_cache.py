@@ -347,7 +347,7 @@ def test_the_vae_encodes_a_few_images_at_a_time(script, tiny_model, monkeypatch)
     whole, encode = script.encode_images(vae, images), vae.encode
     monkeypatch.setattr(script, "ENCODED_PIXELS", 2 * 16 * 16)
     monkeypatch.setattr(vae, "encode", lambda values: calls.append(len(values)) or encode(values))
-    torch.testing.assert_close(script.encode_images(vae, images), whole)
+    torch.testing.assert_close(script.encode_images(vae, images), whole, rtol=1e-4, atol=1e-4)
     assert calls == [2, 2, 1]
 
 

@@ -270,13 +270,14 @@ def test_old_checkpoint_goes_only_when_the_new_one_is_complete(script, args, tmp
     assert list_names(tmp_path / "out") == {"checkpoint-3"}
 
 
-@in_first_script
+@in_two_scripts
 def test_the_mark_of_a_result_is_exported_last(script, args, tmp_path, monkeypatch):
-    """A folder with model_index.json holds a whole pipeline, whenever the export was killed."""
+    """A folder with model_index.json, or a LoRA's file, holds all of the result, whenever the export was killed."""
     original, names = script.replace_folder, []
     monkeypatch.setattr(script, "replace_folder", lambda new, place: names.append(place.name) or original(new, place))
-    run(script, args(tmp_path / "out", max_train_steps=1))
-    assert "unet" in names and names[-1] == script.RESULT
+    flags = {"save_kohya_format": True} if "lora" in script.__name__ else {}
+    run(script, args(tmp_path / "out", max_train_steps=1, **flags))
+    assert len(set(names)) > 2 and names[-1] == script.RESULT
 
 
 @in_first_script
@@ -293,7 +294,7 @@ def test_checkpoint_saved_again_replaces_the_old_one(script, args, copied, tmp_p
     Until then, `latest` is the one of the course that it left: it says so.
     """
     run(script, args(copied, max_train_steps=4, learning_rate=1e-5, resume_from_checkpoint="checkpoint-2"))
-    assert "checkpoint-2 is not the newest checkpoint" in caplog.text
+    assert "`latest` would return to checkpoint-4, newer than checkpoint-2" in caplog.text
     assert list_names(copied, ".partial*") == set() and list_names(copied) == {"checkpoint-2", "checkpoint-4"}
     assert_loads(copied / "checkpoint-4", copied / "checkpoint-2")
     assert read_record(copied / "checkpoint-4")["flags"]["learning_rate"] == 1e-5

@@ -859,11 +859,18 @@ def test_held_out_images_inside_the_data_are_not_trained_on(script, tmp_path):
         make_image(0).save(place / "a.png")
         (place / "a.txt").write_text(place.name)
     outer, inner = str(tmp_path), str(tmp_path / "held-out")
-    for folders in ((outer, inner), (inner, outer)):
+    for folders in ((outer, inner), (inner, outer), (inner, inner + "/."), (inner, inner)):
         args = script.parse_args(make_args("model", folders[0], tmp_path / "out", validation_data_dir=folders[1]))
         for folder in folders:
             images = script.make_captioned_images(args, folder)
             assert list(images.captions) == [[Path(folder).name]]
+
+
+def test_an_empty_held_out_folder_is_none(script, image_folder, tmp_path, monkeypatch):
+    """As a shell variable that is not set gives it."""
+    monkeypatch.chdir(image_folder)
+    args = script.parse_args(make_args("model", ".", tmp_path / "out", validation_data_dir=""))
+    assert len(script.make_captioned_images(args, ".").captions) == len(list(image_folder.glob("*.png")))
 
 
 def test_a_caption_file_that_cannot_be_read_is_named(script, tmp_path):

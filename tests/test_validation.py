@@ -406,12 +406,19 @@ def test_encoders_leave_the_device_also_after_an_error(script, args, tmp_path):
         def to(self, place):
             self.place = place
 
-    models = SimpleNamespace(vae=Network(), text_encoder=Network(), prompts=None, trained=("unet",))
+    class LargeNetwork(Network):
+        def to(self, place):
+            super().to(place)
+            if place == "cuda":
+                raise RuntimeError("no room")
+
     parsed = script.parse_args(args(tmp_path / "out", cache_latents=True, cache_text_embeddings=True))
-    with pytest.raises(RuntimeError), script.encoders_on_device(parsed, SimpleNamespace(device="cuda"), models):
-        assert models.vae.place == models.text_encoder.place == "cuda"
-        raise RuntimeError("no room")
-    assert models.vae.place == models.text_encoder.place == "cpu"
+    for text_encoder in (Network(), LargeNetwork()):
+        models = SimpleNamespace(vae=Network(), text_encoder=text_encoder, prompts=None, trained=("unet",))
+        with pytest.raises(RuntimeError), script.encoders_on_device(parsed, SimpleNamespace(device="cuda"), models):
+            assert models.vae.place == models.text_encoder.place == "cuda"
+            raise RuntimeError("no room to draw")
+        assert models.vae.place == models.text_encoder.place == "cpu"
 
 
 @in_first_script
