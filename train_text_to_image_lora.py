@@ -81,7 +81,8 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, release_memory, send_to_device, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils.memory import clear_device_cache
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageOps, PngImagePlugin
@@ -648,7 +649,7 @@ def collate(samples: list[dict], tokenizers: list[CLIPTokenizer]) -> dict[str, T
     if captions:
         for name, tokenizer in zip(("input_ids", "input_ids_2"), tokenizers, strict=False):
             batch[name] = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        batch["num_long"] = (batch["input_ids"][:, -2] != tokenizers[0].pad_token_id).long()  # perhaps truncated
+        batch["num_long"] = batch["input_ids"][:, -2] != tokenizers[0].pad_token_id  # perhaps truncated
     return batch
 
 
@@ -786,8 +787,7 @@ def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """Return the moments [b, 2c, h, w] of uint8 images [b, 3, H, W]: mean and standard deviation of their latents."""
     moments = []
     for part in images.split(max(1, ENCODED_PIXELS // images[0, 0].numel())):
-        pixel_values = part.to(vae.device).float() / 127.5 - 1  # [-1, 1]
-        posterior = vae.encode(pixel_values.to(vae.dtype)).latent_dist
+        posterior = vae.encode((part.to(vae.device).float() / 127.5 - 1).to(vae.dtype)).latent_dist  # of [-1, 1]
         moments.append(torch.cat([posterior.mean, posterior.std], dim=1).float())
     return torch.cat(moments)
 
@@ -1549,7 +1549,7 @@ def encoders_on_device(args: Namespace, accelerator: Accelerator, models: Models
     finally:
         for network in [models.vae] * args.cache_latents + text_encoders * args.cache_text_embeddings:
             network.to("cpu")
-        release_memory()
+        clear_device_cache()
 
 
 def list_text_targets(args: Namespace, text_encoder: nn.Module, num_unused: int) -> list[str]:
