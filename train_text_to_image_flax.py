@@ -2642,7 +2642,6 @@ def push_to_hub(args: Namespace) -> None:
 # ---- Logging --------------------------------------------------------------------------------------------------------
 
 
-
 class Meter:
     """Keeps metrics on the devices and reads them late, so that the devices never wait.
 
