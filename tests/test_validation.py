@@ -452,7 +452,8 @@ def test_a_tracker_that_fails_costs_no_run(script, args, tmp_path, monkeypatch, 
 @in_first_script
 def test_weights_and_biases_offline(script, args, tmp_path, monkeypatch):
     """Every update's numbers and all pictures are in the files that `wandb sync` would upload, and no token is."""
-    settings = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "HF_TOKEN": TOKEN}
+    settings = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true", "HF_TOKEN": TOKEN,
+                "WANDB__SERVICE_WAIT": "300"}  # seconds: a busy machine is slow to start its service
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     wandb.teardown()  # the settings of the run before, in this process
