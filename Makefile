@@ -5,15 +5,16 @@
 #   make torture MINUTES=60    kill runs of each script at random moments, and compare how they end
 #   make benchmark             speed and memory     make style   fix what ruff can fix
 #   make test NEWEST=1         all tests with the newest packages that requirements*.txt allow, in .venv-newest
-#   make constraints           the same, and if they pass, constraints.txt is what they passed with
+#   make test OLDEST=1         the same with the lower bounds, in .venv-oldest
+#   make constraints           as NEWEST=1, and if they pass, constraints.txt is what they passed with
 #   VENV=path                  another environment, for instance one that exists already
 #   CONSTRAINTS=               the versions in that environment that requirements*.txt allow, not the tested ones
 #   BASE_PYTHON=python3.12     another Python to make it with
 #   ARGS="..."                 more arguments, for quickstart, test and benchmark
 
-VENV ?= $(if $(NEWEST),.venv-newest,.venv)
+VENV ?= .venv$(if $(NEWEST),-newest)$(if $(OLDEST),-oldest)
 BASE_PYTHON ?= python3
-CONSTRAINTS ?= $(if $(NEWEST),,constraints.txt)
+CONSTRAINTS ?= $(if $(NEWEST),,$(if $(OLDEST),.oldest.txt,constraints.txt))
 ARGS ?=
 MINUTES ?= 60
 
@@ -88,5 +89,8 @@ $(CHECK_READY): tests/requirements.txt $(CONSTRAINTS) | $(PYTHON)
 $(TEST_READY): tests/requirements.txt requirements_flax.txt $(TRAIN_READY) $(if $(NEWEST),newest) | $(PYTHON)
 	$(PIP) -r tests/requirements.txt
 	@touch $@
+
+.oldest.txt: requirements.txt requirements_flax.txt
+	grep -ohE '^[a-z_]+>=[0-9.]+' $^ | sed 's/>=/==/' > $@
 
 newest:  # never up to date: a release may be newer than the last installation

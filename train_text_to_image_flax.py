@@ -353,7 +353,7 @@ def load_rows(args: Namespace) -> tuple[datasets.Dataset, list]:
     return rows, rows[args.caption_column][:]
 
 
-def check_columns(args: Namespace, source: str | Path, columns: list[str]) -> None:
+def check_columns(args: Namespace, source: str | Path, columns: list[str]):
     for flag in ("image_column", "caption_column"):
         if getattr(args, flag) not in columns:
             raise UserError(
@@ -513,8 +513,7 @@ def transform_image(image: Image.Image, args: Namespace, size: tuple[int, int], 
     """Return `images` uint8 [3, *size], resized to cover height and width, mirrored, cropped; and `time_ids`.
 
     `corner` is the crop's top left, as fractions of the pixels that it can move down and across. SDXL is conditioned
-    on `time_ids` [6]: original height and width, top and left of the crop, and the crop's height and width (Podell et
-    al. 2023, arXiv:2307.01952, section 2.2).
+    on `time_ids` [6]: original size, top and left of the crop, its size (Podell et al. 2023, arXiv:2307.01952, 2.2).
     """
     height, width = size
     is_tall = image.height * width > height * image.width
@@ -549,9 +548,8 @@ class Samples:
             self.rows = make_rng(seed, "subset").permutation(len(self.rows))[: args.max_train_samples].tolist()
         self.timestep_cdf = compute_timestep_cdf(args, configs["scheduler"].get("num_train_timesteps", 1000))
         self.sizes = list_sizes(args)
-        self.buckets = np.zeros(len(self.rows), int)  # the size of each sample, by its place in `sizes`
-        if args.aspect_ratio_buckets:
-            self.buckets = choose_buckets(data.images, self.rows, self.sizes)
+        self.buckets = (choose_buckets(data.images, self.rows, self.sizes) if args.aspect_ratio_buckets
+                        else np.zeros(len(self.rows), int))  # the size of each sample, by its place in `sizes`
         channels, factor = configs["vae"].get("latent_channels", 4), compute_vae_factor(configs["vae"])
         self.latent_shapes = [(channels, height // factor, width // factor) for height, width in self.sizes]
         self.noise_shapes = [{"posterior_noise": shape, "noise": shape, **extra_noises(args, shape)}
@@ -616,15 +614,15 @@ class Samples:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return an image and its index or, with --skip_broken_images, those of the next one that can be read."""
-        for source in itertools.chain(range(index, len(self)), range(index)):
-            stored = self.data.images[self.rows[source]]
+        for place in itertools.chain(range(index, len(self)), range(index)):
+            row, stored = self.rows[place], self.data.images[self.rows[place]]
             try:
                 image = decode_image(stored)
                 if max(image.size) > 100 * min(image.size):
                     raise ValueError("it is a strip, which would take gigabytes when it is resized")
-                return image, source
+                return image, place
             except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
-                message = f"row {source} of the data ({get_path(stored)}) cannot be read as an image: {error}."
+                message = f"row {row} of the data ({get_path(stored)}) cannot be read as an image: {error}."
                 if not self.args.skip_broken_images:
                     raise UserError(f"{message} Fix or remove it, or add --skip_broken_images.") from error
             logging.getLogger(__name__).warning(f"skipped: {message}")
@@ -740,7 +738,7 @@ def iterate_ahead(batches):
             batch = pending.result()
 
 
-def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples) -> None:
+def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples):
     """With --preview_data, write a sheet of training samples as preview.png, and stop."""
     if not args.preview_data:
         return
@@ -1250,7 +1248,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
+def add_flags(parser: ArgumentParser):  # noqa: PLR0915 - one statement per flag
     def add(flag, text, **settings):
         group.add_argument(flag, help=text, **settings)
     switch = partial(add, action="store_true")
@@ -1397,19 +1395,20 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     return args
 
 
-def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, str]) -> None:
+def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, str]):
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
     out = Path(args.output_dir).resolve()
-    earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
+    earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT, out / "unet",
+                                      out / "README.md") if path.exists()]
     cases = [
         *own_cases,
         (not args.dataset_name and not os.path.isdir(args.train_data_dir or ""),
          f"no training data: --train_data_dir {args.train_data_dir} is no folder. Give one, or --dataset_name NAME."),
         (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (earlier == [RESULT] or earlier and args.resume_from_checkpoint is None,
-         f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
-         "overwrite: name another folder or, to go on from a checkpoint in it, add --resume_from_checkpoint latest."),
+        (earlier and not (args.resume_from_checkpoint and earlier[0].startswith("checkpoint-")),
+         f"--output_dir {args.output_dir} holds {', '.join(earlier)}, which this run would overwrite: name another "
+         "folder or, to go on from a checkpoint in it, add --resume_from_checkpoint latest."),
         *((getattr(args, flag) and Path(getattr(args, flag)).resolve() == out,
            f"--output_dir {args.output_dir} is also --{flag}, whose files would mix with this run's: name another.")
           for flag in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir")),
@@ -1460,7 +1459,7 @@ def make_accelerator(args: Namespace) -> Accelerator:
 class Accelerator:
     """The processes, devices and trackers of a run, with accelerate's names, which shared helpers use."""
 
-    def __init__(self, mixed_precision: str, *, fsdp: bool) -> None:
+    def __init__(self, mixed_precision: str, *, fsdp: bool):
         self.process_index, self.num_processes = jax.process_index(), jax.process_count()
         self.is_main_process = self.process_index == 0
         self.num_devices, self.mixed_precision, self.fsdp = jax.device_count(), mixed_precision, fsdp
@@ -1469,7 +1468,7 @@ class Accelerator:
         self.split = NamedSharding(self.mesh, PartitionSpec("devices"))
         self.trackers = []
 
-    def wait_for_everyone(self) -> None:
+    def wait_for_everyone(self):
         """Wait until all processes are here."""
         if self.num_processes > 1:
             multihost_utils.sync_global_devices("wait_for_everyone")
@@ -1483,12 +1482,12 @@ class Accelerator:
         if self.is_main_process:
             self.wait_for_everyone()
 
-    def log(self, numbers: dict[str, float], step: int) -> None:
+    def log(self, numbers: dict[str, float], step: int):
         """Send numbers of an update to the trackers."""
         for tracker in self.trackers:
             tracker.log(numbers, step=step)
 
-    def end_training(self) -> None:
+    def end_training(self):
         """Close the trackers."""
         for tracker in self.trackers:
             tracker.finish()
@@ -1577,7 +1576,7 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
 
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, seed: int,
-                   checkpoint: Path | None) -> None:
+                   checkpoint: Path | None):
     trained = sum(array.size for array in models.state.weights.values())
     last_step = compute_last_step(args, samples, accelerator.num_devices)
     logger.info(f"training {trained:,} parameters of {' and '.join(models.trained)} on {len(samples):,} samples at "
@@ -1601,7 +1600,7 @@ class StopRequest:
     the numbers of the update before, so that nobody waits for it.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    def __init__(self, accelerator: Accelerator):
         self.signal_number, self.previous = 0, {}
         self.is_shared, self.previous_metrics = accelerator.num_processes > 1, {"signal": 0}
 
@@ -1612,11 +1611,11 @@ class StopRequest:
             logger.warning("not in the main thread: signals do not save and stop this run")
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def receive(self, number: int, frame) -> None:
+    def receive(self, number: int, frame):
         """Note the signal; a second one of the same kind ends the process at once, even while it waits for another."""
         self.signal_number = number
         signal.signal(number, signal.SIG_DFL)
@@ -1728,7 +1727,7 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
     return locate_model(args), {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
 
 
-def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
+def check_model_configs(args: Namespace, configs: dict[str, dict]):
     where, vae, scheduler = args.pretrained_model_name_or_path, configs["vae"], configs["scheduler"]
     factor, latent_channels = compute_vae_factor(vae), vae.get("latent_channels", 4)
     in_channels = configs["unet"].get("in_channels", 4)
@@ -1786,7 +1785,7 @@ def explained_load(args: Namespace, part: str):
     try:
         yield
     except Exception as error:  # of several libraries
-        if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
+        if isinstance(error, ImportError) or re.search("version of|pip install|unexpected keyword", str(error)):
             raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
                               "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
                               ) from error
@@ -1955,7 +1954,7 @@ class LocalEncoder:
     `encode` takes the models and a batch; `batch_size` is per device.
     """
 
-    def __init__(self, models: Models, part: str, encode, batch_size: int) -> None:
+    def __init__(self, models: Models, part: str, encode, batch_size: int):
         self.mesh = Mesh(np.array(jax.local_devices()), ("devices",))
         self.batch_size = batch_size * self.mesh.size
         self.weights = {name: array for name, array in models.frozen.items() if name.startswith(f"{part}.")}
@@ -1980,7 +1979,7 @@ CACHE_DTYPES = {"fp16": "f2", "fp32": "f4"}  # for numpy
 OPENING = threading.Lock()  # numpy reads headers by `ast`, which threads may not share before Python 3.11.8 and 3.12.2
 
 
-def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
+def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples):
     """Encode images and captions once, as the flags say."""
     if args.cache_latents:
         samples.latents = cache_latents(args, accelerator, models, samples)
@@ -1993,7 +1992,7 @@ def cache_latents(args: Namespace, accelerator: Accelerator, models: Models, sam
     size = 2 * max(math.prod(shape) for shape in samples.latent_shapes)  # of moments; smaller ones are padded
     row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (size,)), ("time_ids", "f4", (6,)), ("sources", "i8")])
     key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
-                   digest_network(models, "vae"), row, samples.sizes)
+                   digest_network(models, "vae"), row, samples.sizes, samples.num_flips)
     rows = EncodedRows(args, f"images-{key}", row, len(samples), samples.num_crops * samples.num_flips)
     batch_size = min(max(1, ENCODED_PIXELS // math.prod(parse_size(args.resolution))),
                      math.ceil(rows.rows_per_file / jax.local_device_count()))
@@ -2050,7 +2049,7 @@ class EncodedRows:
         values = open_rows(self.files[file][0])[place]
         return {name: values[name].copy() for name in self.dtype.names}
 
-    def fill(self, accelerator: Accelerator, read, encode) -> None:
+    def fill(self, accelerator: Accelerator, read, encode):
         """Write this process's share of the missing files: the values by name that `encode(read(items))` returns.
 
         What is read next is read while this is encoded. A file is written aside, then renamed: a killed run goes on
@@ -2066,7 +2065,7 @@ class EncodedRows:
             for name, values in encoded.items():
                 rows[name] = values
             if not np.isfinite(rows[first]).all():
-                raise UserError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
+                raise UserError(f"the {first} of items {items.start} to {items.stop - 1} of the samples are not "
                                 f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -2125,7 +2124,7 @@ def digest_network(models: Models, part: str) -> str:
 
 
 def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective,
-                     samples: Samples) -> None:
+                     samples: Samples):
     """Put all weights on the devices, the trainable ones with their training state, and prepare the programs."""
     last_step = compute_last_step(args, samples, accelerator.num_devices)
     recipe = make_recipe(args, models.trained, last_step, accelerator.num_devices)
@@ -2272,7 +2271,7 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
         return None
     for folder in complete[-1:] if name == "latest" else (Path(output_dir, name), Path(name)):
         if is_whole_checkpoint(folder):
-            if folder in complete[:-1]:
+            if any(map(folder.samefile, complete[:-1])):
                 logger.warning(f"`latest` would return to {complete[-1].name}, newer than {name}: move it away.")
             return folder
     whole = ", ".join(folder.name for folder in filter(is_whole_checkpoint, complete)) or "no checkpoint"
@@ -2303,7 +2302,7 @@ def load_run_record(checkpoint: Path | None) -> dict:
     return json.loads((checkpoint / RUN_RECORD).read_text())
 
 
-def check_changes(checkpoint: Path | None, record: dict) -> None:
+def check_changes(checkpoint: Path | None, record: dict):
     """Warn of what differs from the run that made a checkpoint; UserError for flags that must not."""
     if not checkpoint:
         return
@@ -2319,7 +2318,7 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
         logger.warning(
             f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the new values.")
     elif saved:
-        logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
+        logger.info(f"resuming from {checkpoint} with the same captions, noise and settings")
     else:
         logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
 
@@ -2334,7 +2333,7 @@ def split_state(state: TrainState) -> dict[str, dict]:
     return parts
 
 
-def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
+def save_state(accelerator: Accelerator, models: Models, folder: Path):
     """Write the state with Orbax, each process what its devices hold."""
     accelerator.wait_for_everyone()
     for name, part in split_state(models.state).items():
@@ -2359,7 +2358,7 @@ def load_state(state: TrainState, folder: Path) -> TrainState:
 
 
 def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
-                    record: dict) -> None:
+                    record: dict):
     """Save what the next update depends on, renamed once it is on disk, so that a crash leaves the others whole."""
     place = Path(args.output_dir, f"checkpoint-{progress.global_step}")
     aside, limit = place.with_name(f".partial-{place.name}"), args.checkpoints_total_limit
@@ -2382,7 +2381,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
     accelerator.wait_for_everyone()
 
 
-def replace_folder(new: Path, place: Path) -> None:
+def replace_folder(new: Path, place: Path):
     """Move a file or folder to its place, once it is on disk; then remove what was there."""
     finish_files(new)
     old = place.rename(place.with_name(f".partial-old-{place.name}")) if os.path.lexists(place) else None
@@ -2391,18 +2390,19 @@ def replace_folder(new: Path, place: Path) -> None:
         remove(old)
 
 
-def finish_files(path: Path) -> None:
+def finish_files(path: Path):
     """Flush a file, or all in a folder, to disk, with the folder's permissions: safetensors leaves out the group's."""
     for file in filter(Path.is_file, [path, *path.rglob("*")]):
         with open(file, "r+b") as stream:
             os.fsync(stream)
-        file.chmod(file.parent.stat().st_mode & 0o666)
+        with contextlib.suppress(OSError):  # on file systems that have no permissions
+            file.chmod(file.parent.stat().st_mode & 0o666)
 
 
-def remove(path: Path) -> None:
+def remove(path: Path):
     """Remove a file, a folder, or a link without its target; renamed first, since half a checkpoint is none."""
-    path = path.rename(path.with_name(f".partial-removed-{path.name}"))
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    path = path.rename(path.with_name(f".partial-removed-{path.name.removeprefix('.partial-removed-')}"))
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def resume(models: Models, checkpoint: Path) -> Progress:
@@ -2410,7 +2410,7 @@ def resume(models: Models, checkpoint: Path) -> Progress:
     try:
         models.state = load_state(models.state, checkpoint.resolve())
     except Exception as error:  # of several libraries, whose words go on for pages
-        raise ValueError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
+        raise UserError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
                          "it was.") from error
     return Progress(**load_run_record(checkpoint)["progress"])
 
@@ -2431,7 +2431,7 @@ SAFETY_CLASSES = {"safety_checker": ("stable_diffusion", "StableDiffusionSafetyC
 
 
 def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Data, progress: Progress,
-             tag: str = "validation") -> None:
+             tag: str = "validation"):
     """Draw the prompts and measure the held-out loss, with the EMA weights if there are any.
 
     `tag` is the name of the pictures in trackers.
@@ -2503,12 +2503,12 @@ def draw_images(args: Namespace, accelerator: Accelerator, models: Models, promp
                 seed: int) -> list[Image.Image]:
     """Return a picture per prompt, from the same noise at every call; none where drawing failed.
 
-    Each device draws one picture at a time.
+    Each device draws one picture at a time. With several processes a failure ends the run, as the others wait.
     """
     sizes = [args.validation_size[index % len(args.validation_size)] for index in range(len(prompts))]
     factor, channels = compute_vae_factor(models.configs["vae"]), models.configs["vae"]["latent_channels"]
     drawn, count = {}, accelerator.num_devices
-    with log_failure("drawing validation pictures"):
+    with contextlib.nullcontext() if accelerator.num_processes > 1 else log_failure("drawing validation pictures"):
         for size in dict.fromkeys(sizes):
             shape = (channels, *(side // factor for side in parse_size(size)))
             indices = [index for index in range(len(prompts)) if sizes[index] == size]
@@ -2533,7 +2533,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
     count, losses = len(held_out), []
     steps = plan_micro_steps(held_out, Progress(), len(set(held_out.buckets)),
                              args.train_batch_size * accelerator.num_devices, count)
-    with log_failure("measuring the held-out loss"):
+    with contextlib.nullcontext() if accelerator.num_processes > 1 else log_failure("measuring the held-out loss"):
         for _, batch in make_dataloader(held_out, steps, models, 0, accelerator, args.train_batch_size):
             losses.append(models.programs.compute_losses(get_best_weights(models), models.placed,
                                                          accelerator.place_batch(batch, axis=0)))
@@ -2542,7 +2542,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
 
 
 def save_images(args: Namespace, accelerator: Accelerator, images: list[Image.Image], step: int,
-                tag: str) -> None:
+                tag: str):
     """Save pictures one by one and side by side, and send them to the trackers."""
     folder = Path(args.output_dir, f"validation/step-{step}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -2555,7 +2555,7 @@ def save_images(args: Namespace, accelerator: Accelerator, images: list[Image.Im
     log_images(accelerator, tag, images, args.validation_prompts, step)
 
 
-def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+def export_model(args: Namespace, accelerator: Accelerator, models: Models):
     """Write the pipeline to --output_dir, aside first, so that a failure leaves what was there before.
 
     Frozen parts are copies of the base model's files, Flax weights converted.
@@ -2589,14 +2589,14 @@ def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> N
     logger.info(f"saved the pipeline: StableDiffusionPipeline.from_pretrained({args.output_dir!r}) loads it")
 
 
-def save_network(arrays: dict[str, np.ndarray], part: str, folder: Path) -> None:
+def save_network(arrays: dict[str, np.ndarray], part: str, folder: Path):
     """Write the weights of a network, given by torch's names and in its layout, as diffusers reads them."""
     prefix = "text_model." if part == "text_encoder" else ""  # which every version of transformers reads
     save_arrays({prefix + name: np.ascontiguousarray(array) for name, array in arrays.items()},
                 folder / part / f"{WEIGHT_FILES[part]}.safetensors", metadata={"format": "pt"})
 
 
-def write_json(path: Path, settings: dict) -> None:
+def write_json(path: Path, settings: dict):
     """Write a file of settings, naming torch's classes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(settings, indent=2) + "\n"
@@ -2610,7 +2610,7 @@ def make_example(args: Namespace, prompt: str) -> str:
             f"image = pipeline({prompt!r}{clip_skip}).images[0]")
 
 
-def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
+def save_model_card(args: Namespace, seed: int, progress: Progress):
     """Write README.md, the model card, with the pictures drawn after the last update."""
     folder, base = Path(args.output_dir), args.pretrained_model_name_or_path
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=MODEL_TAGS,
@@ -2628,7 +2628,7 @@ def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def push_to_hub(args: Namespace) -> None:
+def push_to_hub(args: Namespace):
     try:
         huggingface_hub.upload_folder(
             repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
@@ -2649,7 +2649,7 @@ class Meter:
     `data_wait` (share of the time spent waiting for data) and `peak_memory_gib`.
     """
 
-    def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int) -> None:
+    def __init__(self, args: Namespace, accelerator: Accelerator, first_step: int, last_step: int):
         self.accelerator, self.logging_steps = accelerator, args.logging_steps
         self.bar = tqdm(total=last_step, initial=first_step, desc="updates", disable=not accelerator.is_main_process)
         self.updates = []  # (step, numbers) of those not read yet
@@ -2666,7 +2666,7 @@ class Meter:
             if not self.updates:  # all read: what was done since, such as saving, is not training
                 self.started = began
 
-    def end_update(self, global_step: int, step: MicroStep, metrics: dict[str, Tensor]) -> None:
+    def end_update(self, global_step: int, step: MicroStep, metrics: dict[str, Tensor]):
         """Take an update's metrics; wait for the update before it, so that the devices stay busy with this one.
 
         They are read --logging_steps updates at a time, once one more has begun.
@@ -2679,7 +2679,7 @@ class Meter:
         with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not end the run
             self.bar.update()
 
-    def flush(self, count: int | None = None) -> None:
+    def flush(self, count: int | None = None):
         """Read the oldest metrics, or all, from the devices and log them; raise UserError if one is not finite."""
         rows = jax.device_get(self.updates[:count])
         del self.updates[:count]
@@ -2716,7 +2716,7 @@ def log_failure(what: str):
         logging.getLogger(__name__).exception(f"{what} failed; the run goes on")  # on any process
 
 
-def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int) -> None:
+def log_images(accelerator: Accelerator, tag: str, images: list[Image.Image], prompts: list[str], step: int):
     """Send pictures to every tracker."""
     for tracker in accelerator.trackers:
         if isinstance(tracker, TensorBoardRun):
@@ -2741,13 +2741,13 @@ def start_tracker(name: str, args: Namespace):
 class TensorBoardRun:
     """Writes TensorBoard's event files without torch or TensorFlow; has the methods of a run of W&B."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path):
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self.file, self.make_event = EventFileWriter(str(folder)), Event
 
-    def log(self, values: dict[str, float | Image.Image], step: int) -> None:
+    def log(self, values: dict[str, float | Image.Image], step: int):
         """Write numbers or pictures of an update."""
         summary = []
         for tag, value in values.items():
@@ -2761,7 +2761,7 @@ class TensorBoardRun:
         self.file.add_event(self.make_event(wall_time=time.time(), step=step, summary={"value": summary}))
         self.file.flush()
 
-    def finish(self) -> None:
+    def finish(self):
         """Close the file."""
         self.file.close()
 
@@ -2769,7 +2769,7 @@ class TensorBoardRun:
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None):
     args = parse_args(argv)
     accelerator = make_accelerator(args)
     configs = load_model_configs(args)

@@ -323,7 +323,7 @@ def load_rows(args: Namespace) -> tuple[datasets.Dataset, list]:
     return rows, rows[args.caption_column][:]
 
 
-def check_columns(args: Namespace, source: str | Path, columns: list[str]) -> None:
+def check_columns(args: Namespace, source: str | Path, columns: list[str]):
     for flag in ("image_column", "caption_column"):
         if getattr(args, flag) not in columns:
             raise UserError(
@@ -483,8 +483,7 @@ def transform_image(image: Image.Image, args: Namespace, size: tuple[int, int], 
     """Return `images` uint8 [3, *size], resized to cover height and width, mirrored, cropped; and `time_ids`.
 
     `corner` is the crop's top left, as fractions of the pixels that it can move down and across. SDXL is conditioned
-    on `time_ids` [6]: original height and width, top and left of the crop, and the crop's height and width (Podell et
-    al. 2023, arXiv:2307.01952, section 2.2).
+    on `time_ids` [6]: original size, top and left of the crop, its size (Podell et al. 2023, arXiv:2307.01952, 2.2).
     """
     height, width = size
     is_tall = image.height * width > height * image.width
@@ -519,9 +518,8 @@ class Samples:
             self.rows = make_rng(seed, "subset").permutation(len(self.rows))[: args.max_train_samples].tolist()
         self.timestep_cdf = compute_timestep_cdf(args, configs["scheduler"].get("num_train_timesteps", 1000))
         self.sizes = list_sizes(args)
-        self.buckets = np.zeros(len(self.rows), int)  # the size of each sample, by its place in `sizes`
-        if args.aspect_ratio_buckets:
-            self.buckets = choose_buckets(data.images, self.rows, self.sizes)
+        self.buckets = (choose_buckets(data.images, self.rows, self.sizes) if args.aspect_ratio_buckets
+                        else np.zeros(len(self.rows), int))  # the size of each sample, by its place in `sizes`
         channels, factor = configs["vae"].get("latent_channels", 4), compute_vae_factor(configs["vae"])
         self.latent_shapes = [(channels, height // factor, width // factor) for height, width in self.sizes]
         self.noise_shapes = [{"posterior_noise": shape, "noise": shape, **extra_noises(args, shape)}
@@ -586,15 +584,15 @@ class Samples:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Return an image and its index or, with --skip_broken_images, those of the next one that can be read."""
-        for source in itertools.chain(range(index, len(self)), range(index)):
-            stored = self.data.images[self.rows[source]]
+        for place in itertools.chain(range(index, len(self)), range(index)):
+            row, stored = self.rows[place], self.data.images[self.rows[place]]
             try:
                 image = decode_image(stored)
                 if max(image.size) > 100 * min(image.size):
                     raise ValueError("it is a strip, which would take gigabytes when it is resized")
-                return image, source
+                return image, place
             except Exception as error:  # PIL raises many kinds for broken files, SyntaxError among them
-                message = f"row {source} of the data ({get_path(stored)}) cannot be read as an image: {error}."
+                message = f"row {row} of the data ({get_path(stored)}) cannot be read as an image: {error}."
                 if not self.args.skip_broken_images:
                     raise UserError(f"{message} Fix or remove it, or add --skip_broken_images.") from error
             logging.getLogger(__name__).warning(f"skipped: {message}")
@@ -673,7 +671,7 @@ def make_dataloader(samples: Samples, steps, models: Models, num_workers: int, a
             loader._shutdown_workers()  # which otherwise waits for the last reference to go
 
 
-def ignore_stop_signals(worker_id: int) -> None:
+def ignore_stop_signals(worker_id: int):
     """Leave the signals that reach a whole process group to the training process, which ends its loaders by itself."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -692,7 +690,7 @@ def iterate_ahead(batches):
             batch = pending.result()
 
 
-def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples) -> None:
+def preview_data(args: Namespace, accelerator: Accelerator, samples: Samples):
     """With --preview_data, write a sheet of training samples as preview.png, and stop."""
     if not args.preview_data:
         return
@@ -803,12 +801,11 @@ def encode_captions(models: Models, batch: dict) -> dict[str, Tensor]:
 
     With --clip_skip the states are of that many layers before; the pooled output is always that of all layers.
 
-    Gradients come only where the encoders are trained. Captions without a token get zeros where the pipeline does the
-    same when it guides (`force_zeros_for_empty_prompt`).
+    Captions without a token get zeros where the pipeline does the same when it guides
+    (`force_zeros_for_empty_prompt`).
     """
-    with contextlib.nullcontext() if "text_encoder" in models.trained else torch.no_grad():
-        outputs = [models.text_encoder(batch["input_ids"], output_hidden_states=True),
-                   models.text_encoder_2(batch["input_ids_2"], output_hidden_states=True)]
+    outputs = [models.text_encoder(batch["input_ids"], output_hidden_states=True),
+               models.text_encoder_2(batch["input_ids_2"], output_hidden_states=True)]
     layer = -2 - (models.clip_skip or 0)
     states = torch.cat([output.hidden_states[layer] for output in outputs], dim=-1)
     pooled = outputs[1].text_embeds
@@ -871,7 +868,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     num_processes = int(os.environ.get("WORLD_SIZE", 1))  # which every launcher sets
     check_args(
         parser, args,
-        (args.use_8bit_adam and args.use_adafactor, "--use_8bit_adam excludes --use_adafactor: drop one of them."),
+        *((args.use_8bit_adam and getattr(args, flag), f"--use_8bit_adam excludes --{flag}: drop one of them.")
+          for flag in ("use_adafactor", "channels_last")),  # which it undoes
         (precision == "fp16" and not torch.accelerator.is_available(),
          "--mixed_precision fp16 needs a GPU, and there is none here: use bf16 or no."),
         (args.optimizer_in_backward
@@ -891,7 +889,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def add_flags(parser: ArgumentParser) -> None:  # noqa: PLR0915 - one statement per flag
+def add_flags(parser: ArgumentParser):  # noqa: PLR0915 - one statement per flag
     def add(flag, text, **settings):
         group.add_argument(flag, help=text, **settings)
     switch = partial(add, action="store_true")
@@ -1048,19 +1046,20 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
     return args
 
 
-def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, str]) -> None:
+def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, str]):
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
     out = Path(args.output_dir).resolve()
-    earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT) if path.exists()]
+    earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT, out / "unet",
+                                      out / "README.md") if path.exists()]
     cases = [
         *own_cases,
         (not args.dataset_name and not os.path.isdir(args.train_data_dir or ""),
          f"no training data: --train_data_dir {args.train_data_dir} is no folder. Give one, or --dataset_name NAME."),
         (args.validation_data_dir and not os.path.isdir(args.validation_data_dir),
          f"--validation_data_dir {args.validation_data_dir} is not a folder."),
-        (earlier == [RESULT] or earlier and args.resume_from_checkpoint is None,
-         f"--output_dir {args.output_dir} holds {', '.join(earlier)} of an earlier run, which this one would "
-         "overwrite: name another folder or, to go on from a checkpoint in it, add --resume_from_checkpoint latest."),
+        (earlier and not (args.resume_from_checkpoint and earlier[0].startswith("checkpoint-")),
+         f"--output_dir {args.output_dir} holds {', '.join(earlier)}, which this run would overwrite: name another "
+         "folder or, to go on from a checkpoint in it, add --resume_from_checkpoint latest."),
         *((getattr(args, flag) and Path(getattr(args, flag)).resolve() == out,
            f"--output_dir {args.output_dir} is also --{flag}, whose files would mix with this run's: name another.")
           for flag in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir", "validation_data_dir")),
@@ -1162,7 +1161,7 @@ def start_run(args: Namespace, accelerator: Accelerator, images: CaptionedImages
 
 
 def log_run_header(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples, seed: int,
-                   checkpoint: Path | None) -> None:
+                   checkpoint: Path | None):
     logger.info(f"training {' and '.join(models.trained)} on {len(samples):,} samples at {args.resolution} px for "
                 f"{compute_last_step(args, samples, accelerator.num_processes):,} updates of "
                 f"{compute_total_batch_size(args, accelerator.num_processes)}: "
@@ -1198,7 +1197,7 @@ class StopRequest:
                              "has ended, or hangs: see its log. End it, and start all again with "
                              "--resume_from_checkpoint latest.", main_process_only=False)
 
-    def receive(self, number: int, frame) -> None:
+    def receive(self, number: int, frame):
         """Note the signal; a second one of the same kind ends the process at once, even while it waits for another."""
         self.signal_number = number
         signal.signal(number, signal.SIG_DFL)
@@ -1295,7 +1294,7 @@ def locate_part(args: Namespace, part: str) -> tuple[str, dict]:
     return locate_model(args), {"subfolder": part, "revision": revision, "cache_dir": args.cache_dir}
 
 
-def check_model_configs(args: Namespace, configs: dict[str, dict]) -> None:
+def check_model_configs(args: Namespace, configs: dict[str, dict]):
     where, vae, scheduler = args.pretrained_model_name_or_path, configs["vae"], configs["scheduler"]
     factor, latent_channels = compute_vae_factor(vae), vae.get("latent_channels", 4)
     in_channels = configs["unet"].get("in_channels", 4)
@@ -1353,7 +1352,7 @@ def explained_load(args: Namespace, part: str):
     try:
         yield
     except Exception as error:  # of several libraries
-        if isinstance(error, ImportError) or re.search("version of|pip install", str(error)):
+        if isinstance(error, ImportError) or re.search("version of|pip install|unexpected keyword", str(error)):
             raise ImportError(f"packages are missing or do not fit together: {error} Install those that were tested: "
                               "pip install -r requirements.txt (JAX: requirements_flax.txt) -c constraints.txt"
                               ) from error
@@ -1423,7 +1422,7 @@ def load_models(args: Namespace, accelerator: Accelerator, configs: dict[str, di
     return models
 
 
-def shard_networks(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+def shard_networks(args: Namespace, accelerator: Accelerator, models: Models):
     """With --fsdp, divide the trainable networks among the processes, by torch's FSDP2, in place.
 
     Blocks are gathered one at a time, in the precision of the forward pass; gradients are summed in float32. Nothing
@@ -1446,7 +1445,7 @@ def shard_networks(args: Namespace, accelerator: Accelerator, models: Models) ->
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # gives back the memory of whole weights, which glibc would keep
 
 
-def shard_optimizer(args: Namespace, models: Models) -> None:
+def shard_optimizer(args: Namespace, models: Models):
     """With --fsdp, have checkpoints hold whole moments, so that they resume on any number of processes."""
     optimizer = models.optimizer.optimizer
     parameters = list(name_trained_parameters(models).values())
@@ -1490,7 +1489,7 @@ def shard_like(parameter: Tensor, whole: Tensor) -> Tensor:
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)  # without sending
 
 
-def freeze_unused_layers(text_encoder: nn.Module, num_unused: int, *others: str) -> None:
+def freeze_unused_layers(text_encoder: nn.Module, num_unused: int, *others: str):
     """Freeze the last layers and `others`, whose output is not used and which get no gradient."""
     num_layers = text_encoder.config.num_hidden_layers
     unused = [f".layers.{number}" for number in range(num_layers - num_unused, num_layers)]
@@ -1499,7 +1498,7 @@ def freeze_unused_layers(text_encoder: nn.Module, num_unused: int, *others: str)
             module.requires_grad_(False)
 
 
-def set_up_networks(args: Namespace, models: Models) -> None:
+def set_up_networks(args: Namespace, models: Models):
     for network in list_trained(models):
         network.train()
         for module in network.modules():
@@ -1567,7 +1566,7 @@ OPENING = threading.Lock()  # numpy reads headers by `ast`, which threads may no
 
 
 @torch.no_grad()
-def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
+def cache_encodings(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples):
     """Encode images and captions once, as the flags say, and put the networks where training needs them."""
     with encoders_on_device(args, accelerator, models):
         if args.cache_latents:
@@ -1582,7 +1581,7 @@ def cache_latents(args: Namespace, accelerator: Accelerator, vae: AutoencoderKL,
     size = 2 * max(math.prod(shape) for shape in samples.latent_shapes)  # of moments; smaller ones are padded
     row = np.dtype([("moments", CACHE_DTYPES[args.cache_dtype], (size,)), ("time_ids", "f4", (6,)), ("sources", "i8")])
     key = make_key(digest_images(accelerator, samples), args.image_interpolation_mode, args.center_crop,
-                   digest_network(vae), args.vae_tiling, row, samples.sizes)
+                   digest_network(vae), args.vae_tiling, row, samples.sizes, samples.num_flips)
 
     def encode(items):
         variants = list(itertools.chain(*items))
@@ -1646,7 +1645,7 @@ class EncodedRows:
         values = open_rows(self.files[file][0])[place]
         return {name: values[name].copy() for name in self.dtype.names}
 
-    def fill(self, accelerator: Accelerator, read, encode) -> None:
+    def fill(self, accelerator: Accelerator, read, encode):
         """Write this process's share of the missing files: the values by name that `encode(read(items))` returns.
 
         What is read next is read while this is encoded. A file is written aside, then renamed: a killed run goes on
@@ -1662,7 +1661,7 @@ class EncodedRows:
             for name, values in encoded.items():
                 rows[name] = values
             if not np.isfinite(rows[first]).all():
-                raise UserError(f"the {first} of items {items.start} to {items.stop - 1} of the data are not "
+                raise UserError(f"the {first} of items {items.start} to {items.stop - 1} of the samples are not "
                                 f"finite as {rows[first].dtype}: try --mixed_precision no, --cache_dtype fp32.")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -1720,7 +1719,7 @@ def digest_network(network: nn.Module) -> str:
 # ---- Optimization ---------------------------------------------------------------------------------------------------
 
 
-def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples) -> None:
+def prepare_training(args: Namespace, accelerator: Accelerator, models: Models, samples: Samples):
     """Make optimizer, learning-rate schedule and EMA weights, and wrap the trainable networks for the devices."""
     set_up_networks(args, models)
     models.wrapped = dataclasses.replace(models, **{
@@ -1767,7 +1766,7 @@ def make_optimizer(args: Namespace, groups: list[dict]):
     return torch.optim.AdamW(*settings, fused=not hasattr(torch, "npu"))  # where older releases lack it
 
 
-def update_in_backward(args: Namespace, models: Models) -> None:
+def update_in_backward(args: Namespace, models: Models):
     """With --optimizer_in_backward, update each parameter when its gradient is complete, then free the gradient."""
     if not args.optimizer_in_backward:
         return
@@ -1855,19 +1854,19 @@ class EmaWeights:
                 torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
         return decay
 
-    def join(self, *_) -> None:
+    def join(self, *_):
         if self.stream:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     @torch.no_grad()
-    def swap(self) -> None:
+    def swap(self):
         self.join()
         for parameter, average in zip(self.parameters, self.averages, strict=True):
             weights = parameter.clone()
             parameter.copy_(average)
             average.copy_(weights)
 
-    def save_state(self, config: Path) -> None:
+    def save_state(self, config: Path):
         """Add the number of updates and the settings to a config.json, as diffusers' EMAModel does."""
         state = {"decay": self.decay, "min_decay": self.min_decay, "optimization_step": self.num_updates,
                  "update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3}
@@ -1938,7 +1937,7 @@ def find_checkpoint(name: str | None, output_dir: str) -> Path | None:
         return None
     for folder in complete[-1:] if name == "latest" else (Path(output_dir, name), Path(name)):
         if is_whole_checkpoint(folder):
-            if folder in complete[:-1]:
+            if any(map(folder.samefile, complete[:-1])):
                 logger.warning(f"`latest` would return to {complete[-1].name}, newer than {name}: move it away.")
             return folder
     whole = ", ".join(folder.name for folder in filter(is_whole_checkpoint, complete)) or "no checkpoint"
@@ -1969,7 +1968,7 @@ def load_run_record(checkpoint: Path | None) -> dict:
     return json.loads((checkpoint / RUN_RECORD).read_text())
 
 
-def check_changes(checkpoint: Path | None, record: dict) -> None:
+def check_changes(checkpoint: Path | None, record: dict):
     """Warn of what differs from the run that made a checkpoint; UserError for flags that must not."""
     if not checkpoint:
         return
@@ -1985,12 +1984,12 @@ def check_changes(checkpoint: Path | None, record: dict) -> None:
         logger.warning(
             f"settings differ from {checkpoint}: {'; '.join(changed.values())}. Training goes on with the new values.")
     elif saved:
-        logger.info(f"resuming from {checkpoint} with the same data, noise and settings")
+        logger.info(f"resuming from {checkpoint} with the same captions, noise and settings")
     else:
         logger.warning(f"{checkpoint} has no {RUN_RECORD}: training goes on, with the samples in another order.")
 
 
-def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False) -> None:
+def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, averaged: bool = False):
     """Write the trainable networks as model folders that diffusers loads: unet/, or unet_ema/ with EMA weights."""
     with whole_weights(models):
         if accelerator.is_main_process:
@@ -1999,7 +1998,7 @@ def save_trained(accelerator: Accelerator, models: Models, folder: Path, *, aver
 
 
 @torch.no_grad()
-def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> None:
+def load_trained(models: Models, folder: Path, *, averaged: bool = False):
     weights = {f"{part}.{name.removeprefix('text_model.')}": tensor for part in models.trained
                for file in (folder / f"{part}{'_ema' * averaged}").glob("*.safetensors")
                for name, tensor in load_file(file).items()}
@@ -2007,7 +2006,7 @@ def load_trained(models: Models, folder: Path, *, averaged: bool = False) -> Non
         parameter.copy_(shard_like(parameter, weights[name]))
 
 
-def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
+def save_state(accelerator: Accelerator, models: Models, folder: Path):
     """Write networks and EMA weights as files that diffusers loads, and the rest of the state by accelerate."""
     accelerator.save_state(folder)
     save_trained(accelerator, models, folder)
@@ -2019,7 +2018,7 @@ def save_state(accelerator: Accelerator, models: Models, folder: Path) -> None:
 
 
 def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, progress: Progress,
-                    record: dict) -> None:
+                    record: dict):
     """Save what the next update depends on, renamed once it is on disk, so that a crash leaves the others whole."""
     place = Path(args.output_dir, f"checkpoint-{progress.global_step}")
     aside, limit = place.with_name(f".partial-{place.name}"), args.checkpoints_total_limit
@@ -2042,7 +2041,7 @@ def save_checkpoint(args: Namespace, accelerator: Accelerator, models: Models, p
     accelerator.wait_for_everyone()
 
 
-def replace_folder(new: Path, place: Path) -> None:
+def replace_folder(new: Path, place: Path):
     """Move a file or folder to its place, once it is on disk; then remove what was there."""
     finish_files(new)
     old = place.rename(place.with_name(f".partial-old-{place.name}")) if os.path.lexists(place) else None
@@ -2051,18 +2050,19 @@ def replace_folder(new: Path, place: Path) -> None:
         remove(old)
 
 
-def finish_files(path: Path) -> None:
+def finish_files(path: Path):
     """Flush a file, or all in a folder, to disk, with the folder's permissions: safetensors leaves out the group's."""
     for file in filter(Path.is_file, [path, *path.rglob("*")]):
         with open(file, "r+b") as stream:
             os.fsync(stream)
-        file.chmod(file.parent.stat().st_mode & 0o666)
+        with contextlib.suppress(OSError):  # on file systems that have no permissions
+            file.chmod(file.parent.stat().st_mode & 0o666)
 
 
-def remove(path: Path) -> None:
+def remove(path: Path):
     """Remove a file, a folder, or a link without its target; renamed first, since half a checkpoint is none."""
-    path = path.rename(path.with_name(f".partial-removed-{path.name}"))
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    path = path.rename(path.with_name(f".partial-removed-{path.name.removeprefix('.partial-removed-')}"))
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progress:
@@ -2083,7 +2083,7 @@ def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progre
             with averaged_weights(models):
                 load_trained(models, checkpoint, averaged=True)
     except Exception as error:  # of several libraries, about files that are cut short
-        raise ValueError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
+        raise UserError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
                          "it was.") from error
     # also moves the step counts to the device, which the reference leaves on the CPU
     optimizer.load_state_dict(optimizer.state_dict() | {"param_groups": settings})
@@ -2114,7 +2114,7 @@ def make_pipeline(models: Models) -> StableDiffusionXLPipeline:
 
 @torch.no_grad()
 def validate(args: Namespace, accelerator: Accelerator, models: Models, objective: Objective, data: Data,
-             progress: Progress, tag: str = "validation") -> None:
+             progress: Progress, tag: str = "validation"):
     """Draw the prompts and measure the held-out loss, with the EMA weights if any; the processes share both."""
     drawn, loss = [], math.nan
     if not args.validation_prompts and not data.held_out:
@@ -2173,7 +2173,7 @@ def compute_held_out_loss(args: Namespace, accelerator: Accelerator, models: Mod
 
 
 def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Image.Image], step: int,
-                tag: str) -> None:
+                tag: str):
     """Save pictures one by one, by the index of their prompt, and side by side, and send them to the trackers."""
     folder = Path(args.output_dir, f"validation/step-{step}")
     sides = np.max([image.size for image in images.values()], axis=0)
@@ -2195,7 +2195,7 @@ def save_images(args: Namespace, accelerator: Accelerator, images: dict[int, Ima
             logger.warning(f"pictures are not sent to {tracker.name}: see {folder}")
 
 
-def export_model(args: Namespace, accelerator: Accelerator, models: Models) -> None:
+def export_model(args: Namespace, accelerator: Accelerator, models: Models):
     """Write the pipeline to --output_dir, to a temporary folder first, so that a failure keeps the previous export."""
     aside = Path(args.output_dir, ".partial-export")
     with averaged_weights(models), whole_weights(models):
@@ -2215,7 +2215,7 @@ def make_example(args: Namespace, prompt: str) -> str:
             f"image = pipeline({prompt!r}{clip_skip}).images[0]")
 
 
-def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
+def save_model_card(args: Namespace, seed: int, progress: Progress):
     """Write README.md, the model card, with the pictures drawn after the last update."""
     folder, base = Path(args.output_dir), args.pretrained_model_name_or_path
     header = huggingface_hub.ModelCardData(license=MODEL_LICENSE, library_name="diffusers", tags=MODEL_TAGS,
@@ -2233,7 +2233,7 @@ def save_model_card(args: Namespace, seed: int, progress: Progress) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def push_to_hub(args: Namespace) -> None:
+def push_to_hub(args: Namespace):
     try:
         huggingface_hub.upload_folder(
             repo_id=args.hub_model_id, folder_path=args.output_dir, token=args.hub_token,
@@ -2275,14 +2275,14 @@ class Meter:
             yield step_and_batch
             began = time.perf_counter()
 
-    def add(self, step: MicroStep, batch: dict[str, Tensor], numbers: dict) -> None:
+    def add(self, step: MicroStep, batch: dict[str, Tensor], numbers: dict):
         self.num_images += len(step.indices)
         numbers["long_captions"] = (batch["num_long"] * batch["weights"]).sum()
         for name in self.SUMMED:
             numbers[name] += self.numbers.get(name, 0)
         self.numbers |= numbers
 
-    def end_update(self, global_step: int, numbers: dict) -> None:
+    def end_update(self, global_step: int, numbers: dict):
         """Finish an update; every --logging_steps of them, read and log the numbers."""
         self.updates[global_step] = self.numbers | numbers
         self.numbers = {}
@@ -2291,7 +2291,7 @@ class Meter:
         with contextlib.suppress(OSError):  # a closed pipe, such as `| tee` after Ctrl-C, must not end the run
             self.bar.update()
 
-    def flush(self) -> None:
+    def flush(self):
         """Read the numbers from the device and log them; raise UserError if a loss or gradient is not finite."""
         if not self.updates:
             return
@@ -2328,7 +2328,7 @@ def log_failure(what: str):
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None):
     args = parse_args(argv)
     accelerator = make_accelerator(args)
     with accelerator.local_main_process_first():

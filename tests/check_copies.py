@@ -203,7 +203,10 @@ def take_from(source: pathlib.Path, names: list[str], scripts: list[pathlib.Path
             raise ValueError(f"{name} is no helper or flag of {source.name}: --list shows those.")
         for script in scripts:
             helper = read_helpers(script).get(name)
-            if helper is None or helper.text == taken[name].text or is_own(name, script):
+            if helper is None or helper.text == taken[name].text:
+                continue
+            if is_own(name, script):
+                changed.append(f"{script.name}: {name} has its own text: change it by hand if callers changed")
                 continue
             lines = read_lines(script)
             lines[helper.start : helper.stop] = [taken[name].text]

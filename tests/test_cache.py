@@ -26,6 +26,7 @@ from conftest import (
     make_image_folder,
     read_scalars,
 )
+from PIL import Image
 from runs import Run, assert_same_checkpoint, list_names, prepare, run, run_pair
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
@@ -180,6 +181,17 @@ def test_what_does_not_matter_uses_the_cache_again(train, tmp_path):
     train("second", **CACHED, **SAME)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "encoded").rglob("*")} == before
     assert len(list_caches(tmp_path)) == 2
+
+
+@in_two_scripts
+def test_crops_are_not_taken_for_mirrored_ones(script, encode, tmp_path):
+    """Two crops and their mirror images are as many as four crops, and of a white square look the same."""
+    folder = make_image_folder(tmp_path / "data", count=2)
+    for file in folder.glob("*.png"):
+        Image.new("RGB", (32, 32), "white").save(file)
+    encode(folder, random_flip=True, cache_crops=2)
+    encode(folder, cache_crops=4)
+    assert count_caches(tmp_path)["images"] == 2
 
 
 @in_two_scripts
@@ -359,7 +371,7 @@ def test_a_latent_that_is_not_finite_stops_the_run(script, train, monkeypatch):
         return 1e6 * original(vae, images)
 
     monkeypatch.setattr(script, "encode_images", encode_images)
-    with pytest.raises(ValueError, match="items 0 to 0 of the data are not finite as float16.*cache_dtype"):
+    with pytest.raises(ValueError, match="items 0 to 0 of the samples are not finite as float16.*cache_dtype"):
         train(cache_latents=True)
 
 

@@ -245,6 +245,37 @@ def test_fresh_start_over_another_run_is_refused(script, args, copied, capsys, n
     assert read_folder(copied) == before
 
 
+@in_first_script
+def test_a_file_system_without_permissions_takes_checkpoints(script, args, tmp_path, monkeypatch):
+    """There chmod fails, and nothing else does."""
+    def refuse(path, mode):
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    run(script, args(tmp_path / "out"))
+    assert list_names(tmp_path / "out", "*") >= {"checkpoint-2", "model_index.json"}
+
+
+@in_first_script
+def test_a_checkpoint_that_cannot_be_removed_ends_no_run(script, args, tmp_path, monkeypatch):
+    """As on NFS, where a reader has it open: it is out of the way, and each later start tries again."""
+    def refuse(path, **flags):
+        if ".partial-removed-" in str(path):
+            raise OSError(16, "Device or resource busy")
+        rmdir(path, **flags)
+
+    out, rmdir = tmp_path / "out", os.rmdir
+    with monkeypatch.context() as busy:
+        busy.setattr(os, "rmdir", refuse)
+        for last in (2, 3):
+            run(script, args(out, max_train_steps=last, checkpointing_steps=1, checkpoints_total_limit=1,
+                             resume_from_checkpoint="latest"))
+    assert list_names(out) == {"checkpoint-3"}
+    assert list_names(out, ".partial-removed-ch*") == {f".partial-removed-checkpoint-{step}" for step in (1, 2)}
+    run(script, args(out, max_train_steps=4, resume_from_checkpoint="latest"))
+    assert not list_names(out, ".partial-*")
+
+
 # ---- Nothing is lost -----------------------------------------------------------------------------------------------
 
 
@@ -291,10 +322,11 @@ def test_limit_spares_the_checkpoint_just_saved(script, args, copied):
 def test_checkpoint_saved_again_replaces_the_old_one(script, args, copied, tmp_path, caplog):
     """A run that goes on from checkpoint-2 with another rate writes its own checkpoint-4, whole.
 
-    Until then, `latest` is the one of the course that it left: it says so.
+    Until then, `latest` is the one of the course that it left: it says so, however checkpoint-2 is spelled.
     """
-    run(script, args(copied, max_train_steps=4, learning_rate=1e-5, resume_from_checkpoint="checkpoint-2"))
-    assert "`latest` would return to checkpoint-4, newer than checkpoint-2" in caplog.text
+    earlier = os.path.relpath(copied / "checkpoint-2")
+    run(script, args(copied, max_train_steps=4, learning_rate=1e-5, resume_from_checkpoint=earlier))
+    assert f"`latest` would return to checkpoint-4, newer than {earlier}" in caplog.text
     assert list_names(copied, ".partial*") == set() and list_names(copied) == {"checkpoint-2", "checkpoint-4"}
     assert_loads(copied / "checkpoint-4", copied / "checkpoint-2")
     assert read_record(copied / "checkpoint-4")["flags"]["learning_rate"] == 1e-5

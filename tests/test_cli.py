@@ -89,9 +89,12 @@ IMPOSSIBLE_PAIRS = {
                                "--output_dir FOLDER", "--dataset_name"),
     "output over another run": ({"output_dir": "USED"}, "--output_dir USED", "checkpoint-4, checkpoint-12",
                                 "--resume_from_checkpoint latest"),
+    "output over folders of one's own": ({"output_dir": "OWN"}, "--output_dir OWN", "unet", "name another"),
     "dream and perturbation": ({"dream_training": True, "input_perturbation": 0.1}, "--dream_training",
                                "--input_perturbation"),
     "two optimizers": ({"use_8bit_adam": True, "use_adafactor": True}, "--use_8bit_adam", "--use_adafactor"),
+    "an optimizer that changes the format": ({"use_8bit_adam": True, "channels_last": True}, "--use_8bit_adam",
+                                             "--channels_last"),
     "an update in backward with accumulation": (
         {"optimizer_in_backward": True, "max_grad_norm": 0, "gradient_accumulation_steps": 2},
         "--optimizer_in_backward", "--gradient_accumulation_steps 1"),
@@ -170,13 +173,14 @@ def format_help(name: str) -> str:
 
 @pytest.fixture
 def places(tmp_path) -> dict[str, str]:
-    """What stands for the words FOLDER, USED and MISSING in a command line."""
-    folder, used = tmp_path / "folder", tmp_path / "used"
+    """What stands for the words FOLDER, USED, OWN and MISSING in a command line."""
+    folder, used, own = tmp_path / "folder", tmp_path / "used", tmp_path / "own"
     folder.mkdir()
+    (own / "unet").mkdir(parents=True)
     for step in (4, 12):
         (used / f"checkpoint-{step}").mkdir(parents=True)
         (used / f"checkpoint-{step}" / "run_record.json").write_text("{}")
-    return {"FOLDER": str(folder), "USED": str(used), "MISSING": str(tmp_path / "missing")}
+    return {"FOLDER": str(folder), "USED": str(used), "OWN": str(own), "MISSING": str(tmp_path / "missing")}
 
 
 def fill_in(text, places: dict[str, str]):

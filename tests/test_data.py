@@ -372,6 +372,15 @@ def test_files_that_are_no_images_are_named(script, tmp_path, content):
         read_image(script, load_images(script, tmp_path))
 
 
+def test_the_row_is_that_of_the_data_not_of_the_subset(script, tiny_model, tmp_path):
+    """--max_train_samples draws some rows: the error names the broken one by its place among all."""
+    folder = make_image_folder(tmp_path / "data", 5)
+    for index in range(5):
+        (folder / f"{index:03d}.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"row (\d) of the data \(.*00\1\.png\)"):
+        script.main(make_args(tiny_model, folder, tmp_path / "out", max_train_samples=3, seed=5))
+
+
 def test_a_missing_image_is_named(script, tmp_path):
     """A row without an image is named as one that cannot be read."""
     rows = {"image": [make_image(0), None], "text": ["a", "b"]}

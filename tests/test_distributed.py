@@ -198,7 +198,7 @@ def test_two_processes_are_resumed_exactly(script, args, pair, tmp_path, caplog)
     """From any checkpoint two processes repeat what two processes did, bit for bit, pictures and losses included."""
     out = tmp_path / "out"
     run_pair(script, args(out, resume_from_checkpoint=pair[0] / "checkpoint-3"), tmp_path / "log")
-    assert "with the same data, noise and settings" in (tmp_path / "log").read_text()
+    assert "with the same captions, noise and settings" in (tmp_path / "log").read_text()
     for step in (6, NUM_UPDATES):
         assert_same_checkpoint(out / f"checkpoint-{step}", pair[0] / f"checkpoint-{step}")
     for tag in ("train_loss", "grad_norm", "validation_loss"):

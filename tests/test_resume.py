@@ -126,7 +126,7 @@ def test_stopped_and_resumed_run_repeats_the_uninterrupted_one(script, args, nev
     after = watch(script, [*argv, "--resume_from_checkpoint", "latest"])
     assert before + after == batches
     assert_same_run(tmp_path / "out", whole)
-    assert "with the same data, noise and settings" in caplog.text
+    assert "with the same captions, noise and settings" in caplog.text
 
 
 @in_two_scripts
@@ -140,7 +140,7 @@ def test_number_of_loader_workers_may_change(script, args, never_stopped, worker
     after = watch(script, [*second, "--resume_from_checkpoint", "latest"])
     assert before + after == batches
     assert_same_run(out, whole)
-    assert "with the same data, noise and settings" in caplog.text
+    assert "with the same captions, noise and settings" in caplog.text
 
 
 @in_first_script
@@ -193,7 +193,7 @@ def test_another_seed_is_named_in_a_warning(script, args, never_stopped, seed, t
     after = watch(script, args(tmp_path / "out", seed=seed, resume_from_checkpoint=whole / "checkpoint-3"))
     assert ("seed 3 -> 4" in caplog.text) == (seed == 4)
     assert (after == batches[3:]) == (seed != 4)
-    assert ("with the same data, noise and settings" in caplog.text) == (seed != 4)
+    assert ("with the same captions, noise and settings" in caplog.text) == (seed != 4)
 
 
 # ---- Signals --------------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ def test_changed_batch_neither_repeats_nor_skips_samples(script, args, changed, 
     assert used == list(range(10))
     assert after[0].last == min(10, 4 + changed.get("train_batch_size", 2))
     assert all(f"{name} " in caplog.text and f" -> {value}" in caplog.text for name, value in changed.items())
-    assert "with the same data, noise and settings" not in caplog.text
+    assert "with the same captions, noise and settings" not in caplog.text
 
 
 @in_first_script

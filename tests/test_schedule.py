@@ -158,7 +158,7 @@ def test_a_resumed_schedule_goes_on(half_done, caplog):
     caplog.set_level("INFO")
     rates, _ = half_done("same")
     assert rates == pytest.approx({4: RATE * 3 / 6, 5: RATE * 2 / 6, 6: RATE / 6}, rel=1e-5)
-    assert "with the same data, noise and settings" in caplog.text
+    assert "with the same captions, noise and settings" in caplog.text
 
 
 def test_a_resumed_run_has_the_settings_of_its_command_line(half_done, caplog):
