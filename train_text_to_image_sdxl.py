@@ -881,8 +881,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         (args.weight_dtype == "bf16"
          and (not args.optimizer_in_backward or precision != "bf16" or args.use_ema or args.fsdp),
          "--weight_dtype bf16 needs --optimizer_in_backward and --mixed_precision bf16, and no --use_ema or --fsdp."),
-        (args.fsdp and num_processes == 1,
-         "--fsdp needs several processes, and there is one: add --multi_gpu to `accelerate launch`, or drop --fsdp."),
+        (args.fsdp and (num_processes == 1 or torch.__version__ < (2, 11)),  # whose losses were slightly off
+         "--fsdp needs torch 2.11 and several processes: add --multi_gpu to `accelerate launch`, or drop --fsdp."),
         *((args.fsdp and getattr(args, flag), f"--fsdp excludes --{flag}: drop one of them.")
           for flag in ("use_8bit_adam", "use_adafactor", "channels_last")),
     )
