@@ -171,14 +171,15 @@ def main(folder: str, sd: str, sdxl: str, images: str, *scripts: str) -> None:
     found = {}
     for path in map(Path, scripts):
         model = sdxl if "sdxl" in path.name else sd
-        argv = make_args(model, images, Path(folder, "out"), mixed_precision="bf16", cache_latents=True,
+        argv = make_args(model, images, Path(folder, path.stem), mixed_precision="bf16", cache_latents=True,
                          cache_text_embeddings=True, encoded_dir=Path(folder, "encoded"), validation_prompt="a",
                          validation_inference_steps=1, num_validation_images=1)
         with contextlib.redirect_stdout(sys.stderr):
             found[path.name] = estimate_with_least_loop(estimate.load_script(path), list(map(str, argv)))
             forget_accelerate()
             if path.name == TORCH_SCRIPTS[0]:
-                found["offloaded"] = list_offloaded_work(estimate.load_script(path), list(map(str, argv)))
+                found["offloaded"] = list_offloaded_work(
+                    estimate.load_script(path), [*map(str, argv), f"--output_dir={folder}/offloaded"])
                 forget_accelerate()
     Path(folder, "found.json").write_text(json.dumps(found))
 
