@@ -500,11 +500,11 @@ def test_model_card(script, drawn, tiny_model):
 def test_model_card_of_a_model_from_the_hub(script, args, tmp_path):
     """Its header names the base, by which the hub links the two, and which a folder on this machine cannot be."""
     for base, named in (("somebody/apples", "somebody/apples"), (tmp_path, None)):
-        (tmp_path / "out").mkdir(exist_ok=True)
-        flags = script.parse_args(args(tmp_path / "out", pretrained_model_name_or_path=base,
-                                       dataset_name="somebody/fruit"))
+        out = tmp_path / f"of {named}"
+        out.mkdir(parents=True)
+        flags = script.parse_args(args(out, pretrained_model_name_or_path=base, dataset_name="somebody/fruit"))
         script.save_model_card(flags, 5, script.Progress(3))
-        card = ModelCard.load(tmp_path / "out/README.md")
+        card = ModelCard.load(out / "README.md")
         assert card.data.base_model == named and "somebody/fruit" in card.text
 
 
