@@ -206,7 +206,7 @@ def compute_loss(unet, objective: Objective, latents: Tensor, conditions: dict, 
     if "perturbation_noise" in draws:
         input_noise = noise + args.input_perturbation * draws["perturbation_noise"]
 
-    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma is 0 at the first timesteps
+    # z_t = alpha_t z + sigma_t e, in float32: in bf16 sigma is 0 at the first timesteps
     alpha, sigma = (table[timesteps].reshape(-1, 1, 1, 1) for table in (objective.alpha, objective.sigma))
     noisy_latents = alpha * latents + sigma * input_noise
     target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
@@ -221,7 +221,7 @@ def compute_loss(unet, objective: Objective, latents: Tensor, conditions: dict, 
     # loss = w_t ||UNet(z_t, t, text) - target||^2 / number of latent values
     model_pred = unet(noisy_latents, timesteps, **conditions)
     loss = jnp.square(model_pred.astype(jnp.float32) - target).mean(axis=(1, 2, 3))
-    if args.snr_gamma is not None:
+    if args.snr_gamma:
         loss = loss * compute_snr_weights(alpha.ravel(), sigma.ravel(), args.snr_gamma, objective.prediction_type)
     return loss
 
@@ -548,8 +548,9 @@ class Samples:
             self.rows = make_rng(seed, "subset").permutation(len(self.rows))[: args.max_train_samples].tolist()
         self.timestep_cdf = compute_timestep_cdf(args, configs["scheduler"].get("num_train_timesteps", 1000))
         self.sizes = list_sizes(args)
-        self.buckets = (choose_buckets(data.images, self.rows, self.sizes) if args.aspect_ratio_buckets
-                        else np.zeros(len(self.rows), int))  # the size of each sample, by its place in `sizes`
+        self.buckets = np.zeros(len(self.rows), int)  # the size of each sample, by its place in `sizes`
+        if args.aspect_ratio_buckets:
+            self.buckets = choose_buckets(data.images, self.rows, self.sizes)
         channels, factor = configs["vae"].get("latent_channels", 4), compute_vae_factor(configs["vae"])
         self.latent_shapes = [(channels, height // factor, width // factor) for height, width in self.sizes]
         self.noise_shapes = [{"posterior_noise": shape, "noise": shape, **extra_noises(args, shape)}
@@ -1398,8 +1399,8 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
 def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, str]):
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
     out = Path(args.output_dir).resolve()
-    earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT, out / "unet",
-                                      out / "README.md") if path.exists()]
+    results = map(out.joinpath, (RESULT, "README.md", "unet", "vae", "text_encoder", "tokenizer", "scheduler"))
+    earlier = [path.name for path in (*list_checkpoints(args.output_dir), *results) if path.exists()]
     cases = [
         *own_cases,
         (not args.dataset_name and not os.path.isdir(args.train_data_dir or ""),
@@ -1433,8 +1434,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         *((tracker not in TRACKERS or tracker != "all" and not importlib.util.find_spec(tracker),
            f"--report_to {tracker} is unknown or not installed: choose from {', '.join(TRACKERS)}, several with "
            "commas, or none alone.")
-          for tracker in args.report_to.split(",") if args.report_to != "none"),
-    ]
+          for tracker in args.report_to.split(",") if args.report_to != "none")]
     for is_wrong, message in cases:
         if is_wrong:
             parser.error(message)
@@ -2400,7 +2400,7 @@ def finish_files(path: Path):
 
 
 def remove(path: Path):
-    """Remove a file, a folder, or a link without its target; renamed first, since half a checkpoint is none."""
+    """Remove a file, a folder or a link, renamed first: half a checkpoint is none. A later start tries again."""
     path = path.rename(path.with_name(f".partial-removed-{path.name.removeprefix('.partial-removed-')}"))
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -2411,7 +2411,7 @@ def resume(models: Models, checkpoint: Path) -> Progress:
         models.state = load_state(models.state, checkpoint.resolve())
     except Exception as error:  # of several libraries, whose words go on for pages
         raise UserError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
-                         "it was.") from error
+                        "it was.") from error
     return Progress(**load_run_record(checkpoint)["progress"])
 
 
@@ -2437,11 +2437,11 @@ def validate(args: Namespace, accelerator: Accelerator, models: Models, data: Da
     `tag` is the name of the pictures in trackers.
     """
     images = draw_images(args, accelerator, models, args.validation_prompts, data.train.seed)
-    if data.held_out is not None:
+    if data.held_out:
         loss = compute_held_out_loss(args, accelerator, models, data.held_out)
         logger.info(f"validation_loss {loss:.5f} at update {progress.global_step}")
     with log_failure("saving what validation found"):
-        if data.held_out is not None:
+        if data.held_out:
             accelerator.log({"validation_loss": loss}, step=progress.global_step)
         if images and accelerator.is_main_process:
             save_images(args, accelerator, images, progress.global_step, tag)
@@ -2604,7 +2604,7 @@ def write_json(path: Path, settings: dict):
 
 
 def make_example(args: Namespace, prompt: str) -> str:
-    clip_skip = "" if args.clip_skip is None else f", clip_skip={args.clip_skip}"
+    clip_skip = f", clip_skip={args.clip_skip}" if args.clip_skip else ""
     return ("from diffusers import StableDiffusionPipeline\n\n"
             f"pipeline = StableDiffusionPipeline.from_pretrained({args.hub_model_id or args.output_dir!r})\n"
             f"image = pipeline({prompt!r}{clip_skip}).images[0]")

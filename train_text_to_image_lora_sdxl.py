@@ -202,7 +202,7 @@ def compute_loss(unet, objective: Objective, latents: Tensor, conditions: dict, 
     if "perturbation_noise" in draws:
         input_noise = noise + args.input_perturbation * draws["perturbation_noise"]
 
-    # z_t = alpha_t z + sigma_t e, in float32: in half precision sigma is 0 at the first timesteps
+    # z_t = alpha_t z + sigma_t e, in float32: in bf16 sigma is 0 at the first timesteps
     alpha, sigma = objective.alpha[timesteps].view(-1, 1, 1, 1), objective.sigma[timesteps].view(-1, 1, 1, 1)
     noisy_latents = alpha * latents + sigma * input_noise
     target = compute_target(latents, noise, alpha, sigma, objective.prediction_type)
@@ -522,8 +522,9 @@ class Samples:
             self.rows = make_rng(seed, "subset").permutation(len(self.rows))[: args.max_train_samples].tolist()
         self.timestep_cdf = compute_timestep_cdf(args, configs["scheduler"].get("num_train_timesteps", 1000))
         self.sizes = list_sizes(args)
-        self.buckets = (choose_buckets(data.images, self.rows, self.sizes) if args.aspect_ratio_buckets
-                        else np.zeros(len(self.rows), int))  # the size of each sample, by its place in `sizes`
+        self.buckets = np.zeros(len(self.rows), int)  # the size of each sample, by its place in `sizes`
+        if args.aspect_ratio_buckets:
+            self.buckets = choose_buckets(data.images, self.rows, self.sizes)
         channels, factor = configs["vae"].get("latent_channels", 4), compute_vae_factor(configs["vae"])
         self.latent_shapes = [(channels, height // factor, width // factor) for height, width in self.sizes]
         self.noise_shapes = [{"posterior_noise": shape, "noise": shape, **extra_noises(args, shape)}
@@ -1062,8 +1063,8 @@ def read_args(parser: ArgumentParser, argv: list[str] | None) -> Namespace:
 def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, str]):
     """Refuse flags that contradict each other, the files or the machine: the first case that is true."""
     out = Path(args.output_dir).resolve()
-    earlier = [path.name for path in (*list_checkpoints(args.output_dir), out / RESULT, out / "unet",
-                                      out / "README.md") if path.exists()]
+    results = map(out.joinpath, (RESULT, "README.md", "unet", "vae", "text_encoder", "tokenizer", "scheduler"))
+    earlier = [path.name for path in (*list_checkpoints(args.output_dir), *results) if path.exists()]
     cases = [
         *own_cases,
         (not args.dataset_name and not os.path.isdir(args.train_data_dir or ""),
@@ -1097,8 +1098,7 @@ def check_args(parser: ArgumentParser, args: Namespace, *own_cases: tuple[bool, 
         *((tracker not in TRACKERS or tracker != "all" and not importlib.util.find_spec(tracker),
            f"--report_to {tracker} is unknown or not installed: choose from {', '.join(TRACKERS)}, several with "
            "commas, or none alone.")
-          for tracker in args.report_to.split(",") if args.report_to != "none"),
-    ]
+          for tracker in args.report_to.split(",") if args.report_to != "none")]
     for is_wrong, message in cases:
         if is_wrong:
             parser.error(message)
@@ -2127,7 +2127,7 @@ def finish_files(path: Path):
 
 
 def remove(path: Path):
-    """Remove a file, a folder, or a link without its target; renamed first, since half a checkpoint is none."""
+    """Remove a file, a folder or a link, renamed first: half a checkpoint is none. A later start tries again."""
     path = path.rename(path.with_name(f".partial-removed-{path.name.removeprefix('.partial-removed-')}"))
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -2151,7 +2151,7 @@ def resume(accelerator: Accelerator, models: Models, checkpoint: Path) -> Progre
                 load_trained(models, checkpoint, averaged=True)
     except Exception as error:  # of several libraries, about files that are cut short
         raise UserError(f"{checkpoint} cannot be loaded: {error!r}. Name another checkpoint, or give the command as "
-                         "it was.") from error
+                        "it was.") from error
     # also moves the step counts to the device, which the reference leaves on the CPU
     optimizer.load_state_dict(optimizer.state_dict() | {"param_groups": settings})
     schedule.base_lrs, schedule.last_epoch = base_lrs, num_updates - 1

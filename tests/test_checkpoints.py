@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_first_script, in_two_scripts, make_args
+from conftest import in_first_script, in_two_scripts, load_script, make_args
 from peft import get_peft_model_state_dict
 from runs import (
     DAMAGES,
@@ -243,6 +243,14 @@ def test_fresh_start_over_another_run_is_refused(script, args, copied, capsys, n
     assert exits.value.code == 2
     assert f"holds {'checkpoint-2' if name is None else script.RESULT}" in capsys.readouterr().err
     assert read_folder(copied) == before
+
+
+@in_first_script
+def test_a_checkpoint_of_another_script_is_refused(script, args, tmp_path):
+    """In one line, as what the user can put right."""
+    run(load_script("train_text_to_image_lora.py"), args(tmp_path / "lora", max_train_steps=1, use_ema=False))
+    with pytest.raises(script.UserError, match="checkpoint-1 cannot be loaded"):
+        run(script, args(tmp_path / "out", use_ema=False, resume_from_checkpoint=tmp_path / "lora/checkpoint-1"))
 
 
 @in_first_script

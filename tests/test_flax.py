@@ -46,6 +46,7 @@ from runs import (
     read_folder,
     read_record,
     run_and_measure_shares,
+    run_elsewhere,
 )
 from safetensors.torch import load_file, save_file
 from test_cli import CONTRACT, GOLDEN, describe, expect, format_help, get_flags
@@ -785,13 +786,30 @@ def test_four_devices_give_the_loss_of_one(flax, plain_run, small_model, image_f
     assert_drawn_by_torch(tmp_path / "divided", "step-3", ["a cat", "a dog"], (48, 16), 3, 7.5)
 
 
+def start_hosts(flax, argv: list, log: Path, target) -> list[Run]:
+    """Start two processes that train together, as Slurm would."""
+    slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
+    return [Run(flax, argv, log, target=target, JAX_PLATFORMS="cpu", RANK=rank, SLURM_PROCID=rank, **slurm)
+            for rank in range(2)]
+
+
+def test_validation_that_fails_in_one_process_ends_both(flax, tiny_model, image_folder, tmp_path):
+    """The other waits for its part of the loss: going on would pair that with the next update's gradients."""
+    broken = make_image_folder(tmp_path / "broken", count=4)
+    (broken / "001.png").write_bytes(b"no picture")
+    argv = make_args(tiny_model, image_folder, tmp_path / "out", multi_host=True, validation_data_dir=broken,
+                     validation_steps=1, max_train_steps=3)
+    first, second = start_hosts(flax, argv, tmp_path / "log", target=run_elsewhere)
+    with first, second:
+        assert first.end() != 0 and second.end() != 0
+    log = (tmp_path / "log").read_text()
+    assert re.search(r"row 1 of the data .* cannot be read as an image", log) and "the run goes on" not in log
+
+
 def test_when_one_process_hangs_the_other_ends(flax, tiny_model, image_folder, tmp_path):
     """JAX ends it as soon as the first has not been heard of for so long: by default 100 seconds, here 4."""
     log, argv = tmp_path / "log", make_args(tiny_model, image_folder, tmp_path / "out", multi_host=True)
-    slurm = {"SLURM_JOB_ID": os.getpid(), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2, "SLURM_LOCALID": 0}
-    first, second = (
-        Run(flax, argv, log, target=functools.partial(fail_at, "load_models", 1, signal.SIGSTOP), JAX_PLATFORMS="cpu",
-            RANK=rank, SLURM_PROCID=rank, **slurm) for rank in range(2))
+    first, second = start_hosts(flax, argv, log, target=functools.partial(fail_at, "load_models", 1, signal.SIGSTOP))
     with first, second:
         assert first.end() == -signal.SIGABRT
     assert re.search("JAX distributed service detected .*stopped sending heartbeats", log.read_text(), re.DOTALL)

@@ -168,6 +168,16 @@ def test_take_from_mends_all_others_from_either_side(folder, capsys, source):
     assert "halve(2)" in (folder / "train_b.py").read_text()
 
 
+def test_take_from_names_scripts_with_a_text_of_their_own(folder, capsys, monkeypatch):
+    """What calls it may have changed with it."""
+    monkeypatch.setitem(check_copies.OWN_OF, "train_b.py", {"halve"})
+    edit(folder / "train_a.py", "x / 2", "x * 0.5")
+    before = (folder / "train_b.py").read_text()
+    assert run_check(folder, "--take-from", "train_a.py", "halve") == 0
+    assert "train_b.py: halve has its own text" in capsys.readouterr().out
+    assert (folder / "train_b.py").read_text() == before
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
